@@ -1,0 +1,221 @@
+"""Data sets as uint8 tensors on the training device; a batch is gathered, normalised, cropped and flipped there.
+
+A data set is one tensor of images and one of labels: no worker processes, no image is decoded twice, and what is random comes
+from a generator that the caller passes in. Reading, downloading and checking the archives is torchvision's work.
+
+    data = load("cifar10", "data", torch.device("cpu"))
+    for images, labels in training_batches(data.train, 64, data.mean, data.std, augment=True, generator=generator): ...
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import pil_to_tensor, resize
+
+IMAGE_SIZE = 32
+PADDING = 4
+
+
+class Split(NamedTuple):
+    images: Tensor  # (M, 3, 32, 32) uint8
+    labels: Tensor  # (M,) int64
+
+    def __len__(self):
+        return self.labels.shape[0]
+
+    def take(self, indices):
+        return Split(self.images[indices], self.labels[indices])
+
+    def to(self, device):
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+class Dataset(NamedTuple):
+    train: Split
+    val: Split | None  # held-out training images
+    test: Split
+    mean: Tensor  # (3, 1, 1) float32, of pixels 0..255
+    std: Tensor  # (3, 1, 1) float32
+    classes: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(name, root, device, val=0, limit=None):
+    """The data set `name` from the folder `root`, on `device`; `val` training images are held out, `limit` kept.
+
+    Raises ValueError with a sentence for a person where the data is missing, damaged or too small.
+    """
+    train, test, mean, std, classes = LOADERS[name](Path(root))
+    train, val = hold_out(train, val, limit)
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std))
+    return Dataset(train.to(device), val and val.to(device), test.to(device), mean, std, list(classes))
+
+
+def hold_out(split, val, limit):
+    """The first `limit` training images of those that remain when `val` are held out; the latter do not depend on a seed."""
+    if val + (limit or 1) > len(split):
+        asked = f"--val {val}" + (f" and --limit {limit}" if limit else "")
+        raise ValueError(f"{asked} is more than the {len(split)} training images: choose less")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
+    return split.take(kept), split.take(held_out) if val else None
+
+
+def load_cifar10(root):
+    # Mean and std of the training pixels, the figures of the official code.
+    return load_cifar(torchvision.datasets.CIFAR10, root, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+
+
+def load_cifar100(root):
+    return load_cifar(torchvision.datasets.CIFAR100, root, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4))
+
+
+def load_cifar(dataset_class, root, mean, std):
+    files = [(Path(dataset_class.base_folder, name), md5) for name, md5 in dataset_class.train_list + dataset_class.test_list]
+    refuse_damaged(root, files)
+    train, test = (download(dataset_class, root, dataset_class.filename, train=train) for train in (True, False))
+    splits = (Split(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in (train, test))
+    return *splits, mean, std, train.classes
+
+
+def load_svhn(root):
+    """Train and extra together are the training set; pixels are divided by 255 and nothing else (paper, section 4.1)."""
+    split_list = torchvision.datasets.SVHN.split_list
+    refuse_damaged(root, [(name, md5) for _, name, md5 in split_list.values()])
+    parts = [download(torchvision.datasets.SVHN, root, split_list[s][1], split=s) for s in ("train", "extra", "test")]
+    train, extra, test = (Split(torch.from_numpy(p.data), torch.from_numpy(p.labels).long()) for p in parts)
+    train = Split(torch.cat([train.images, extra.images]), torch.cat([train.labels, extra.labels]))
+    return train, test, (0, 0, 0), (255, 255, 255), map(str, range(10))
+
+
+def load_digits(root):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32 in three channels; 360 of them are the test set."""
+    from sklearn.datasets import load_digits  # here, for it takes a second to import and only this data set needs it
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    indices = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, test = (Split(images, torch.from_numpy(labels)).take(torch.from_numpy(i)) for i in indices)
+    return train, test, *mean_and_std(train.images), map(str, range(10))
+
+
+def load_folder(root):
+    """A person's own images: root/train/<class>/*.png|jpg and root/test/<class>/*.png|jpg, resized to 32 x 32."""
+    train, test = (image_folder(root / part) for part in ("train", "test"))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"{root}: the class {odd[0]} is in only one of train and test: give it a folder in both")
+    if len(train.classes) < 2:
+        raise ValueError(f"{root / 'train'} holds one class only ({train.classes[0]}): add a folder for each further class")
+    splits = [read_split(part) for part in (train, test)]
+    return *splits, *mean_and_std(splits[0].images), train.classes
+
+
+LOADERS = {
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "svhn": load_svhn,
+    "digits": load_digits,
+    "folder": load_folder,
+}
+
+
+def refuse_damaged(root, files):
+    """ValueError if one of `files`, pairs of a name below root and an MD5 checksum, is there and is not what it should be."""
+    for name, md5 in files:
+        if (root / name).exists() and not check_integrity(root / name, md5):
+            raise ValueError(f"{root / name} is damaged (wrong checksum): delete it to have it downloaded again")
+
+
+def download(dataset_class, root, archive, **kwargs):
+    """torchvision's data set; what is not in root is downloaded, or taken from the archive if that lies there."""
+    try:
+        return dataset_class(root, download=True, **kwargs)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error}): "
+            f"put {archive} into {root}, name the right folder with --data, or try --dataset digits, which needs none"
+        ) from error
+
+
+def image_folder(folder):
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder: --dataset folder reads DIR/train/<class>/ and DIR/test/<class>/ of --data DIR"
+        )
+    try:
+        return torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:  # no class at all, or an empty one, which its first line names
+        raise ValueError(f"{folder}: {str(error).splitlines()[0]}: put images into it or remove the folder") from error
+
+
+def read_split(folder):
+    """All images of a torchvision ImageFolder as one tensor."""
+    images = torch.empty(len(folder.samples), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    for i, (path, _) in enumerate(folder.samples):
+        images[i] = read_image(path)
+    return Split(images, torch.tensor(folder.targets))
+
+
+def read_image(path):
+    """One picture file as a (3, 32, 32) uint8 tensor; ValueError names a file that is no picture."""
+    try:
+        picture = torchvision.datasets.folder.default_loader(path)
+        return pil_to_tensor(resize(picture, [IMAGE_SIZE, IMAGE_SIZE]))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow has no exception of its own for a broken file
+        raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+
+
+def mean_and_std(images):
+    """Per channel, of pixels 0..255; a channel that is constant gets std 1."""
+    std, mean = torch.std_mean(images.float(), dim=(0, 2, 3), correction=0)
+    return mean.tolist(), std.clamp(min=1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def normalize(images, mean, std):
+    """(N, 3, H, W) uint8 -> float32, (pixel - mean) / std per channel."""
+    return (images.float() - mean) / std
+
+
+def crop_and_flip(images, top, left, flip):
+    """For each image: zero-pad by 4, cut out the window of the old size at (top, left), mirror it where flip is true.
+
+    images (N, C, H, W), normalised, so that the padding is the mean colour; top and left (N,) int64 in 0..8, flip (N,) bool.
+    """
+    n, _, height, width = images.shape
+    windows = F.pad(images, [PADDING] * 4).unfold(2, height, 1).unfold(3, width, 1)  #  (N, C, 9, 9, H, W), a view
+    crops = windows[torch.arange(n, device=images.device), :, top, left]  #             (N, C, H, W)
+    return torch.where(flip.view(n, 1, 1, 1), crops.flip(3), crops)
+
+
+def random_windows(n, generator, device):
+    """Arguments for crop_and_flip: n corners (top, left) and n coin tosses, drawn from the generator on its device."""
+    top, left = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator, device=device)
+    return top, left, torch.rand(n, generator=generator, device=device) < 0.5
+
+
+def training_batches(split, batch_size, mean, std, augment, generator):
+    """One epoch: yields (images (N, 3, H, W) float32, labels (N,)), every image once in an order drawn from the generator.
+
+    The last batch is smaller where batch_size does not divide the number of images. The generator lives on the split's device.
+    """
+    device = split.labels.device
+    order = torch.randperm(len(split), generator=generator, device=device)
+    for indices in order.split(batch_size):
+        images = normalize(split.images[indices], mean, std)
+        if augment:
+            images = crop_and_flip(images, *random_windows(len(indices), generator, device))
+        yield images, split.labels[indices]

@@ -1,0 +1,166 @@
+"""DenseNet and DenseNet-BC for small images (CIFAR, SVHN).
+
+Huang, Liu, Weinberger, van der Maaten: Densely Connected Convolutional Networks, arXiv:1608.06993.
+The text of the paper and the authors' Lua Torch code define what is built here; the two differ in one place, see DenseNet.
+
+    >>> net = DenseNet(growth_rate=12, depth=100)            # DenseNet-BC, 769,162 parameters
+    >>> net(torch.zeros(64, 3, 32, 32)).shape
+    torch.Size([64, 10])
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Bottleneck(nn.Module):
+    """BN-ReLU-Conv1x1(4k)-BN-ReLU-Conv3x3(k), its output concatenated to its input (paper, section 3, "Bottleneck layers").
+
+    Input (N, C, H, W), output (N, C + growth_rate, H, W): the old maps first, the new ones last.
+    """
+
+    def __init__(self, in_channels, growth_rate, drop_rate=0.0):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, 4 * growth_rate, kernel_size=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * growth_rate)
+        self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.dropout = nn.Dropout(drop_rate)
+
+    def forward(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))  #   (N, 4k, H, W)
+        out = self.dropout(self.conv2(F.relu(self.bn2(out))))  # (N, k, H, W)
+        return torch.cat([x, out], dim=1)  #                     (N, C + k, H, W)
+
+
+class SingleLayer(nn.Module):
+    """BN-ReLU-Conv3x3(k), its output concatenated to its input: the layer of the plain DenseNet.
+
+    Input (N, C, H, W), output (N, C + growth_rate, H, W).
+    """
+
+    def __init__(self, in_channels, growth_rate, drop_rate=0.0):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.dropout = nn.Dropout(drop_rate)
+
+    def forward(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))  # (N, k, H, W)
+        return torch.cat([x, out], dim=1)  #                   (N, C + k, H, W)
+
+
+class Transition(nn.Module):
+    """BN-ReLU-Conv1x1-average pool 2, between two dense blocks.
+
+    Input (N, C, H, W), output (N, out_channels, H // 2, W // 2).
+    """
+
+    def __init__(self, in_channels, out_channels, drop_rate=0.0):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.dropout = nn.Dropout(drop_rate)
+
+    def forward(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))  # (N, out_channels, H, W)
+        return F.avg_pool2d(out, kernel_size=2)  #             (N, out_channels, H/2, W/2)
+
+
+class DenseNet(nn.Module):
+    """Three dense blocks, two transitions, global average pooling and a linear classifier (paper, section 3).
+
+    Args:
+        growth_rate: k, the number of feature maps that each layer adds.
+        depth: L, the number of layers with weights; depth - 4 is divisible by 6 (bottleneck) or by 3 (plain).
+        reduction: the share of the channels that a transition keeps, in (0, 1]; None is 0.5, and 1.0 for the plain net.
+        num_classes: the number of logits.
+        bottleneck: DenseNet-BC's layer (True) or the plain one (False).
+        drop_rate: dropout after every convolution but the first, in [0, 1).
+        init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
+            (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
+
+    Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
+    A value out of its range raises ValueError.
+    """
+
+    def __init__(
+        self,
+        growth_rate=12,
+        depth=100,
+        reduction=None,
+        num_classes=10,
+        bottleneck=True,
+        drop_rate=0.0,
+        init_channels=None,
+    ):
+        super().__init__()
+        if reduction is None:
+            reduction = 0.5 if bottleneck else 1.0
+        if init_channels is None:
+            init_channels = 2 * growth_rate if bottleneck else 16
+        check_arguments(growth_rate, reduction, num_classes, drop_rate, init_channels)
+        num_layers = layers_per_block(depth, bottleneck)
+        layer = Bottleneck if bottleneck else SingleLayer
+
+        channels = init_channels
+        self.conv1 = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False)
+        self.dense1 = dense_block(layer, num_layers, channels, growth_rate, drop_rate)
+        channels += num_layers * growth_rate
+        self.trans1 = Transition(channels, math.floor(reduction * channels), drop_rate)
+        channels = math.floor(reduction * channels)
+        self.dense2 = dense_block(layer, num_layers, channels, growth_rate, drop_rate)
+        channels += num_layers * growth_rate
+        self.trans2 = Transition(channels, math.floor(reduction * channels), drop_rate)
+        channels = math.floor(reduction * channels)
+        self.dense3 = dense_block(layer, num_layers, channels, growth_rate, drop_rate)
+        channels += num_layers * growth_rate
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+        self.apply(init_weights)
+
+    def forward(self, x):
+        out = self.conv1(x)  #                            (N, C0, H, W)
+        out = self.trans1(self.dense1(out))  #            (N, C1, H/2, W/2)
+        out = self.trans2(self.dense2(out))  #            (N, C2, H/4, W/4)
+        out = F.relu(self.bn1(self.dense3(out)))  #       (N, C3, H/4, W/4)
+        return self.fc(out.mean(dim=(2, 3)))  #           (N, num_classes)
+
+
+def dense_block(layer, num_layers, channels, growth_rate, drop_rate):
+    """num_layers layers of class layer, each reading the channels of the block's input and of all layers before it."""
+    return nn.Sequential(*(layer(channels + i * growth_rate, growth_rate, drop_rate) for i in range(num_layers)))
+
+
+def layers_per_block(depth, bottleneck):
+    """n of the paper: (depth - 4) / 6 with bottlenecks, (depth - 4) / 3 without. ValueError names the nearest depths."""
+    step = 6 if bottleneck else 3
+    num_layers, rest = divmod(depth - 4, step)
+    if num_layers < 1:
+        raise ValueError(f"depth {depth} is too small: the two smallest that fit are {4 + step} and {4 + 2 * step}")
+    if rest:
+        below, above = depth - rest, depth - rest + step
+        raise ValueError(f"depth {depth} does not fit: depth - 4 must divide by {step}, the nearest are {below} and {above}")
+    return num_layers
+
+
+def check_arguments(growth_rate, reduction, num_classes, drop_rate, init_channels):
+    """Raises ValueError, naming the value and its range, if one is out of range."""
+    for name, value in [("growth_rate", growth_rate), ("num_classes", num_classes), ("init_channels", init_channels)]:
+        if value < 1:
+            raise ValueError(f"{name} {value} is too small: it must be 1 or more")
+    if not 0 < reduction <= 1:
+        raise ValueError(f"reduction {reduction} is out of range: it must be in (0, 1]")
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate {drop_rate} is out of range: it must be in [0, 1)")
+
+
+def init_weights(module):
+    """Official initialisation: convolutions N(0, sqrt(2 / (kh * kw * out))), linear bias 0; the rest as PyTorch makes it:
+    batch norm 1 and 0, linear weights U(-1/sqrt(in), 1/sqrt(in)) as in Torch."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

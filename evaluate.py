@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""The test error of a checkpoint, class by class, with its confusion matrix; or the classes of your own pictures.
+
+    ./evaluate.py work/cifar10.base/latest.pth --data data
+    ./evaluate.py work/cifar10.base/latest.pth --image cat.png dog.jpg
+
+The net is rebuilt from the checkpoint alone. confusion.csv and confusion.png are written beside it, or into --out DIR:
+one row for each true class, one column for each predicted class, counts of test images.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from densenet import DenseNet
+
+BATCH_SIZE = 250  # images at a time; without gradients a net needs little memory
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        checkpoint = load_checkpoint(args.checkpoint)
+        net = build_net(checkpoint)
+        if args.image:
+            classify(net, checkpoint, args.image)
+        else:
+            evaluate(net, checkpoint, args.data, args.out or args.checkpoint.parent)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="latest.pth of a run")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one the run was trained on)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for confusion.csv and confusion.png (default: beside the checkpoint)"
+    )
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="name the most likely classes of these pictures instead")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------ the checkpoint
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved, on the CPU. ValueError if the file is something else or damaged."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: name the latest.pth of a run") from error
+    except Exception as error:  # torch.load raises nearly anything for a file that is not its own
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
+    if not isinstance(checkpoint, dict) or not {"net", "model", "args"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
+    return checkpoint
+
+
+def build_net(checkpoint):
+    """The trained DenseNet of a checkpoint, in evaluation mode."""
+    net = DenseNet(**checkpoint["model"])
+    net.load_state_dict(checkpoint["net"])
+    return net.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def choose_device(name):
+    """The torch.device of --device; auto is the GPU if there is one. ValueError if the device is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: this machine has none that PyTorch can use: choose --device cpu")
+    return torch.device(name)
+
+
+@torch.inference_mode()
+def predict(net, images, mean, std):
+    """Logits (M, num_classes) in float32 of M uint8 images, by the net in evaluation mode."""
+    net.eval()
+    return torch.cat([net(data.normalize(batch, mean, std)) for batch in images.split(BATCH_SIZE)])
+
+
+def loss_and_error(logits, labels):
+    """Mean cross-entropy and share of wrong answers in percent, over all rows of logits."""
+    loss = F.cross_entropy(logits, labels)
+    error = 100 * (logits.argmax(dim=1) != labels).double().mean()
+    return loss.item(), error.item()
+
+
+def evaluate(net, checkpoint, root, out):
+    """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
+    args = checkpoint["args"]
+    dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"))
+    logits = predict(net, dataset.test.images, dataset.mean, dataset.std)
+    loss, error = loss_and_error(logits, dataset.test.labels)
+    confusion = confusion_matrix(logits.argmax(dim=1), dataset.test.labels, len(dataset.classes))
+    print(f"{args['dataset']}, {len(dataset.test)} test images, epoch {checkpoint['epoch']}")
+    print(f"test loss {loss:.2f}   test error {error:.2f} %")
+    print_classes(confusion, dataset.classes)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(confusion, dataset.classes, out / "confusion.csv")
+    draw(confusion, dataset.classes, out / "confusion.png")
+    print(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
+
+
+def confusion_matrix(predicted, labels, num_classes):
+    """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()
+
+
+def print_classes(confusion, classes):
+    width = max(map(len, classes))
+    for name, row, right in zip(classes, confusion, confusion.diagonal(), strict=True):
+        total = row.sum()
+        error = f"{100 * (total - right) / total:6.2f} %" if total else "   no image"
+        print(f"  {name:{width}}  {error}  ({total - right} of {total} wrong)")
+
+
+def write_csv(confusion, classes, path):
+    import pandas as pd
+
+    pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv(path)
+
+
+def draw(confusion, classes, path):
+    """The share of each true class that was taken for each class, in percent, numbers written where they fit."""
+    from matplotlib.figure import Figure
+
+    size = max(4.5, min(0.62 * len(classes), 14))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
+    font = 9 if len(classes) <= 20 else 4
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=font)
+    axes.set_yticks(range(len(classes)), classes, fontsize=font)
+    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test set")
+    if len(classes) <= 20:
+        for (row, column), value in np.ndenumerate(percent):
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 50 else "black"
+            )
+    figure.savefig(path, dpi=150)
+
+
+def classify(net, checkpoint, paths):
+    """Prints the three most likely classes of each picture."""
+    images = torch.stack([data.read_image(path) for path in paths])
+    logits = predict(net, images, torch.tensor(checkpoint["mean"]).view(3, 1, 1), torch.tensor(checkpoint["std"]).view(3, 1, 1))
+    classes = checkpoint["classes"]
+    for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):
+        best = probabilities.topk(min(3, len(classes)))
+        answers = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        print(f"{path}: {', '.join(answers)}")
+
+
+if __name__ == "__main__":
+    main()

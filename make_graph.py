@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Draws the autograd graph of a net: graph.dot, and graph.png and graph.svg where the Graphviz program `dot` is installed.
+
+    ./make_graph.py                                          a DenseNet-BC with one layer in each block
+    ./make_graph.py --no-bottleneck --depth 7 --out images/plain
+
+Blue boxes are parameters, by their names in the state dict; grey ones are the functions that autograd will run backward, the
+loss's side at the bottom. The flags of the model are those of train.py.
+"""
+
+import argparse
+from pathlib import Path
+
+import graphviz
+import torch
+import torchviz
+
+from densenet import DenseNet
+from train import USAGE, add_model_flags, model_arguments
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    args.drop_rate = args.drop_rate or 0.0
+    try:
+        net = DenseNet(**model_arguments(args))
+        print(write_dot(net, args.out))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        for kind in ("png", "svg"):
+            print(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
+    except graphviz.ExecutableNotFound:
+        print(
+            "The program dot, which makes pictures of it, is not installed: get Graphviz, for instance by apt install graphviz."
+        )
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
+    add_model_flags(parser, depth=10)
+    parser.add_argument(
+        "--out", metavar="NAME", default="graph", help="the files' name, without .dot, .png, .svg (%(default)s)"
+    )
+    return parser
+
+
+def write_dot(net, name):
+    """Runs the net once on a batch of two images and writes the graph behind its logits to NAME.dot."""
+    logits = net(torch.zeros(2, 3, 32, 32))
+    graph = torchviz.make_dot(logits, params=dict(net.named_parameters()))
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    return graph.save(f"{name}.dot")
+
+
+if __name__ == "__main__":
+    main()
