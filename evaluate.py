@@ -26,17 +26,22 @@ def main():
     args = parser.parse_args()
     try:
         checkpoint = load_checkpoint(args.checkpoint)
-        net = build_net(checkpoint)
+        device = choose_device(args.device)
+        net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
         if args.image:
-            classify(net, checkpoint, args.image)
+            classify(net, checkpoint, args.image, device)
         else:
-            evaluate(net, checkpoint, args.data, args.out or args.checkpoint.parent)
+            evaluate(net, checkpoint, args.data, args.out or args.checkpoint.parent, device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s CHECKPOINT [options], which --help lists",
+    )
     parser.add_argument("checkpoint", type=Path, help="latest.pth of a run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one the run was trained on)")
@@ -64,9 +69,14 @@ def load_checkpoint(path):
 
 
 def build_net(checkpoint):
-    """The trained DenseNet of a checkpoint, in evaluation mode."""
+    """The trained DenseNet of a checkpoint, in evaluation mode. ValueError if the weights are not those of such a net."""
     net = DenseNet(**checkpoint["model"])
-    net.load_state_dict(checkpoint["net"])
+    try:
+        net.load_state_dict(checkpoint["net"])
+    except RuntimeError as error:
+        raise ValueError(
+            "the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py"
+        ) from error
     return net.eval()
 
 
@@ -97,10 +107,10 @@ def loss_and_error(logits, labels):
     return loss.item(), error.item()
 
 
-def evaluate(net, checkpoint, root, out):
+def evaluate(net, checkpoint, root, out, device):
     """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
     args = checkpoint["args"]
-    dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"))
+    dataset = data.load(args["dataset"], root or args["data"], device)
     logits = predict(net, dataset.test.images, dataset.mean, dataset.std)
     loss, error = loss_and_error(logits, dataset.test.labels)
     confusion = confusion_matrix(logits.argmax(dim=1), dataset.test.labels, len(dataset.classes))
@@ -115,7 +125,9 @@ def evaluate(net, checkpoint, root, out):
 
 def confusion_matrix(predicted, labels, num_classes):
     """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()
+    return (
+        torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).cpu().numpy()
+    )
 
 
 def print_classes(confusion, classes):
@@ -154,10 +166,11 @@ def draw(confusion, classes, path):
     figure.savefig(path, dpi=150)
 
 
-def classify(net, checkpoint, paths):
+def classify(net, checkpoint, paths, device):
     """Prints the three most likely classes of each picture."""
-    images = torch.stack([data.read_image(path) for path in paths])
-    logits = predict(net, images, torch.tensor(checkpoint["mean"]).view(3, 1, 1), torch.tensor(checkpoint["std"]).view(3, 1, 1))
+    images = torch.stack([data.read_image(path) for path in paths]).to(device)
+    mean, std = (torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
+    logits = predict(net, images, mean, std)
     classes = checkpoint["classes"]
     for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):
         best = probabilities.topk(min(3, len(classes)))

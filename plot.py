@@ -13,6 +13,7 @@ import io
 import os
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -37,7 +38,11 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s DIR [DIR ...] [options], which --help lists",
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a run")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the figures go (default: the run, or what holds all runs)"
@@ -55,10 +60,9 @@ def build_parser():
 def name_runs(folders):
     """{label: folder}; a label is the shortest end of the path that tells the runs apart. ValueError if one is named twice."""
     paths = [folder.resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        raise ValueError(
-            f"{next(str(f) for f, p in zip(folders, paths) if paths.count(p) > 1)} is named twice: name each run once"
-        )
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice:
+        raise ValueError(f"{twice} is named twice: name each run once")
     length = 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
@@ -80,7 +84,7 @@ def read_csv(path):
     if not path.exists():
         raise ValueError(f"{path} does not exist: name the folder of a run of train.py")
     text = path.read_text()
-    table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"))
+    table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"), dtype=float)
     if not {"epoch", "loss", "error"} <= set(table.columns):
         raise ValueError(f"{path} has no columns epoch, loss, error: it was not written by train.py")
     return table
@@ -111,7 +115,8 @@ def draw(runs, columns, path, title, since, linear):
         axes.legend()
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    with matplotlib.rc_context({"axes.formatter.min_exponent": 3}):  # 0.01 and not 10^-2 on the logarithmic axis
+        figure.savefig(path, dpi=150)
 
 
 def draw_run(axes, column, label, color, train, test):

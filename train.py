@@ -180,9 +180,16 @@ def check_run_folder(save, force):
 
 def start_run_folder(args, device):
     """Makes the folder, removes the files of a run that --force replaces, and writes args.json and the CSVs' header lines."""
-    args.save.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        (args.save / name).unlink(missing_ok=True)
+    try:
+        args.save.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            (args.save / name).unlink(missing_ok=True)
+        write_headers(args, device)
+    except OSError as error:
+        raise ValueError(f"--save {args.save} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def write_headers(args, device):
     facts = {
         **vars(args),
         "save": str(args.save),
@@ -308,6 +315,7 @@ def fit(net, dataset, args, device):
         for epoch in range(args.epochs):
             started = time.perf_counter()
             set_learning_rate(optimizer, epoch, args)
+            bar.set_description_str(f"epoch {epoch + 1}, lr {optimizer.param_groups[0]['lr']:g}")
             batches = epoch_batches(dataset, epoch, args, device)
             steps = training_steps(model, optimizer, scaler, autocast, batches)
             train_figures = record(steps, len(dataset.train), args.batch_size, epoch, args.save / "train.csv", bar)
@@ -364,7 +372,7 @@ def record(steps, num_images, batch_size, epoch, path, bar):
             append_rows(path, [(epoch + (len(rows) + i) / len(sizes), *f) for i, f in enumerate(figures, start=1)])
             rows, group = rows + figures, []
             check_finite(rows, epoch)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {rows[-1][0]:.3f}, error {rows[-1][1]:.1f} %")
+            bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, error {rows[-1][1]:.1f} %")
     return np.average(rows, axis=0, weights=sizes)
 
 

@@ -1,0 +1,24 @@
+# make demo   sets up .venv and trains a small DenseNet-BC on real handwritten digits
+# make test   sets up .venv and runs the tests
+
+PYTHON ?= python3
+DEMO = work/demo
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	.venv/bin/python train.py --dataset digits --depth 16 --growth-rate 8 --epochs 10 --batch-size 32 --drop-rate 0 --save $(DEMO) --force
+	.venv/bin/python evaluate.py $(DEMO)/latest.pth
+	@ls $(DEMO)/*.png
+
+test: .venv/installed lint
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --requirement requirements.txt
+	touch $@

@@ -1,0 +1,63 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def cifar():
+    """Folder with the official CIFAR-10; tests that need it are skipped where it is not."""
+    for folder in filter(None, [os.environ.get("DENSENET_DATA"), ROOT.parent / "shared" / "data"]):
+        if Path(folder, "cifar-10-batches-py").is_dir():
+            return Path(folder)
+    pytest.skip("CIFAR-10 is neither in $DENSENET_DATA nor in ../shared/data")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Downloads fail at once, in this process and in those it starts: nothing listens on port 9."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Calls the main function of a script with arguments; returns (exit status, stdout, stderr)."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        try:
+            module.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run_script():
+    """Runs a script of the project in a process of its own; returns the completed process."""
+
+    def run(name, *arguments, **options):
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Folder of a finished run of the real program: two epochs of a tiny net on 96 digits, with figures."""
+    save = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--epochs", "2", "--batch-size", "40", "--save", str(save)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (save / "stdout").write_text(done.stdout)
+    return save

@@ -1,0 +1,210 @@
+import shutil
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from PIL import Image
+
+import data
+from data import Split
+
+CPU = torch.device("cpu")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_crop_and_flip_equals_a_loop_over_the_images():
+    images = torch.randn(200, 3, 32, 32)
+    top, left, flip = data.random_windows(200, generator(), CPU)
+    assert {*top.tolist()} == {*left.tolist()} == set(range(9))
+    assert 70 < flip.sum() < 130
+    result = data.crop_and_flip(images, top, left, flip)
+    for image, t, o, f, out in zip(images, top, left, flip, result, strict=True):
+        padded = torch.zeros(3, 40, 40)
+        padded[:, 4:36, 4:36] = image
+        crop = padded[:, t : t + 32, o : o + 32]
+        assert torch.equal(out, crop.flip(2) if f else crop)
+
+
+def test_padding_is_zero_after_normalisation():
+    split = Split(torch.randint(1, 256, (50, 3, 32, 32), dtype=torch.uint8), torch.arange(50))
+    mean, std = torch.tensor([9.5, 90.5, 190.5]).view(3, 1, 1), torch.tensor([3.0, 4.0, 5.0]).view(3, 1, 1)  # no pixel is 0
+    images, _ = next(data.training_batches(split, 50, mean, std, True, generator()))
+    zeros = (images == 0).all(dim=1)
+    assert zeros.any()
+    assert torch.equal(zeros.flatten(1).any(1), (images == 0).flatten(1).any(1))  # all channels together
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(100, 16), (64, 64), (5, 64)])
+def test_each_image_is_seen_once_an_epoch(size, batch_size):
+    images = torch.arange(size, dtype=torch.uint8).view(size, 1, 1, 1).expand(size, 3, 32, 32).contiguous()
+    split = Split(images, torch.arange(size))
+    zero, one = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    batches = list(data.training_batches(split, batch_size, zero, one, False, generator()))
+    assert [len(labels) for _, labels in batches] == [batch_size] * (size // batch_size) + [size % batch_size] * (
+        size % batch_size > 0
+    )
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert torch.equal(images[:, 0, 0, 0], labels.float())
+    assert sorted(labels.tolist()) == list(range(size))
+    assert labels.tolist() != list(range(size))
+
+
+def test_cifar_has_782_batches_and_the_last_has_16_images():
+    split = Split(torch.zeros(50_000, 3, 1, 1, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.int64))
+    zero, one = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    sizes = [len(labels) for _, labels in data.training_batches(split, 64, zero, one, False, generator())]
+    assert sizes == [64] * 781 + [16]
+
+
+def test_the_same_generator_state_gives_the_same_epoch():
+    dataset = data.load("digits", ".", CPU)
+    epochs = [
+        torch.cat([b[0] for b in data.training_batches(dataset.train, 64, dataset.mean, dataset.std, True, generator(s))])
+        for s in (3, 3, 4)
+    ]
+    assert torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], epochs[2])
+
+
+def test_digits_are_the_real_ones_stratified_and_fixed():
+    first, second = data.load("digits", ".", CPU), data.load("digits", ".", CPU)
+    assert first.train.images.shape == (1437, 3, 32, 32)
+    assert first.test.images.shape == (360, 3, 32, 32)
+    assert first.train.images.dtype == torch.uint8
+    assert torch.equal(first.test.images, second.test.images)
+    assert first.test.labels.bincount().min() >= 34
+    normalized = data.normalize(first.train.images, first.mean, first.std)
+    torch.testing.assert_close(normalized.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalized.std(), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
+    whole, part = data.load("digits", ".", CPU, val=300), data.load("digits", ".", CPU, val=300, limit=100)
+    assert (len(whole.train), len(whole.val), len(part.train)) == (1137, 300, 100)
+    assert torch.equal(whole.val.images, part.val.images)
+    assert torch.equal(whole.train.images[:100], part.train.images)
+    rows = {image.numpy().tobytes() for image in torch.cat([whole.train.images, whole.val.images])}
+    assert rows == {image.numpy().tobytes() for image in data.load("digits", ".", CPU).train.images}
+    with pytest.raises(ValueError, match="--val 1437 is more than the 1437"):
+        data.load("digits", ".", CPU, val=1437)
+    with pytest.raises(ValueError, match="--val 1000 and --limit 438 is more than"):
+        data.load("digits", ".", CPU, val=1000, limit=438)
+
+
+def test_cifar10_is_the_official_one(cifar):
+    dataset = data.load("cifar10", cifar, CPU)
+    assert dataset.train.images.shape == (50_000, 3, 32, 32)
+    assert dataset.test.labels.bincount().tolist() == [1000] * 10
+    assert dataset.classes[3] == "cat"
+    theirs = torchvision.datasets.CIFAR10(cifar, train=True)
+    assert np.array_equal(dataset.train.images[7].permute(1, 2, 0).numpy(), np.asarray(theirs[7][0]))
+    assert dataset.train.labels[7] == theirs[7][1]
+    std, mean = torch.std_mean(dataset.train.images.float(), dim=(0, 2, 3))
+    torch.testing.assert_close(dataset.mean.flatten(), mean, atol=0.06, rtol=0)
+    torch.testing.assert_close(dataset.std.flatten(), std, atol=0.06, rtol=0)
+
+
+def test_damaged_cifar_file_is_refused_and_kept(cifar, tmp_path):
+    shutil.copytree(cifar / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
+    damaged = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = bytearray(damaged.read_bytes())
+    content[1000] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match="data_batch_3 is damaged"):
+        data.load("cifar10", tmp_path, CPU)
+    assert damaged.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "archive"),
+    [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("svhn", "train_32x32.mat")],
+)
+def test_missing_data_without_network_says_where_the_archive_goes(name, archive, tmp_path):
+    with pytest.raises(ValueError, match=rf"put {archive} into {tmp_path}.*--dataset digits"):
+        data.load(name, tmp_path, CPU)
+
+
+def test_svhn_is_train_and_extra_divided_by_255(tmp_path, monkeypatch):
+    svhn = torchvision.datasets.SVHN
+    split_list = {}
+    for i, (split, size) in enumerate([("train", 20), ("extra", 30), ("test", 10)]):
+        pixels = np.full((32, 32, 3, size), 100 + i, dtype=np.uint8)
+        scipy.io.savemat(tmp_path / f"{split}.mat", {"X": pixels, "y": np.arange(1, size + 1)[:, None] % 10 + 1})
+        md5 = torchvision.datasets.utils.calculate_md5(tmp_path / f"{split}.mat")
+        split_list[split] = ["http://127.0.0.1:9/", f"{split}.mat", md5]
+    monkeypatch.setattr(svhn, "split_list", split_list)
+    dataset = data.load("svhn", tmp_path, CPU)
+    assert dataset.train.images.flatten(1).float().mean(1).tolist() == [100.0] * 20 + [101.0] * 30
+    assert sorted({*dataset.train.labels.tolist()}) == list(range(10))
+    assert len(dataset.test) == 10
+    torch.testing.assert_close(
+        data.normalize(dataset.test.images, dataset.mean, dataset.std)[0, 0, 0, 0], torch.tensor(102 / 255)
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder data set: red and blue pictures of 40 x 50, six to train on and one to test of each class."""
+    for part, count in [("train", 6), ("test", 1)]:
+        for name, color in [("blue", (0, 0, 255)), ("red", (255, 0, 0))]:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 50), color).save(tmp_path / part / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return tmp_path
+
+
+def test_folder_is_read_and_resized(pictures):
+    dataset = data.load("folder", pictures, CPU)
+    assert dataset.classes == ["blue", "red"]
+    assert dataset.train.images.shape == (12, 3, 32, 32)
+    assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+    torch.testing.assert_close(dataset.mean.flatten(), torch.tensor([127.0, 0.0, 127.0]), atol=1.5, rtol=0)
+
+
+def break_picture(root):
+    (root / "train" / "red" / "3.png").write_bytes(b"no picture")
+
+
+def cut_picture(root):
+    path = root / "train" / "blue" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def empty_class(root):
+    for path in (root / "train" / "red").iterdir():
+        path.unlink()
+
+
+def one_class(root):
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "red")
+
+
+def class_without_test(root):
+    (root / "test" / "red").rename(root / "test" / "green")
+
+
+def no_test(root):
+    shutil.rmtree(root / "test")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_picture, "red/3.png cannot be read as an image"),
+        (cut_picture, "blue/2.jpg cannot be read as an image"),
+        (empty_class, "train: .*red"),
+        (one_class, r"one class only \(blue\)"),
+        (class_without_test, "green is in only one of train and test"),
+        (no_test, "test is not a folder"),
+    ],
+)
+def test_folder_that_is_wrong_is_named(pictures, spoil, message):
+    spoil(pictures)
+    with pytest.raises(ValueError, match=message):
+        data.load("folder", pictures, CPU)

@@ -1,0 +1,42 @@
+import shutil
+
+import pytest
+from PIL import Image
+
+import make_graph
+from densenet import DenseNet
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-bottleneck", "--depth", "7", "--growth-rate", "5"]])
+def test_every_parameter_stands_in_the_graph_by_name(call_main, tmp_path, flags):
+    status, out, errors = call_main(make_graph, *flags, "--out", tmp_path / "sub" / "graph")
+    assert status == 0, errors
+    text = (tmp_path / "sub" / "graph.dot").read_text()
+    net = DenseNet(depth=7, growth_rate=5, bottleneck=False) if flags else DenseNet(depth=10)
+    for name, parameter in net.named_parameters():
+        assert f"{name}\n ({', '.join(map(str, parameter.shape))})" in text
+    assert str(tmp_path / "sub" / "graph.dot") in out
+
+
+@pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
+def test_pictures_are_made_with_dot(call_main, tmp_path):
+    status, out, errors = call_main(make_graph, "--out", tmp_path / "graph")
+    assert status == 0, errors
+    assert out.split() == [str(tmp_path / f"graph.{kind}") for kind in ("dot", "png", "svg")]
+    assert Image.open(tmp_path / "graph.png").size[1] > 1000
+    assert "dense1.0.conv1.weight" in (tmp_path / "graph.svg").read_text()
+
+
+def test_without_dot_the_file_is_written_and_one_sentence_says_how_to_get_it(call_main, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, out, errors = call_main(make_graph, "--out", tmp_path / "graph")
+    assert status == 0, errors
+    assert (tmp_path / "graph.dot").exists()
+    assert "apt install graphviz" in out
+    assert not (tmp_path / "graph.png").exists()
+
+
+def test_bad_depth(call_main, tmp_path):
+    status, _, errors = call_main(make_graph, "--depth", 11, "--out", tmp_path / "graph")
+    assert (status, "nearest are 10 and 16" in errors) == (2, True)
+    assert not (tmp_path / "graph.dot").exists()

@@ -1,0 +1,293 @@
+import contextlib
+import json
+import math
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY
+from PIL import Image
+
+import data
+import evaluate
+import train
+from densenet import DenseNet
+
+
+def parse(*arguments):
+    return train.parse_args(train.build_parser(), list(arguments))
+
+
+# ------------------------------------------------------------------------------------------------------------- protocol
+
+
+def test_no_flag_is_the_protocol_of_the_paper():
+    args = parse()
+    assert (args.dataset, args.augment, args.val, args.epochs, args.batch_size) == ("cifar10", True, 0, 300, 64)
+    assert (args.opt, args.lr, args.momentum, args.weight_decay, args.nesterov) == ("sgd", 0.1, 0.9, 1e-4, True)
+    assert str(args.save) == "work/cifar10.base"
+    net = DenseNet(**train.model_arguments(args))
+    assert sum(p.numel() for p in net.parameters()) == 769_162
+    optimizer = train.make_optimizer(net, args)
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["dampening"], group["nesterov"], group["weight_decay"]) == (0.9, 0, True, 1e-4)
+    assert sum(p.numel() for p in group["params"]) == 769_162  # weight decay on all parameters
+
+
+def test_defaults_that_depend_on_others():
+    assert parse("--no-augment").drop_rate == 0.2
+    assert parse("--no-augment", "--drop-rate", "0").drop_rate == 0
+    assert parse().drop_rate == 0
+    svhn = parse("--dataset", "svhn")
+    assert (svhn.epochs, svhn.val, svhn.augment, svhn.drop_rate) == (40, 6000, False, 0.2)
+    assert parse("--dataset", "svhn", "--epochs", "3", "--val", "0").epochs == 3
+    plain = DenseNet(**train.model_arguments(parse("--no-bottleneck", "--depth", "40")))
+    assert sum(p.numel() for p in plain.parameters()) == 1_019_722
+    assert parse("--nEpochs", "7", "--batchSz", "8", "--no-cuda").device == "cpu"
+
+
+@pytest.mark.parametrize("epochs", [300, 40, 3, 7, 1])
+def test_learning_rate_at_every_epoch(epochs):
+    rates = [train.learning_rate(epoch, epochs, 0.1) for epoch in range(epochs)]
+    half, three_quarters = math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)
+    expected = [0.1] * half + [0.01] * (three_quarters - half) + [0.001] * (epochs - three_quarters)
+    assert rates == pytest.approx(expected)
+    if epochs == 300:
+        assert rates.count(rates[0]) == 150  # whole epochs at 0.1
+        assert rates[224:226] == pytest.approx([0.01, 0.001])
+
+
+def test_adam_and_rmsprop_keep_their_library_defaults():
+    net = torch.nn.Linear(2, 2)
+    for name, kind in [("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)]:
+        args = parse("--opt", name, "--epochs", "4")
+        ours, theirs = train.make_optimizer(net, args), kind(net.parameters(), weight_decay=1e-4)
+        train.set_learning_rate(ours, 3, args)
+        assert ours.defaults == theirs.defaults
+        assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+    assert train.make_optimizer(net, parse("--opt", "adam", "--lr", "0.5")).param_groups[0]["lr"] == 0.5
+
+
+def test_a_step_is_that_of_plain_pytorch():
+    """Three steps, Nesterov momentum and weight decay written out by hand, in float64."""
+    torch.manual_seed(0)
+    net = DenseNet(depth=10, growth_rate=4).double()
+    twin = DenseNet(depth=10, growth_rate=4).double()
+    twin.load_state_dict(net.state_dict())
+    batches = [(torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))) for _ in range(3)]
+    args = parse()
+    steps = train.training_steps(net, train.make_optimizer(net, args), *no_scaling(), batches)
+    losses = torch.stack(list(steps))[:, 0]
+    velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for (images, labels), loss in zip(batches, losses, strict=True):
+        expected = torch.nn.functional.cross_entropy(twin(images), labels)
+        torch.testing.assert_close(loss, expected.detach())
+        twin.zero_grad()
+        expected.backward()
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                gradient = p.grad + 1e-4 * p
+                velocity[name] = 0.9 * velocity[name] + gradient
+                p -= 0.1 * (gradient + 0.9 * velocity[name])
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def no_scaling():
+    return torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
+
+
+def test_a_whole_step_runs_on_the_meta_device():
+    """Meta tensors have no numbers: a tensor made on another device, or a step that waits for a number, is an error."""
+    with torch.device("meta"):
+        net = DenseNet(depth=10, growth_rate=4, drop_rate=0.2)
+        split = data.Split(torch.empty(100, 3, 32, 32, dtype=torch.uint8), torch.empty(100, dtype=torch.int64))
+        mean, std = torch.empty(3, 1, 1), torch.empty(3, 1, 1)
+    batches = data.training_batches(split, 64, mean, std, True, None)
+    results = list(train.training_steps(net, train.make_optimizer(net, parse()), *no_scaling(), batches))
+    assert [r.shape for r in results] == [(2,), (2,)]
+    assert {r.device.type for r in results} == {"meta"}
+    assert {p.grad.device.type for p in net.parameters()} == {"meta"}
+
+
+# --------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_writes_its_files(tiny_run):
+    steps = pd.read_csv(tiny_run / "train.csv")
+    assert list(steps.columns) == ["epoch", "loss", "error"]
+    assert steps["epoch"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-6)  # 96 images, batches of 40
+    epochs = pd.read_csv(tiny_run / "test.csv")
+    assert list(epochs.columns) == ["epoch", "loss", "error"]
+    assert epochs["epoch"].tolist() == [1, 2]
+    facts = json.loads((tiny_run / "args.json").read_text())
+    assert (facts["depth"], facts["batch_size"], facts["torch"]) == (10, 40, torch.__version__)
+    assert facts["device"].startswith("cpu")
+    assert "commit" in facts
+    for name in ("loss.png", "error.png", "loss-error.png"):
+        assert Image.open(tiny_run / name).size[1] > 300
+    lines = (tiny_run / "stdout").read_text().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_test_csv_holds_exact_figures(tiny_run):
+    """The last row equals loss and error of the saved net, image by image, summed and divided by their number."""
+    checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
+    net = evaluate.build_net(checkpoint).double()
+    dataset = data.load("digits", ".", torch.device("cpu"))
+    logits = torch.cat([net(data.normalize(image, dataset.mean, dataset.std).double()[None]) for image in dataset.test.images])
+    losses = torch.nn.functional.cross_entropy(logits, dataset.test.labels, reduction="none")
+    wrong = (logits.argmax(1) != dataset.test.labels).sum()
+    last = pd.read_csv(tiny_run / "test.csv").iloc[-1]
+    assert last["loss"] == pytest.approx(losses.sum().item() / 360, rel=1e-5)
+    assert last["error"] == pytest.approx(100 * wrong.item() / 360, rel=1e-5)
+
+
+def test_checkpoint_is_the_bare_net_even_if_compiled_parts_trained_it(tiny_run):
+    checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
+    assert list(checkpoint["net"]) == list(DenseNet(depth=10, growth_rate=4).state_dict())
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["classes"] == [str(i) for i in range(10)]
+
+
+def test_held_out_images_get_columns_of_their_own(call_main, tmp_path):
+    status, _, errors = call_main(train, *TINY, "--val", 50, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
+    assert status == 0, errors
+    table = pd.read_csv(tmp_path / "run" / "test.csv")
+    assert list(table.columns) == ["epoch", "loss", "error", "val_loss", "val_error"]
+    assert table["val_error"].item() * 50 / 100 == pytest.approx(round(table["val_error"].item() * 50 / 100), abs=1e-3)
+    assert not list((tmp_path / "run").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--opt", "adam"], ["--opt", "rmsprop"], ["--precision", "bf16"], ["--no-bottleneck"], ["--augment", "--deterministic"]],
+)
+def test_other_ways_to_train(call_main, tmp_path, flags):
+    try:
+        status, out, errors = call_main(train, *TINY, *flags, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert status == 0, errors
+    assert "epoch 1/1" in out
+    assert np.isfinite(pd.read_csv(tmp_path / "run" / "train.csv")).all(axis=None)
+
+
+def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(tmp_path):
+    """The program on a real pseudo-terminal."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 160))
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--epochs", "1", "--no-plot", "--save", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
+            while chunk := os.read(master, 65536):
+                shown += chunk
+    assert process.returncode == 0
+    for part in (b"images/s", b"loss", b"error", b"lr 0.1", b"epoch 1", b"96.0/96.0"):
+        assert part in shown
+
+
+def test_three_epochs_of_cifar_rows(cifar, call_main, tmp_path):
+    flags = ["--depth", 10, "--growth-rate", 4, "--limit", 640, "--epochs", 1, "--no-plot"]
+    status, _, errors = call_main(train, "--data", cifar, *flags, "--save", tmp_path / "run")
+    assert status == 0, errors
+    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 10
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth", 41], "depth 41 does not fit: depth - 4 must divide by 6, the nearest are 40 and 46"),
+        (["--depth", 41, "--no-bottleneck"], "nearest are 40 and 43"),
+        (["--growth-rate", 0], "growth_rate 0 is too small"),
+        (["--batch-size", 0], "--batch-size/--batchSz: 0 is out of range: it must be 1 or more"),
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--reduction", 0], "reduction 0.0 is out of range"),
+        (["--reduction", 1.5], "reduction 1.5 is out of range"),
+        (["--drop-rate", 1], "drop_rate 1.0 is out of range"),
+        (["--lr", "nan"], "nan is out of range"),
+        (["--limit", 2000], "--limit 2000 is more than the 1437 training images"),
+        (["--val", 1437, "--limit", 1], "--val 1437 and --limit 1 is more than the 1437 training images"),
+        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--dataset", "cifar100"], "put cifar-100-python.tar.gz into"),
+        (["--dataset", "folder"], "train is not a folder"),
+        (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
+        (["--compile", "fast"], "invalid choice: 'fast'"),
+        (["--save", f"{__file__}/run"], "cannot be written (Not a directory)"),
+        (["--save", __file__], f"--save {__file__} cannot be written (File exists): choose another folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(call_main, tmp_path, flags, message):
+    save = [] if "--save" in flags else ["--save", tmp_path / "run"]
+    status, out, errors = call_main(train, *TINY, "--epochs", 1, "--data", tmp_path / "data", *save, *flags)
+    assert status == 2
+    usage, *lines = errors.splitlines()
+    assert usage.startswith("usage: train.py")
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there(call_main, tmp_path, device):
+    if getattr(torch, device).is_available():
+        pytest.skip(f"{device} is there")
+    status, _, errors = call_main(train, "--dataset", "digits", "--device", device, "--save", tmp_path / "run")
+    assert (status, f"--device {device}: this machine has none" in errors) == (2, True)
+
+
+def test_a_folder_with_a_run_is_kept_unless_forced(call_main, tiny_run, tmp_path):
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / "notes.txt").write_text("mine")
+    (save / "train.csv").write_text("epoch,loss,error\n1,2,3\n")
+    status, _, errors = call_main(train, *TINY, "--save", save)
+    assert (status, "already holds a run" in errors, "--force" in errors) == (2, True, True)
+    assert (save / "train.csv").read_text() == "epoch,loss,error\n1,2,3\n"
+    status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--save", save, "--force")
+    assert status == 0, errors
+    assert len(pd.read_csv(save / "train.csv")) == 2
+    assert (save / "notes.txt").read_text() == "mine"
+
+
+def test_no_traceback_reaches_a_person(run_script, tmp_path):
+    done = run_script("train.py", "--depth", "41", "--save", tmp_path / "run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
+    flags = ["--lr", "1e30", "--epochs", 3, "--batch-size", 32, "--no-plot", "--save", tmp_path / "run"]
+    status, _, _ = call_main(train, *TINY, *flags)
+    assert "at step 2 of epoch 1: try a lower --lr" in status  # sys.exit with a sentence: printed, exit status 1
+    rows = pd.read_csv(tmp_path / "run" / "train.csv")
+    assert np.isfinite(rows["loss"][0])
+    assert not np.isfinite(rows["loss"][1])
+    assert not (tmp_path / "run" / "latest.pth").exists()
+
+
+def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_path, capsys):
+    save = tmp_path / "run"
+    shutil.copytree(tiny_run, save)
+    (save / "loss.png").unlink()
+    (save / "loss.png").mkdir()  # no file can be written here
+    figures = train.Figures(save, enabled=True)
+    figures.finish()
+    figures.redraw()
+    figures.finish()
+    out = capsys.readouterr().out
+    assert out.count("the figures could not be drawn, training goes on: plot.py: error:") == 1
+    assert "loss.png" in out
