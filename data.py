@@ -207,15 +207,19 @@ def random_windows(n, generator, device):
     return top, left, torch.rand(n, generator=generator, device=device) < 0.5
 
 
-def training_batches(split, batch_size, mean, std, augment, generator):
-    """One epoch: yields (images (N, 3, H, W) float32, labels (N,)), every image once in an order drawn from the generator.
+def training_batches(split, batch_size, mean, std, augment, generator, rank=0, world_size=1):
+    """One epoch, every image once, in an order from the generator: yields (images (N, 3, H, W) float32, labels (N,), share).
 
-    The last batch is smaller where batch_size does not divide the number of images. The generator lives on the split's device.
+    The last batch is smaller where batch_size does not divide the number of images. Of several ranks, whose generators are in
+    the same state, each gets its slice of every batch; share is the slice's part of the batch, 1 for a single process.
+    The generator lives on the split's device.
     """
     device = split.labels.device
     order = torch.randperm(len(split), generator=generator, device=device)
     for indices in order.split(batch_size):
-        images = normalize(split.images[indices], mean, std)
+        windows = random_windows(len(indices), generator, device) if augment else ()
+        mine, *windows = (part.tensor_split(world_size)[rank] for part in (indices, *windows))
+        images = normalize(split.images[mine], mean, std)
         if augment:
-            images = crop_and_flip(images, *random_windows(len(indices), generator, device))
-        yield images, split.labels[indices]
+            images = crop_and_flip(images, *windows)
+        yield images, split.labels[mine], len(mine) / len(indices)

@@ -84,7 +84,10 @@ def read_csv(path):
     if not path.exists():
         raise ValueError(f"{path} does not exist: name the folder of a run of train.py")
     text = path.read_text()
-    table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"), dtype=float)
+    try:
+        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"), dtype=float)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of numbers ({str(error).strip()}): it was not written by train.py") from error
     if not {"epoch", "loss", "error"} <= set(table.columns):
         raise ValueError(f"{path} has no columns epoch, loss, error: it was not written by train.py")
     return table

@@ -10,14 +10,16 @@ test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error
 """
 
 import argparse
-import json
 import math
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +29,15 @@ from setproctitle import setproctitle
 from tqdm import tqdm
 
 import data
+import distributed
+import run_folder
 from densenet import DenseNet
-from evaluate import choose_device, loss_and_error, predict
+from evaluate import choose_device, loss_and_error_sums, predict
 
 HERE = Path(__file__).resolve().parent
 USAGE = "%(prog)s [options], which --help lists"
 FLUSH_STEPS = 20  # the device is synchronised once in so many steps, to write their losses to train.csv
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RUN_FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "loss.png", "error.png", "loss-error.png"]
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
@@ -44,22 +47,29 @@ def main():
     parser = build_parser()
     args = parse_args(parser)
     try:
-        check_run_folder(args.save, args.force)
-        device = choose_device(args.device)
-        check_precision(args.precision, device)
-        with torch.device("meta"):  # refuses a bad depth before anything is downloaded
-            DenseNet(**model_arguments(args))
-        dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
-        start_run_folder(args, device)
+        world = distributed.read_world(os.environ)
+        run_folder.refuse_to_replace(args.save, args.resume, args.force)
+        device = distributed.join(world, choose_device(args.device))
+        check_arguments(args, device)
+        with distributed.first_rank_first(world):
+            dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
+        distributed.check_batches(world, args.batch_size, len(dataset.train))
+        _held, checkpoint = open_run(args, device) if world.rank == 0 else (None, None)  # the lock, held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    torch.manual_seed(args.seed)
-    net = DenseNet(**model_arguments(args), num_classes=len(dataset.classes))
-    net = net.to(device, memory_format=torch.channels_last)
+    net = make_net(args, len(dataset.classes), device)
     try:
-        fit(net, dataset, args, device)
+        fit(net, dataset, args, device, world, distributed.share_object(checkpoint, world))
+    except Stopped as stopped:
+        if world.rank == 0:
+            print(f"{stopped}; this continues the run: {resume_command(world)}")
+        sys.exit(stopped.status)
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}")
+    except OSError as error:
+        sys.exit(f"train.py: {error}; the last complete checkpoint is kept, --resume continues from it")
+    finally:
+        distributed.leave(world)
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -125,10 +135,12 @@ def add_machine_flags(group):
     )
     modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
     group.add_argument("--compile", choices=modes, nargs="?", const="default", help="torch.compile the training steps")
+    group.add_argument("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
 
 
 def add_run_flags(group):
     group.add_argument("--save", metavar="DIR", type=Path, help="the run's folder (work/<dataset>.base)")
+    group.add_argument("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
     group.add_argument("--force", action="store_true", help="replace the run that the folder holds")
     group.add_argument("--no-plot", dest="plot", action="store_false", help="draw no figures")
 
@@ -165,41 +177,44 @@ def model_arguments(args):
     return {name: getattr(args, name) for name in names}
 
 
-# ------------------------------------------------------------------------------------------------------ the run's folder
+# -------------------------------------------------------------------------------------------------------- the beginning
 
 
-def check_precision(precision, device):
-    if precision == "fp16" and device.type == "cpu":
+def check_arguments(args, device):
+    """ValueError for arguments that do not fit each other or the machine; before anything is downloaded or written."""
+    with torch.device("meta"):
+        DenseNet(**model_arguments(args))
+    if args.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
 
 
-def check_run_folder(save, force):
-    if not force and any((save / name).exists() for name in RUN_FILES):
-        raise ValueError(f"{save} already holds a run: choose another folder with --save, or replace it with --force")
+def make_net(args, num_classes, device):
+    torch.manual_seed(args.seed)
+    net = DenseNet(**model_arguments(args), num_classes=num_classes)
+    return net.to(device, memory_format=torch.channels_last)
 
 
-def start_run_folder(args, device):
-    """Makes the folder, removes the files of a run that --force replaces, and writes args.json and the CSVs' header lines."""
-    try:
-        args.save.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (args.save / name).unlink(missing_ok=True)
-        write_headers(args, device)
-    except OSError as error:
-        raise ValueError(f"--save {args.save} cannot be written ({error.strerror}): choose another folder") from error
+def open_run(args, device):
+    """Locks the run's folder and begins the run, or continues it with --resume. Returns the lock and a checkpoint or None."""
+    lock = run_folder.lock(args.save)
+    facts = {**plain_arguments(args), "torch": torch.__version__, "hardware": describe(device), "commit": git_commit()}
+    checkpoint = run_folder.resume(args.save, facts, partial(same_schedule, args)) if args.resume else None
+    if checkpoint is None:
+        run_folder.begin(args.save, facts, has_val=args.val > 0)
+    if args.resume:
+        print(f"{args.save}: continuing after epoch {checkpoint['epoch']}" if checkpoint else f"{args.save}: from the start")
+    return lock, checkpoint
 
 
-def write_headers(args, device):
-    facts = {
-        **vars(args),
-        "save": str(args.save),
-        "torch": torch.__version__,
-        "device": describe(device),
-        "commit": git_commit(),
-    }
-    (args.save / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (args.save / "train.csv").write_text("epoch,loss,error\n")
-    (args.save / "test.csv").write_text("epoch,loss,error" + (",val_loss,val_error" if args.val else "") + "\n")
+def plain_arguments(args):
+    """The arguments as JSON and a checkpoint can hold them."""
+    return {**vars(args), "save": str(args.save)}
+
+
+def same_schedule(args, old_epochs, new_epochs, epochs_done):
+    """Whether the epochs that are done had the learning rate that they have with new_epochs, of which they are a part."""
+    rates = [[scheduled_rate(args, epoch, epochs) for epoch in range(epochs_done)] for epochs in (old_epochs, new_epochs)]
+    return rates[0] == rates[1] and epochs_done <= new_epochs
 
 
 def describe(device):
@@ -217,30 +232,35 @@ def git_commit():
         return None
 
 
-def append_rows(path, rows):
-    """Adds rows, the epoch first, to a CSV."""
-    with path.open("a") as file:
-        file.writelines(
-            f"{epoch:.6f}".rstrip("0").rstrip(".") + "".join(f",{v:.6g}" for v in values) + "\n" for epoch, *values in rows
-        )
+# ---------------------------------------------------------------------------------------------- what goes on beside it
 
 
-def save_checkpoint(path, net, optimizer, scaler, epochs_done, args, dataset):
-    """Everything that a resumed run or an evaluation needs. The old file is replaced in one step, by a complete one."""
-    checkpoint = {
-        "net": net.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "epoch": epochs_done,
-        "model": {**model_arguments(args), "num_classes": len(dataset.classes)},
-        "args": {**vars(args), "save": str(args.save)},
-        "mean": dataset.mean.flatten().tolist(),
-        "std": dataset.std.flatten().tolist(),
-        "classes": dataset.classes,
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+class Stopped(Exception):
+    """The run ends on a signal; status is what a shell expects of a program that the signal ended."""
+
+    def __init__(self, signum):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.status = 128 + signum
+
+
+def resume_command(world):
+    if world.size > 1:
+        return "the same torchrun command with --resume"
+    return shlex.join([word for word in sys.orig_argv if word not in ("--resume", "--force")] + ["--resume"])
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM, for the training loop to see; a second one ends the program at once."""
+
+    def __init__(self):
+        self.received = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        self.received = signum
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
 
 class Figures:
@@ -296,36 +316,48 @@ def make_optimizer(net, args):
     return torch.optim.SGD(net.parameters(), momentum=args.momentum, weight_decay=args.weight_decay, nesterov=nesterov, **lr)
 
 
-def set_learning_rate(optimizer, epoch, args):
-    if args.opt == "sgd":
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args.epochs, args.lr)
+def scheduled_rate(args, epoch, epochs):
+    """The rate of SGD by the schedule; None for the other optimisers, which keep theirs."""
+    return learning_rate(epoch, epochs, args.lr) if args.opt == "sgd" else None
 
 
-def fit(net, dataset, args, device):
-    """The run: trains, tests, saves and draws, epoch by epoch. FloatingPointError if the loss is no longer finite."""
+def set_rate(optimizer, rate):
+    """Sets the learning rate unless it is None, and returns the one that now holds."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] if rate is None else rate
+    return optimizer.param_groups[0]["lr"]
+
+
+def fit(net, dataset, args, device, world, checkpoint):
+    """The run: trains, tests, saves and draws, epoch by epoch, from the beginning or from behind the checkpoint.
+
+    FloatingPointError if the loss is no longer finite, Stopped on a signal, OSError if something cannot be written.
+    """
     setproctitle(str(args.save))
     make_repeatable(args.deterministic)
     optimizer = make_optimizer(net, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
-    model = torch.compile(net, mode=args.compile) if args.compile else net
-    figures = Figures(args.save, args.plot)
-    with progress_bar(args.epochs * len(dataset.train)) as bar:
-        for epoch in range(args.epochs):
+    first_epoch = restore(checkpoint, net, optimizer, scaler)
+    model = prepare(net, args, device, world)
+    stop = StopSignals()
+    figures = Figures(args.save, args.plot and world.rank == 0)
+    with progress_bar(first_epoch, args.epochs, len(dataset.train), world) as bar:
+        for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
-            set_learning_rate(optimizer, epoch, args)
-            bar.set_description_str(f"epoch {epoch + 1}, lr {optimizer.param_groups[0]['lr']:g}")
-            batches = epoch_batches(dataset, epoch, args, device)
-            steps = training_steps(model, optimizer, scaler, autocast, batches)
-            train_figures = record(steps, len(dataset.train), args.batch_size, epoch, args.save / "train.csv", bar)
-            rate = len(dataset.train) / (time.perf_counter() - started)
-            test_figures = test(net, dataset)
-            append_rows(args.save / "test.csv", [(epoch + 1, *test_figures)])
-            save_checkpoint(args.save / "latest.pth", net, optimizer, scaler, epoch + 1, args, dataset)
-            figures.redraw()
-            left = (time.perf_counter() - started) * (args.epochs - epoch - 1)
-            print_epoch(epoch + 1, args.epochs, train_figures, test_figures, optimizer, rate, left)
+            rate = set_rate(optimizer, scheduled_rate(args, epoch, args.epochs))
+            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}")
+            batches = epoch_batches(dataset, epoch, args, device, world)
+            steps = training_steps(model, optimizer, scaler, autocast, batches, world)
+            train_figures = record(steps, epoch, len(dataset.train), args, world, stop, bar)
+            trained = time.perf_counter()
+            test_figures = test(net, dataset, world)
+            if world.rank == 0:
+                run_folder.append_rows(args.save / "test.csv", [(epoch + 1, *test_figures)])
+                run_folder.save_checkpoint(args.save, make_checkpoint(net, optimizer, scaler, epoch + 1, args, dataset))
+                figures.redraw()
+                seconds = trained - started, time.perf_counter() - started
+                print_epoch(epoch + 1, args.epochs, train_figures, test_figures, rate, len(dataset.train), *seconds)
     figures.finish()
 
 
@@ -337,43 +369,94 @@ def make_repeatable(deterministic):
         torch.use_deterministic_algorithms(True)
 
 
-def epoch_batches(dataset, epoch, args, device):
-    """The batches of an epoch. What it draws, dropout included, depends on the seed and the number of the epoch alone."""
-    dropout_seed, data_seed = np.random.SeedSequence([args.seed, epoch]).generate_state(2, np.uint64).tolist()
-    torch.manual_seed(dropout_seed)
+def restore(checkpoint, net, optimizer, scaler):
+    """Puts a checkpoint's state where it belongs and returns the number of epochs that are done; 0 without a checkpoint."""
+    if checkpoint is None:
+        return 0
+    net.load_state_dict(checkpoint["net"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["epoch"]
+
+
+def prepare(net, args, device, world):
+    """The net as it is trained; the bare net stays what is saved and tested, and shares its parameters."""
+    if args.sync_bn and world.size > 1:
+        distributed.synchronise_batch_norm(net)
+    model = distributed.wrap(net, world, device)
+    return torch.compile(model, mode=args.compile) if args.compile else model
+
+
+def make_checkpoint(net, optimizer, scaler, epochs_done, args, dataset):
+    """Everything that a resumed run or an evaluation needs. Random states are not among it: see epoch_batches."""
+    return {
+        "net": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "epoch": epochs_done,
+        "model": {**model_arguments(args), "num_classes": len(dataset.classes)},
+        "args": plain_arguments(args),
+        "mean": dataset.mean.flatten().tolist(),
+        "std": dataset.std.flatten().tolist(),
+        "classes": dataset.classes,
+    }
+
+
+def epoch_batches(dataset, epoch, args, device, world):
+    """The batches of an epoch, and the seed of its dropout.
+
+    All that is random depends on the seed, the number of the epoch and, for dropout, the rank: the two numbers in a checkpoint,
+    seed and epoch, are the whole random state of a run.
+    """
+    data_seed, *dropout_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
+    torch.manual_seed(dropout_seeds[world.rank])
     generator = torch.Generator(device).manual_seed(data_seed)
-    return data.training_batches(dataset.train, args.batch_size, dataset.mean, dataset.std, args.augment, generator)
+    return data.training_batches(
+        dataset.train, args.batch_size, dataset.mean, dataset.std, args.augment, generator, world.rank, world.size
+    )
 
 
-def training_steps(model, optimizer, scaler, autocast, batches):
-    """One step of the optimiser for each batch; yields (loss, error in %), a tensor that stays on the device."""
+def training_steps(model, optimizer, scaler, autocast, batches, world):
+    """One step of the optimiser for each batch; yields this rank's part of (loss, error in %), which stays on the device."""
     model.train()
-    for images, labels in batches:
+    for images, labels, share in batches:
         with autocast:
-            logits = model(images)  #                      (N, num_classes)
-            loss = F.cross_entropy(logits, labels)  #      ()
+            logits = model(images)  #                              (N, num_classes)
+            loss = share * F.cross_entropy(logits, labels)  #      (), summed over the ranks the mean of the batch
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(world.size * loss).backward()  #              the ranks' gradients are averaged, not summed
         scaler.step(optimizer)
         scaler.update()
-        error = 100 * (logits.argmax(dim=1) != labels).float().mean()
+        error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
         yield torch.stack([loss.detach(), error])
 
 
-def record(steps, num_images, batch_size, epoch, path, bar):
-    """Takes all steps of an epoch and writes their rows to train.csv in groups. Returns the epoch's mean loss and error."""
-    sizes = [min(batch_size, num_images - first) for first in range(0, num_images, batch_size)]
+def record(steps, epoch, num_images, args, world, stop, bar):
+    """Takes the steps of an epoch and writes their rows to train.csv in groups. Returns the epoch's mean loss and error."""
+    sizes = [min(args.batch_size, num_images - first) for first in range(0, num_images, args.batch_size)]
     rows, group = [], []
-    for size, result in zip(sizes, steps, strict=True):
-        group.append(result)
+    for size, figures in zip(sizes, steps, strict=True):
+        group.append(figures)
         bar.update(size)
-        if len(group) == FLUSH_STEPS or len(rows) + len(group) == len(sizes):
-            figures = torch.stack(group).tolist()  # waits for the device
-            append_rows(path, [(epoch + (len(rows) + i) / len(sizes), *f) for i, f in enumerate(figures, start=1)])
+        last = len(rows) + len(group) == len(sizes)
+        if last or len(group) == FLUSH_STEPS or (stop.received and world.size == 1):
+            signum, figures = collect(group, stop.received, world)
+            if world.rank == 0:
+                epochs = [epoch + (len(rows) + i) / len(sizes) for i in range(1, len(group) + 1)]
+                run_folder.append_rows(args.save / "train.csv", zip(epochs, *zip(*figures, strict=True), strict=True))
             rows, group = rows + figures, []
             check_finite(rows, epoch)
             bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, error {rows[-1][1]:.1f} %")
+            if signum:
+                raise Stopped(signum)
     return np.average(rows, axis=0, weights=sizes)
+
+
+def collect(group, received, world):
+    """The figures of a group of steps over all ranks, and whether any rank was told to stop; here the device is waited for."""
+    table = torch.stack([*group, torch.full_like(group[0], received)])
+    *figures, (signals, _) = distributed.sum_over_ranks(table, world).tolist()
+    return signals and (received or signal.SIGTERM), figures
 
 
 def check_finite(rows, epoch):
@@ -385,24 +468,38 @@ def check_finite(rows, epoch):
             )
 
 
-def test(net, dataset):
-    """Loss and error of the test set, and then of the held-out images if there are any, over all images."""
-    splits = [dataset.test] + ([dataset.val] if dataset.val else [])
-    return [f for split in splits for f in loss_and_error(predict(net, split.images, dataset.mean, dataset.std), split.labels)]
+def test(net, dataset, world):
+    """Loss and error in % of the test set, and then of the held-out images if there are any, exact over all images."""
+    distributed.share_buffers(net, world)
+    figures = []
+    for images, labels in filter(None, [dataset.test, dataset.val]):
+        mine, my_labels = (part.tensor_split(world.size)[world.rank] for part in (images, labels))
+        sums = loss_and_error_sums(predict(net, mine, dataset.mean, dataset.std), my_labels.cpu())
+        loss, error = (distributed.sum_over_ranks(sums, world) / len(labels)).tolist()
+        figures += [loss, 100 * error]
+    return figures
 
 
-def progress_bar(num_images):
+def progress_bar(first_epoch, epochs, num_images, world):
     """A bar over all epochs, with images/s and the time left; silent where the output is no terminal."""
-    return tqdm(total=num_images, unit=" images", unit_scale=True, smoothing=0.05, dynamic_ncols=True, disable=None)
+    return tqdm(
+        initial=first_epoch * num_images,
+        total=epochs * num_images,
+        unit=" images",
+        unit_scale=True,
+        smoothing=0.05,
+        dynamic_ncols=True,
+        disable=None if world.rank == 0 else True,
+    )
 
 
-def print_epoch(epoch, epochs, train_figures, test_figures, optimizer, rate, seconds_left):
-    left = timedelta(seconds=round(seconds_left))
+def print_epoch(epoch, epochs, train_figures, test_figures, rate, num_images, training_seconds, epoch_seconds):
     tqdm.write(
         f"epoch {epoch}/{epochs}  train loss {train_figures[0]:.4f} error {train_figures[1]:.2f} %  "
-        f"test loss {test_figures[0]:.4f} error {test_figures[1]:.2f} %  "
-        f"lr {optimizer.param_groups[0]['lr']:g}  {rate:.0f} images/s  {left} left"
+        f"test loss {test_figures[0]:.4f} error {test_figures[1]:.2f} %  lr {rate:g}  "
+        f"{num_images / training_seconds:.0f} images/s  {timedelta(seconds=round((epochs - epoch) * epoch_seconds))} left"
     )
+    sys.stdout.flush()  # the line is of use now, also in a log file
 
 
 if __name__ == "__main__":

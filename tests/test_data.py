@@ -33,7 +33,7 @@ def test_crop_and_flip_equals_a_loop_over_the_images():
 def test_padding_is_zero_after_normalisation():
     split = Split(torch.randint(1, 256, (50, 3, 32, 32), dtype=torch.uint8), torch.arange(50))
     mean, std = torch.tensor([9.5, 90.5, 190.5]).view(3, 1, 1), torch.tensor([3.0, 4.0, 5.0]).view(3, 1, 1)  # no pixel is 0
-    images, _ = next(data.training_batches(split, 50, mean, std, True, generator()))
+    images, _, _ = next(data.training_batches(split, 50, mean, std, True, generator()))
     zeros = (images == 0).all(dim=1)
     assert zeros.any()
     assert torch.equal(zeros.flatten(1).any(1), (images == 0).flatten(1).any(1))  # all channels together
@@ -45,10 +45,10 @@ def test_each_image_is_seen_once_an_epoch(size, batch_size):
     split = Split(images, torch.arange(size))
     zero, one = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     batches = list(data.training_batches(split, batch_size, zero, one, False, generator()))
-    assert [len(labels) for _, labels in batches] == [batch_size] * (size // batch_size) + [size % batch_size] * (
+    assert [len(labels) for _, labels, _ in batches] == [batch_size] * (size // batch_size) + [size % batch_size] * (
         size % batch_size > 0
     )
-    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    images, labels = (torch.cat(part) for part in list(zip(*batches, strict=True))[:2])
     assert torch.equal(images[:, 0, 0, 0], labels.float())
     assert sorted(labels.tolist()) == list(range(size))
     assert labels.tolist() != list(range(size))
@@ -57,7 +57,7 @@ def test_each_image_is_seen_once_an_epoch(size, batch_size):
 def test_cifar_has_782_batches_and_the_last_has_16_images():
     split = Split(torch.zeros(50_000, 3, 1, 1, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.int64))
     zero, one = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    sizes = [len(labels) for _, labels in data.training_batches(split, 64, zero, one, False, generator())]
+    sizes = [len(labels) for _, labels, _ in data.training_batches(split, 64, zero, one, False, generator())]
     assert sizes == [64] * 781 + [16]
 
 
@@ -208,3 +208,16 @@ def test_folder_that_is_wrong_is_named(pictures, spoil, message):
     spoil(pictures)
     with pytest.raises(ValueError, match=message):
         data.load("folder", pictures, CPU)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_slices_of_all_ranks_are_the_batch_of_one_process(world_size):
+    dataset = data.load("digits", ".", CPU, limit=100)
+    arguments = dataset.train, 64, dataset.mean, dataset.std, True
+    whole = list(data.training_batches(*arguments, generator(5)))
+    ranks = [list(data.training_batches(*arguments, generator(5), rank, world_size)) for rank in range(world_size)]
+    for (images, labels, share), *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(images, torch.cat([part[0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+        assert share == 1
+        assert [part[2] for part in parts] == [len(part[1]) / len(labels) for part in parts]

@@ -19,6 +19,7 @@ import data
 import evaluate
 import train
 from densenet import DenseNet
+from distributed import World
 
 
 def parse(*arguments):
@@ -69,7 +70,7 @@ def test_adam_and_rmsprop_keep_their_library_defaults():
     for name, kind in [("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)]:
         args = parse("--opt", name, "--epochs", "4")
         ours, theirs = train.make_optimizer(net, args), kind(net.parameters(), weight_decay=1e-4)
-        train.set_learning_rate(ours, 3, args)
+        train.set_rate(ours, train.scheduled_rate(args, 3, 4))
         assert ours.defaults == theirs.defaults
         assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
     assert train.make_optimizer(net, parse("--opt", "adam", "--lr", "0.5")).param_groups[0]["lr"] == 0.5
@@ -81,12 +82,12 @@ def test_a_step_is_that_of_plain_pytorch():
     net = DenseNet(depth=10, growth_rate=4).double()
     twin = DenseNet(depth=10, growth_rate=4).double()
     twin.load_state_dict(net.state_dict())
-    batches = [(torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))) for _ in range(3)]
+    batches = [(torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,)), 1.0) for _ in range(3)]
     args = parse()
-    steps = train.training_steps(net, train.make_optimizer(net, args), *no_scaling(), batches)
+    steps = train.training_steps(net, train.make_optimizer(net, args), *no_scaling(), batches, World())
     losses = torch.stack(list(steps))[:, 0]
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
-    for (images, labels), loss in zip(batches, losses, strict=True):
+    for (images, labels, _), loss in zip(batches, losses, strict=True):
         expected = torch.nn.functional.cross_entropy(twin(images), labels)
         torch.testing.assert_close(loss, expected.detach())
         twin.zero_grad()
@@ -111,7 +112,7 @@ def test_a_whole_step_runs_on_the_meta_device():
         split = data.Split(torch.empty(100, 3, 32, 32, dtype=torch.uint8), torch.empty(100, dtype=torch.int64))
         mean, std = torch.empty(3, 1, 1), torch.empty(3, 1, 1)
     batches = data.training_batches(split, 64, mean, std, True, None)
-    results = list(train.training_steps(net, train.make_optimizer(net, parse()), *no_scaling(), batches))
+    results = list(train.training_steps(net, train.make_optimizer(net, parse()), *no_scaling(), batches, World()))
     assert [r.shape for r in results] == [(2,), (2,)]
     assert {r.device.type for r in results} == {"meta"}
     assert {p.grad.device.type for p in net.parameters()} == {"meta"}

@@ -1,0 +1,157 @@
+"""Several processes that train one net, started by torchrun; everything here does nothing where there is one process only.
+
+torchrun says in the environment who is who. Every rank holds the whole data set and takes its share of each batch, gradients
+are averaged by DistributedDataParallel, and rank 0 alone reads and writes files. NCCL connects GPUs, gloo CPUs.
+"""
+
+import contextlib
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=10)  # for meeting at the rendezvous, and for one rank that waits for another
+
+
+class World(NamedTuple):
+    rank: int = 0
+    local_rank: int = 0  # among the processes of this machine: the number of its GPU
+    size: int = 1
+
+
+def read_world(environment):
+    """The world that torchrun describes in the environment; World() without torchrun. ValueError if half of it is missing."""
+    if "WORLD_SIZE" not in environment:
+        return World()
+    try:
+        return World(*(int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    except KeyError as missing:
+        raise ValueError(f"WORLD_SIZE is set and {missing} is not: start several processes with torchrun") from None
+
+
+def join(world, device):
+    """Meets the other ranks and returns this one's device. ValueError if they cannot be met, or there is no GPU for it."""
+    if world.size == 1:
+        return device
+    if device.type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"no GPU is left for process {world.local_rank}: --nproc-per-node {torch.cuda.device_count()} at most"
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port"
+        ) from error
+    return device
+
+
+def leave(world):
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def check_batches(world, batch_size, num_images):
+    """ValueError unless every rank has an image of every batch, the last one included, and the same number of a whole one."""
+    if batch_size % world.size:
+        below = batch_size - batch_size % world.size
+        fitting = f"{below} or {below + world.size}" if below else f"{world.size}"
+        raise ValueError(
+            f"--batch-size {batch_size} is the whole batch and does not divide by {world.size} processes: choose {fitting}"
+        )
+    last = num_images % batch_size or batch_size
+    if last < world.size:
+        raise ValueError(f"the last batch has {last} images for {world.size} processes: choose another --batch-size")
+
+
+@contextlib.contextmanager
+def first_rank_first(world):
+    """The first process of each machine does what is inside, then the others do: one download, then it is there for all."""
+    if world.size > 1 and world.local_rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world.size > 1 and world.local_rank == 0:
+            dist.barrier()
+
+
+def wrap(net, world, device):
+    """The net as it is trained: gradients averaged over the ranks. Its buffers stay each rank's own, see share_buffers."""
+    if world.size == 1:
+        return net
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def share_buffers(net, world):
+    """Gives all ranks the running statistics of rank 0, which are the ones that are saved."""
+    if world.size > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def share_object(value, world):
+    """Rank 0's value, on all ranks."""
+    if world.size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def sum_over_ranks(tensor, world):
+    """The sum of the ranks' tensors. NCCL adds tensors on GPUs only, wherever they come from."""
+    if world.size == 1:
+        return tensor
+    return all_reduce(tensor.cuda() if dist.get_backend() == "nccl" else tensor)
+
+
+def all_reduce(tensor):
+    dist.all_reduce(tensor)
+    return tensor
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over the ranks, with its gradient: the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format))
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm with the statistics of the whole batch, over all ranks. torch.nn.SyncBatchNorm is for GPUs only."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        count = AllReduce.apply(x32.new_full((), x.numel() // x.shape[1]))
+        mean = AllReduce.apply(x32.sum(dim=(0, 2, 3))) / count  #                               (C,)
+        centred = x32 - mean.view(1, -1, 1, 1)  #                                               (N, C, H, W)
+        var = AllReduce.apply(centred.square().sum(dim=(0, 2, 3))) / count  #                   (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def synchronise_batch_norm(net):
+    """Makes every BatchNorm2d of the net a SyncBatchNorm, in place; parameters, buffers and their names stay."""
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm
