@@ -15,8 +15,9 @@ from evaluate import load_checkpoint
 
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
 
-# Arguments that do not change what a run computes; all others must be the same when it is resumed.
-FREE = {"data", "device", "compile", "deterministic", "save", "resume", "force", "plot", "epochs"}
+# What args.json holds that does not change what a run computes; all else must be the same when it is resumed.
+FREE = {"data", "device", "compile", "deterministic", "save", "resume", "force", "plot"}
+FREE |= {"epochs", "torch", "hardware", "commit"}  # epochs have a check of their own; the others are no arguments
 
 
 def refuse_to_replace(save, resume, force):
@@ -75,8 +76,8 @@ def resume(save, facts, unchanged):
 
 def compare(old, new, epochs_done, unchanged):
     """ValueError names the first argument that would change the result of the run."""
-    for name in old.keys() & new.keys() - FREE - {"torch", "hardware", "commit"}:
-        if old[name] != new[name]:
+    for name in old:
+        if name in new and name not in FREE and old[name] != new[name]:
             raise ValueError(
                 f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments"
             )

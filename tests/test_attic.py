@@ -1,0 +1,282 @@
+"""The proofs of attic/ hold, and they would have noticed the bug that pytorch/pytorch#708 fixed: it is planted here."""
+
+import functools
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+
+import densenet
+from attic.comparison import random_batch, randomize, relative_error, relative_errors, training_pass, worst
+from attic.planted_bug import planted_bug
+from attic.torchvision_weights import from_torchvision, to_torchvision, torchvision_net
+from densenet import DenseNet
+
+ATTIC = Path(densenet.__file__).with_name("attic")
+BC = dict(depth=16, growth_rate=4)
+PLAIN = dict(depth=10, growth_rate=4, bottleneck=False)
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def script(name):
+    """The script of that name as a module; the dashes keep `import` from finding it."""
+    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), ATTIC / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_net(arguments):
+    torch.manual_seed(0)
+    return randomize(DenseNet(**arguments), seed=0)
+
+
+# ------------------------------------------------------------------------------------------------ the scripts as programs
+
+
+@pytest.mark.parametrize("path", sorted(ATTIC.glob("*-*.py")), ids=lambda path: path.name)
+def test_a_script_says_how_to_run_it_and_can_be_run_so(path, call_main):
+    assert os.access(path, os.X_OK)
+    status, out, _ = call_main(script(path.stem), "--help")
+    assert status == 0
+    assert f"\n    attic/{path.name}" in out
+
+
+def test_the_official_implementation_computed_the_same(run_script):
+    done = run_script("attic/compare-with-torch7-grads.py")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\S+\.weight) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
+    assert len(rows) == 40
+    assert (rows[0][0], rows[-1][0]) == ("conv1.weight", "fc.weight")
+    assert all(float(official) == pytest.approx(float(ours), rel=1e-9) for _, official, ours in rows)
+    assert done.stdout.endswith("official implementation and ours are the same (bound 1e-09)\n")
+
+
+def test_a_vgg_is_trained_by_the_functions_of_train(run_script, tmp_path):
+    flags = ["--dataset", "digits", "--limit", "96", "--epochs", "2", "--no-plot", "--device", "cpu"]
+    done = run_script("attic/train-vgg.py", *flags, "--save", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run" / "test.csv").read_text().splitlines()) == 3
+    again = run_script("attic/train-vgg.py", *flags, "--save", tmp_path / "run")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+
+
+def test_kernels_of_this_machine(call_main):
+    status, out, errors = call_main(script("check-kernels"), "--device", "cpu", "--no-compile", "--drop-rate", 0.5)
+    assert status == 0, out + errors
+    assert out.count("not available here") == 4
+    assert out.count("right, worst") == 2 + 2 * torch.backends.mkldnn.is_available()
+
+
+def test_kernels_of_a_net_that_cannot_be(call_main):
+    status, _, errors = call_main(script("check-kernels"), "--depth", 11)
+    assert (status, errors.splitlines()[-1].endswith("the nearest are 10 and 16")) == (2, True)
+
+
+# --------------------------------------------------------------------------------------------- comparison with the official
+
+
+@functools.cache
+def reference():
+    compare = script("compare-with-torch7-grads")
+    return compare.load_reference(compare.REFERENCE)
+
+
+def errors_against_official(change=lambda net: None):
+    compare = script("compare-with-torch7-grads")
+    net = compare.build_net(reference())
+    change(net)
+    return relative_errors(compare.same_pass(net, reference()), compare.expected(reference()))
+
+
+def other_epsilon(net):
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1.1e-5
+
+
+def other_momentum(net):
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.09
+
+
+def new_maps_first(net):
+    layer = net.dense1[0]
+    layer.register_forward_hook(lambda module, inputs, output: output.roll(12, dims=1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "group"), [(other_epsilon, "logits"), (other_momentum, "buffer/"), (new_maps_first, "hidden_")]
+)
+def test_the_comparison_finds_faults(fault, group):
+    assert worst(errors_against_official(fault), group)[1] > 1e-7
+
+
+# --------------------------------------------------------------------------------- comparison with other implementations
+
+
+@functools.cache
+def jax_case(bottleneck, num_images=3):
+    """A net in float64, its batch, and what JAX computes of them."""
+    net = small_net(BC if bottleneck else PLAIN).double()
+    images, labels = random_batch(num_images, num_classes=10, seed=1)
+    return net, images.double(), labels, script("compare-implementations").jax_pass(net, images.double(), labels)
+
+
+def errors_against_jax(bottleneck, num_images=3):
+    net, images, labels, theirs = jax_case(bottleneck, num_images)
+    return relative_errors(training_pass(net, images, labels), theirs)
+
+
+def errors_against_torchvision(bottleneck):
+    net = small_net(BC if bottleneck else PLAIN).double()
+    images, labels = random_batch(3, num_classes=10, seed=1)
+    theirs = script("compare-implementations").torchvision_pass(net, images.double(), labels)
+    ours = training_pass(net, images.double(), labels)
+    return relative_errors(ours, {name: theirs[name] for name in ours})
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("errors", [errors_against_jax, errors_against_torchvision])
+def test_other_implementations_agree(errors, bottleneck):
+    assert max(errors(bottleneck).values()) < 1e-9
+
+
+def test_the_table_of_implementations_and_its_verdict(call_main, monkeypatch):
+    compare = script("compare-implementations")
+    monkeypatch.setattr(compare, "NETS", {"one": BC, "two": PLAIN})
+    monkeypatch.setattr(compare, "jax_pass", lambda net, images, labels: training_pass(net, images, labels))
+    status, out, _ = call_main(compare)
+    assert (status, out.splitlines()[-1]) == (0, "the three implementations are the same (bound 1e-09)")
+    with planted_bug():
+        status, out, _ = call_main(compare)
+    assert (status, out.splitlines()[-1]) == (1, "the three implementations are DIFFERENT (bound 1e-09)")
+
+
+# -------------------------------------------------------------------------------------------------------- weight exchange
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [BC, PLAIN, {**BC, "reduction": 1.0, "num_classes": 100}, {**PLAIN, "reduction": 0.3, "init_channels": 7}, dict(depth=100)],
+)
+def test_weights_survive_the_way_to_torchvision_and_back(arguments):
+    net = small_net(arguments)
+    net(random_batch(4, num_classes=10, seed=2, size=8)[0])  # running statistics of its own
+    twin = torchvision_net(net)
+    twin.load_state_dict(to_torchvision(net.state_dict()))
+    back = from_torchvision(twin.state_dict())
+    assert list(back) == list(net.state_dict())
+    assert all(torch.equal(back[name], values) for name, values in net.state_dict().items())
+    images, _ = random_batch(2, num_classes=10, seed=3, size=16)
+    assert relative_error(twin.eval()(images), net.eval()(images)) < 1e-4
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+def test_weights_of_torchvision_become_ours(arguments):
+    net = DenseNet(**arguments)
+    twin = torchvision_net(net)
+    net.load_state_dict(from_torchvision(twin.state_dict()))
+    images, _ = random_batch(2, num_classes=10, seed=3)
+    assert relative_error(net.eval()(images), twin.eval()(images)) < 1e-4
+
+
+def test_weights_of_an_imagenet_net_are_refused():
+    with torch.device("meta"):
+        state = torchvision.models.densenet121().state_dict()
+    with pytest.raises(ValueError, match=r"features\.norm0\.weight has no place"):
+        from_torchvision(state)
+
+
+# -------------------------------------------------------------------------------------------------------- numeric checks
+
+TINY = dict(growth_rate=1, num_classes=2, init_channels=2)
+TINY_NETS = {"DenseNet-BC": dict(depth=10, **TINY), "plain DenseNet": dict(depth=7, bottleneck=False, **TINY)}
+
+
+def numeric_verdict(title):
+    """Whether numcheck-grads.py finds the gradients of a row of its table right, or those of a tiny net."""
+    numcheck = script("numcheck-grads")
+    if title in TINY_NETS:
+        net = small_net(TINY_NETS[title]).double()
+        return numcheck.against_gradcheck(net, random_batch(2, num_classes=2, seed=1, size=8)[0].double())[1]
+    return next(check(module, images)[1] for row, check, module, images in numcheck.checks() if row == title)
+
+
+NUMERIC_CHECKS = [
+    # title, and whether the planted bug leaves it as it is
+    ("concatenation, fully connected", True),
+    ("concatenation, convolutions", False),
+    ("Bottleneck", False),
+    ("SingleLayer", False),
+    ("Transition", True),
+    ("DenseNet-BC", False),
+    ("plain DenseNet", False),
+]
+
+
+@pytest.mark.parametrize("title", [title for title, _ in NUMERIC_CHECKS])
+def test_numeric_differentiation_agrees(title):
+    assert numeric_verdict(title)
+
+
+# ------------------------------------------------------------------------------------------------------- the planted bug
+
+
+@pytest.mark.parametrize(("title", "stays_green"), NUMERIC_CHECKS)
+def test_numeric_differentiation_notices_the_bug_where_a_convolution_is_concatenated(title, stays_green):
+    with planted_bug():
+        assert numeric_verdict(title) == stays_green
+
+
+def test_the_comparison_with_the_official_code_notices_the_bug_by_the_gradients_alone():
+    with planted_bug():
+        errors = errors_against_official()
+    assert worst(errors, "grad/")[1] > 1
+    assert max(error for name, error in errors.items() if not name.startswith("grad/")) < 1e-9
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("errors", [errors_against_jax, errors_against_torchvision])
+def test_other_implementations_notice_the_bug(errors, bottleneck):
+    if errors is errors_against_jax:
+        jax_case(bottleneck)
+    with planted_bug():
+        assert worst(errors(bottleneck), "grad/")[1] > 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-bottleneck"]])
+def test_the_check_of_kernels_notices_the_bug_and_names_the_switch(call_main, flags):
+    def in_onednn(output):
+        return output.dtype != torch.float64 and torch.backends.mkldnn.enabled
+
+    with planted_bug(in_onednn):
+        status, out, _ = call_main(script("check-kernels"), "--device", "cpu", "--no-compile", *flags)
+    assert status == 1
+    verdicts = dict(re.findall(r"^(.{14}\S*) .*  (right|WRONG), worst", out, re.MULTILINE))
+    assert verdicts == {"oneDNN on": "WRONG", "oneDNN off": "right", "channels_last": "WRONG", "bf16 autocast": "WRONG"}
+
+
+def test_a_batch_of_one_image_hides_the_bug():
+    jax_case(True, num_images=1)
+    with planted_bug():
+        assert max(errors_against_jax(True, num_images=1).values()) < 1e-9
+
+
+def test_the_control_experiment_is_untouched_by_the_bug():
+    vgg = script("train-vgg")
+    torch.manual_seed(0)
+    net = vgg.vgg([4, "pool", 8, 8, "pool", 16], num_classes=10)
+    net.to(memory_format=torch.channels_last)
+    batch = random_batch(4, num_classes=10, seed=1)
+    clean = {name: values.clone() for name, values in training_pass(net, *batch).items()}
+    with planted_bug():
+        assert all(torch.equal(values, clean[name]) for name, values in training_pass(net, *batch).items())

@@ -1,0 +1,201 @@
+"""Real processes, connected by gloo on this machine's loopback address."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import ROOT, TINY
+
+import data
+import distributed
+import evaluate
+import train
+from densenet import DenseNet
+from distributed import World
+
+FLAGS = [*TINY, "--no-plot"]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def torchrun(*arguments, nodes=1):
+    """Starts torchrun for each of `nodes` machines, all of them this one; returns the completed processes."""
+    where = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())] if nodes > 1 else ["--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), *where]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(node), *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for node in range(nodes)
+    ]
+    return [
+        subprocess.CompletedProcess(p.args, p.wait(), *outputs) for p in running for outputs in [p.communicate(timeout=200)]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradients(world):
+    """Gradients and running statistics of three ragged batches on the trainer's own path, in float64."""
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    net = DenseNet(depth=16, growth_rate=4).double()
+    args = train.parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--sync-bn", "--lr", "0"])
+    dataset = data.load("digits", ".", device, limit=95)
+    dataset = dataset._replace(mean=dataset.mean.double(), std=dataset.std.double())
+    model = train.prepare(net, args, device, world)
+    batches = train.epoch_batches(dataset, 0, args, device, world)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    result = []
+    for figures in train.training_steps(
+        model, train.make_optimizer(net, args), scaler, contextlib.nullcontext(), batches, world
+    ):
+        result += [distributed.sum_over_ranks(figures, world), *(p.grad.clone() for p in net.parameters())]
+    return result + [buffer.clone() for buffer in net.buffers()]
+
+
+def one_rank(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = distributed.read_world(os.environ)
+    distributed.join(world, torch.device("cpu"))
+    torch.save(gradients(world), folder / f"{rank}.pth")
+    distributed.leave(world)
+
+
+def test_two_ranks_with_sync_bn_give_the_gradients_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (free_port(), tmp_path), nprocs=2)
+    expected = gradients(World())
+    for rank in range(2):
+        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pth"), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def two_rank_run(tmp_path_factory):
+    """A run of 95 images in batches of 40 on two ranks: the last batch has 15 images, 8 and 7."""
+    save = tmp_path_factory.mktemp("runs") / "two"
+    (done,) = torchrun(
+        "--nproc-per-node", 2, "train.py", *FLAGS, "--limit", 95, "--batch-size", 40, "--epochs", 2, "--val", 51, "--save", save
+    )
+    assert done.returncode == 0, done.stderr
+    return save
+
+
+def test_no_image_is_lost_or_counted_twice(two_rank_run):
+    train_rows, test_rows = (pd.read_csv(two_rank_run / f"{part}.csv") for part in ("train", "test"))
+    assert train_rows["epoch"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-6)
+    for errors, sizes in [
+        (train_rows["error"], [40, 40, 15] * 2),
+        (test_rows["error"], [360] * 2),
+        (test_rows["val_error"], [51] * 2),
+    ]:
+        wrong = [error * size / 100 for error, size in zip(errors, sizes, strict=True)]
+        assert wrong == pytest.approx([round(count) for count in wrong], abs=1e-3)
+
+
+def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
+    checkpoint = evaluate.load_checkpoint(two_rank_run / "latest.pth")
+    dataset = data.load("digits", ".", torch.device("cpu"))
+    logits = evaluate.predict(evaluate.build_net(checkpoint), dataset.test.images, dataset.mean, dataset.std)
+    loss, wrong = (evaluate.loss_and_error_sums(logits, dataset.test.labels) / 360).tolist()
+    last = pd.read_csv(two_rank_run / "test.csv").iloc[-1]
+    assert last["loss"] == pytest.approx(loss, rel=1e-5)
+    assert last["error"] == pytest.approx(100 * wrong, rel=1e-5)
+
+
+def test_two_machines_train_as_one(tmp_path):
+    """Two nodes of one process each, both on the loopback address, give the figures of one process."""
+    flags = ["train.py", *FLAGS, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save", tmp_path / "two"]
+    for done in torchrun("--nproc-per-node", 1, *flags, nodes=2):
+        assert done.returncode == 0, done.stderr
+    (done,) = torchrun("--nproc-per-node", 1, *flags[:-1], tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    for name in ("train.csv", "test.csv"):
+        ours, theirs = (pd.read_csv(tmp_path / folder / name) for folder in ("two", "one"))
+        pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- bad environments
+
+
+def test_batches_that_do_not_fit_the_world():
+    check = partial(distributed.check_batches, World(0, 0, 4))
+    check(64, 50_000)
+    with pytest.raises(
+        ValueError, match="--batch-size 62 is the whole batch and does not divide by 4 processes: choose 60 or 64"
+    ):
+        check(62, 50_000)
+    with pytest.raises(ValueError, match=r"--batch-size 3 .* choose 4"):
+        check(3, 50_000)
+    with pytest.raises(ValueError, match="the last batch has 2 images for 4 processes"):
+        check(64, 130)
+
+
+def test_a_world_that_does_not_divide_the_batch_is_a_sentence(tmp_path):
+    (done,) = torchrun("--nproc-per-node", 2, "train.py", *FLAGS, "--batch-size", 41, "--save", tmp_path / "run")
+    assert done.returncode != 0
+    assert "train.py: error: --batch-size 41 is the whole batch and does not divide by 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_a_sentence(call_main, monkeypatch, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        for name, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, value)
+        status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
+    assert status == 2
+    assert "train.py: error: rank 0 cannot meet the others" in errors
+    assert "check --master-addr and --master-port" in errors
+
+
+def test_ranks_that_do_not_come_are_a_sentence_after_the_time_out(call_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
+    assert (status, "rank 0 cannot meet the others" in errors) == (2, True)
+
+
+def test_half_an_environment_is_a_sentence():
+    assert distributed.read_world({}) == World(0, 0, 1)
+    with pytest.raises(ValueError, match="WORLD_SIZE is set and 'RANK' is not"):
+        distributed.read_world({"WORLD_SIZE": "2"})

@@ -1,0 +1,225 @@
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import evaluate
+import run_folder
+import train
+
+FLAGS = [*TINY, "--batch-size", 40, "--drop-rate", 0.2, "--augment", "--no-plot"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def weights(folder):
+    return torch.load(folder / "latest.pth", weights_only=True)["net"]
+
+
+def assert_same_run(one, other):
+    for name in ("train.csv", "test.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("opt", ["adam", "sgd"])
+def test_a_resumed_run_is_byte_identical_to_one_that_never_stopped(call_main, tmp_path, opt):
+    """With dropout and augmentation. SGD: of 2 epochs the first has the rate that it has in 4, so more are allowed after it."""
+    flags = [*FLAGS, "--opt", opt]
+    status, _, errors = call_main(train, *flags, "--epochs", 4, "--save", tmp_path / "whole")
+    assert status == 0, errors
+    call_main(train, *flags, "--epochs", 1, "--save", tmp_path / "parts")
+    with (tmp_path / "parts" / "train.csv").open("a") as file:
+        file.write("1.333333,2.5,90\n1.66")  # rows that the checkpoint does not know of, the last one half written
+    status, out, errors = call_main(train, *flags, "--epochs", 4, "--save", tmp_path / "parts", "--resume")
+    assert status == 0, errors
+    assert "continuing after epoch 1" in out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_of_a_finished_run_changes_nothing(call_main, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    flags = [*TINY, "--epochs", 2, "--batch-size", 40]
+    status, _, errors = call_main(train, *flags, "--no-plot", "--save", tmp_path / "run", "--resume")
+    assert status == 0, errors
+    assert_same_run(tiny_run, tmp_path / "run")
+
+
+def test_resume_begins_where_there_is_nothing_yet_and_says_so(call_main, tmp_path):
+    for folder in ("new", "begun"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "begun" / "train.csv").write_text("epoch,loss,error\n0.1,2,3\n")
+    for folder in ("new", "begun"):
+        status, out, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / folder, "--resume")
+        assert status == 0, errors
+        assert "from the start" in out
+        assert len(pd.read_csv(tmp_path / folder / "train.csv")) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lr", 0.2], "lr 0.1 and not 0.2"),
+        (["--seed", 2], "seed 1 and not 2"),
+        (["--depth", 16], "depth 10 and not 16"),
+        (["--batch-size", 20], "batch_size 40 and not 20"),
+        (["--augment"], "augment False and not True"),
+        (["--epochs", 8], "--epochs 8 instead of 2 changes the schedule of the 2 epochs already done"),
+        (["--epochs", 1], "--epochs 1 instead of 2"),
+    ],
+)
+def test_arguments_that_would_change_the_result_are_refused_by_name(call_main, tiny_run, tmp_path, flags, named):
+    save = tmp_path / "run"
+    shutil.copytree(tiny_run, save)
+    before = contents(save)
+    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume", *flags)
+    assert (status, len(errors.splitlines())) == (2, 2)
+    assert named in errors
+    (save / ".lock").unlink()
+    assert contents(save) == {name: content for name, content in before.items() if name != ".lock"}
+
+
+def test_rows_behind_the_checkpoint_are_cut(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("epoch,loss,error\n0.5,1,1\n1,2,2\n1.5,3,3\n2,4,4\n2.00")
+    run_folder.cut_rows(path, 1)
+    assert path.read_text() == "epoch,loss,error\n0.5,1,1\n1,2,2\n"
+    path.write_text("epoch,loss,error\n0.5,1,1\n1")  # half of 1.5
+    run_folder.cut_rows(path, 1)
+    assert path.read_text() == "epoch,loss,error\n0.5,1,1\n"
+
+
+# --------------------------------------------------------------------------------------------------------- damaged files
+
+
+def test_a_flipped_bit_is_refused_or_harmless(tiny_run, tmp_path):
+    """A bit in the padding between the parts of the file changes nothing; everywhere else the checksum tells."""
+    content = (tiny_run / "latest.pth").read_bytes()
+    original = torch.load(tiny_run / "latest.pth", weights_only=True)
+    chance, refused = random.Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        (tmp_path / "latest.pth").write_bytes(damaged)
+        try:
+            checkpoint = evaluate.load_checkpoint(tmp_path / "latest.pth")
+        except ValueError:
+            refused += 1
+        else:
+            assert all(torch.equal(checkpoint["net"][key], value) for key, value in original["net"].items())
+            assert checkpoint["args"] == original["args"]
+    assert refused > 20
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip, empty])
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_overwritten(call_main, tiny_run, tmp_path, spoil):
+    save = tmp_path / "run"
+    shutil.copytree(tiny_run, save)
+    spoil(save / "latest.pth")
+    before = contents(save)
+    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume")
+    assert (status, "latest.pth is damaged or no checkpoint of train.py" in errors) == (2, True)
+    assert contents(save) == before
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused(call_main, tiny_run, tmp_path):
+    save = tmp_path / "run"
+    shutil.copytree(tiny_run, save)
+    checkpoint = torch.load(save / "latest.pth", weights_only=True)
+    torch.save({**checkpoint, "extra": Command(tmp_path / "was_run")}, save / "latest.pth")
+    for module, *flags in [
+        (train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume"),
+        (evaluate, save / "latest.pth"),
+    ]:
+        status, _, errors = call_main(module, *flags)
+        assert (status, "is damaged or no checkpoint" in errors) == (2, True)
+    assert not (tmp_path / "was_run").exists()
+    torch.load(save / "latest.pth", weights_only=False)  # the bait was a real one
+    assert (tmp_path / "was_run").exists()
+
+
+# -------------------------------------------------------------------------------------------- disks, and other processes
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the kernel refuses to make a file larger: EFBIG
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    flags = [*map(str, FLAGS), "--opt", "adam", "--save", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    assert subprocess.run([*command, "--epochs", "1"], capture_output=True).returncode == 0
+    before = (tmp_path / "latest.pth").read_bytes()
+    assert len(before) > 20_000
+    done = subprocess.run([*command, "--epochs", "2", "--resume"], capture_output=True, text=True, preexec_fn=limit_file_size)
+    assert done.returncode == 1
+    assert "latest.pth'; the last complete checkpoint is kept, --resume continues from it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "latest.pth").read_bytes() == before
+    assert not (tmp_path / "latest.pth.tmp").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tiny_run, tmp_path):
+    """On a file system of 1 MB, if this user may mount one: the new checkpoint does not fit beside the old one."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+    try:
+        run_folder.replace_file(tmp_path / "latest.pth", bytes(600_000))
+        with pytest.raises(OSError, match=r"No space left on device: .*latest.pth"):
+            run_folder.replace_file(tmp_path / "latest.pth", b"1" * 600_000)
+        assert (tmp_path / "latest.pth").read_bytes() == bytes(600_000)
+        assert [path.name for path in tmp_path.iterdir()] == ["latest.pth"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
+    held = run_folder.lock(tmp_path / "run")
+    status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
+    assert (status, "another process is training in" in errors) == (2, True)
+    held.close()
+
+
+def test_the_lock_dies_with_its_holder(tmp_path):
+    code = (
+        f"import run_folder, pathlib, sys; f = run_folder.lock(pathlib.Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline()
+        with pytest.raises(ValueError, match="another process"):
+            run_folder.lock(tmp_path)
+        holder.kill()
+    run_folder.lock(tmp_path).close()
