@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from dense_block import dense_block
+
 
 class Bottleneck(nn.Module):
     """BN-ReLU-Conv1x1(4k)-BN-ReLU-Conv3x3(k), its output concatenated to its input (paper, section 3, "Bottleneck layers").
@@ -82,6 +84,8 @@ class DenseNet(nn.Module):
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
 
+        efficient: train the dense blocks in linear memory; never changes a result beyond rounding.
+
     Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
     A value out of its range raises ValueError.
     """
@@ -95,6 +99,7 @@ class DenseNet(nn.Module):
         bottleneck=True,
         drop_rate=0.0,
         init_channels=None,
+        efficient=False,
     ):
         super().__init__()
         if reduction is None:
@@ -107,15 +112,15 @@ class DenseNet(nn.Module):
 
         channels = init_channels
         self.conv1 = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False)
-        self.dense1 = dense_block(layer, num_layers, channels, growth_rate, drop_rate)
+        self.dense1 = DenseBlock(layer, num_layers, channels, growth_rate, drop_rate, efficient)
         channels += num_layers * growth_rate
         self.trans1 = Transition(channels, math.floor(reduction * channels), drop_rate)
         channels = math.floor(reduction * channels)
-        self.dense2 = dense_block(layer, num_layers, channels, growth_rate, drop_rate)
+        self.dense2 = DenseBlock(layer, num_layers, channels, growth_rate, drop_rate, efficient)
         channels += num_layers * growth_rate
         self.trans2 = Transition(channels, math.floor(reduction * channels), drop_rate)
         channels = math.floor(reduction * channels)
-        self.dense3 = dense_block(layer, num_layers, channels, growth_rate, drop_rate)
+        self.dense3 = DenseBlock(layer, num_layers, channels, growth_rate, drop_rate, efficient)
         channels += num_layers * growth_rate
         self.bn1 = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
@@ -129,9 +134,19 @@ class DenseNet(nn.Module):
         return self.fc(out.mean(dim=(2, 3)))  #           (N, num_classes)
 
 
-def dense_block(layer, num_layers, channels, growth_rate, drop_rate):
-    """num_layers layers of class layer, each reading the channels of the block's input and of all layers before it."""
-    return nn.Sequential(*(layer(channels + i * growth_rate, growth_rate, drop_rate) for i in range(num_layers)))
+class DenseBlock(nn.Sequential):
+    """num_layers layers of class layer, each reading the channels of the block's input and of all layers before it.
+
+    Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
+    definition; with efficient, training computes the same in less memory, see dense_block.py.
+    """
+
+    def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
+        super().__init__(*(layer(channels + i * growth_rate, growth_rate, drop_rate) for i in range(num_layers)))
+        self.efficient = efficient
+
+    def forward(self, x):
+        return dense_block(x, list(self)) if self.efficient and self.training else super().forward(x)
 
 
 def layers_per_block(depth, bottleneck):

@@ -16,7 +16,7 @@ from evaluate import load_checkpoint
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
 
 # What args.json holds that does not change what a run computes; all else must be the same when it is resumed.
-FREE = {"data", "device", "compile", "deterministic", "save", "resume", "force", "plot"}
+FREE = {"data", "device", "compile", "efficient", "deterministic", "save", "resume", "force", "plot"}
 FREE |= {"epochs", "torch", "hardware", "commit"}  # epochs have a check of their own; the others are no arguments
 
 

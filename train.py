@@ -109,6 +109,9 @@ def add_model_flags(group, depth=100):
     group.add_argument("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
     group.add_argument("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     group.add_argument("--init-channels", type=int, help="output of the first convolution (2k; plain net 16)")
+    group.add_argument(
+        "--efficient", action=argparse.BooleanOptionalAction, default=False, help="dense blocks in linear memory (no)"
+    )
 
 
 def add_optimisation_flags(group):
@@ -173,7 +176,7 @@ def parse_args(parser, argv=None):
 
 def model_arguments(args):
     """The keyword arguments of DenseNet, but for num_classes, that the model flags stand for."""
-    names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels"]
+    names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "efficient"]
     return {name: getattr(args, name) for name in names}
 
 
@@ -184,6 +187,8 @@ def check_arguments(args, device):
     """ValueError for arguments that do not fit each other or the machine; before anything is downloaded or written."""
     with torch.device("meta"):
         DenseNet(**model_arguments(args))
+    if args.sync_bn and args.efficient:
+        raise ValueError("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
 

@@ -14,14 +14,13 @@ import torchvision
 
 import densenet
 from attic.comparison import random_batch, randomize, relative_error, relative_errors, training_pass, worst
-from attic.planted_bug import planted_bug
+from attic.planted_bug import computed_by_onednn, planted_bug
 from attic.torchvision_weights import from_torchvision, to_torchvision, torchvision_net
 from densenet import DenseNet
 
 ATTIC = Path(densenet.__file__).with_name("attic")
 BC = dict(depth=16, growth_rate=4)
 PLAIN = dict(depth=10, growth_rate=4, bottleneck=False)
-CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -41,7 +40,7 @@ def small_net(arguments):
 # ------------------------------------------------------------------------------------------------ the scripts as programs
 
 
-@pytest.mark.parametrize("path", sorted(ATTIC.glob("*-*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*ATTIC.glob("*-*.py"), ATTIC / "planted_bug.py"}), ids=lambda path: path.name)
 def test_a_script_says_how_to_run_it_and_can_be_run_so(path, call_main):
     assert os.access(path, os.X_OK)
     status, out, _ = call_main(script(path.stem), "--help")
@@ -214,7 +213,7 @@ def numeric_verdict(title):
     numcheck = script("numcheck-grads")
     if title in TINY_NETS:
         net = small_net(TINY_NETS[title]).double()
-        return numcheck.against_gradcheck(net, random_batch(2, num_classes=2, seed=1, size=8)[0].double())[1]
+        return numcheck.against_gradcheck(net, random_batch(4, num_classes=2, seed=1, size=4)[0].double())[1]
     return next(check(module, images)[1] for row, check, module, images in numcheck.checks() if row == title)
 
 
@@ -260,14 +259,19 @@ def test_other_implementations_notice_the_bug(errors, bottleneck):
 
 @pytest.mark.parametrize("flags", [[], ["--no-bottleneck"]])
 def test_the_check_of_kernels_notices_the_bug_and_names_the_switch(call_main, flags):
-    def in_onednn(output):
-        return output.dtype != torch.float64 and torch.backends.mkldnn.enabled
-
-    with planted_bug(in_onednn):
+    with planted_bug(computed_by_onednn):
         status, out, _ = call_main(script("check-kernels"), "--device", "cpu", "--no-compile", *flags)
     assert status == 1
     verdicts = dict(re.findall(r"^(\S+(?: \S+)?) .*  (right|WRONG), worst", out, re.MULTILINE))
     assert verdicts == {"oneDNN on": "WRONG", "oneDNN off": "right", "channels_last": "WRONG", "bf16 autocast": "WRONG"}
+
+
+def test_a_program_is_run_with_the_bug(call_main, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import sys, torch; print(sys.argv[1:], torch.nn.Conv2d.forward.__name__)")
+    status, out, errors = call_main(script("planted_bug"), program, "--flag", "value")
+    assert (status, out) == (0, "['--flag', 'value'] broken_forward\n"), errors
+    assert nn.Conv2d.forward.__name__ == "forward"
 
 
 @pytest.mark.parametrize(("num_images", "hidden"), [(1, True), (2, False)])

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from attic.comparison import relative_error
+from attic.torchvision_weights import to_torchvision, torchvision_net
 from densenet import Bottleneck, DenseNet, SingleLayer, Transition
 
 PLAIN = {"bottleneck": False}
@@ -111,41 +112,23 @@ def test_dropout_follows_every_convolution_but_the_first(layer):
     assert sum(isinstance(m, nn.Dropout) and m.p == 0.3 for m in net.modules()) == 5  # three layers, two transitions
 
 
-def torchvision_twin(net, **arguments):
-    """torchvision's DenseNet with a CIFAR stem and the weights of net, which stand in the same order."""
-    twin = torchvision.models.DenseNet(num_classes=10, bn_size=4, **arguments).double()
-    channels = net.conv1.out_channels
-    twin.features.conv0 = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False, dtype=torch.float64)
-    for name in ("norm0", "relu0", "pool0"):
-        setattr(twin.features, name, nn.Identity())
-    theirs, ours = list(twin.parameters()), list(net.parameters())
-    assert [p.shape for p in theirs] == [p.shape for p in ours]
-    with torch.no_grad():
-        for their, our in zip(theirs, ours, strict=True):
-            their.copy_(our)
-    return twin
-
-
 @pytest.mark.parametrize(("depth", "growth_rate"), [(40, 12), (22, 7)])
 def test_output_and_every_gradient_equal_torchvision(depth, growth_rate):
     torch.manual_seed(1)
     net = DenseNet(depth=depth, growth_rate=growth_rate).double()
     for p in net.parameters():  # no zeros and ones: every gradient is exercised
         p.data += 0.1 * torch.randn_like(p)
-    layers = (depth - 4) // 6
-    twin = torchvision_twin(net, growth_rate=growth_rate, block_config=(layers,) * 3, num_init_features=2 * growth_rate)
+    twin = torchvision_net(net).double()
+    twin.load_state_dict(to_torchvision(net.state_dict()))
     x, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))
     logits = [module(x) for module in (net, twin)]
     for out in logits:
         F.cross_entropy(out, labels).backward()
-    assert relative(logits[0], logits[1]) < 1e-10
-    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
-        assert relative(ours.grad, theirs.grad) < 1e-10
-    assert relative(net.eval()(x), twin.eval()(x)) < 1e-10
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
+    assert relative_error(logits[0], logits[1]) < 1e-10
+    theirs = dict(twin.named_parameters())
+    for name, parameter in to_torchvision(dict(net.named_parameters())).items():
+        assert relative_error(parameter.grad, theirs[name].grad) < 1e-10
+    assert relative_error(net.eval()(x), twin.eval()(x)) < 1e-10
 
 
 def test_forward_makes_no_tensor_on_another_device():

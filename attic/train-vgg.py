@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""The control experiment: a VGG-style net with batch norm, trained by the very functions that train.py trains DenseNet with.
+
+    attic/train-vgg.py                            CIFAR-10 with augmentation, downloaded to data/, into work/vgg
+    attic/train-vgg.py --dataset digits --epochs 3
+
+If this net converges and DenseNet does not, the model is at fault, or what only the model uses; if neither does, the training
+code is. The net is small enough for a CPU. The verdict holds for CIFAR-10: exit status 1 where 12 % test error is not reached.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import run_folder
+import train
+from densenet import init_weights
+from distributed import World
+from evaluate import choose_device
+
+PLAN = [32, "pool", 64, 64, "pool", 128, 128, "pool", 256, 256]  # output channels of the convolutions, and the poolings
+BOUND = 12.0  # test error on CIFAR-10 in percent
+
+
+def main():
+    parser = build_parser()
+    args = train.parse_args(parser)
+    try:
+        run_folder.refuse_to_replace(args.save, args.resume, args.force)
+        device = choose_device(args.device)
+        dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
+        _held, checkpoint = train.open_run(args, device)  # the lock, held to the end
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    torch.manual_seed(args.seed)
+    net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
+    try:
+        train.fit(net, dataset, args, device, World(), checkpoint)
+    except (train.Stopped, FloatingPointError, OSError) as stopped:
+        sys.exit(f"train-vgg.py: {stopped}")
+    sys.exit(print_verdict(args))
+
+
+def build_parser():
+    """The flags of train.py, but for the model's, with defaults for a run that ends within half an hour on two cores."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=train.USAGE
+    )
+    train.add_data_flags(parser.add_argument_group("data"))
+    train.add_optimisation_flags(parser.add_argument_group("optimisation"))
+    train.add_machine_flags(parser.add_argument_group("machine"))
+    train.add_run_flags(parser.add_argument_group("run"))
+    parser.set_defaults(**no_model_flags(), epochs=16, lr=0.05, weight_decay=5e-4, save=Path("work", "vgg"))
+    return parser
+
+
+def no_model_flags():
+    """The model flags of train.py, unset: they are written into args.json and the checkpoint, and a VGG has none of them."""
+    parser = argparse.ArgumentParser()
+    train.add_model_flags(parser)
+    return {**dict.fromkeys(vars(parser.parse_args([]))), "drop_rate": 0.0}
+
+
+def print_verdict(args):
+    """The exit status: 1 if the whole of CIFAR-10 was learned, and not well enough."""
+    error = np.atleast_1d(np.genfromtxt(args.save / "test.csv", delimiter=",", names=True))[-1]["error"]
+    if args.dataset != "cifar10" or args.limit:
+        print(f"test error {error:.2f} %; the verdict is for the whole of cifar10 only")
+        return 0
+    learned = error < BOUND
+    print(f"test error {error:.2f} %, bound {BOUND:g} %: the training code {'works' if learned else 'does NOT work'}")
+    return int(not learned)
+
+
+def vgg(plan, num_classes):
+    """Conv3x3-BN-ReLU and max poolings by plan, then global average pooling and a linear classifier."""
+    layers, channels = [], 3
+    for entry in plan:
+        if entry == "pool":
+            layers.append(nn.MaxPool2d(kernel_size=2))
+        else:
+            conv = nn.Conv2d(channels, entry, kernel_size=3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(entry), nn.ReLU()]
+            channels = entry
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    return net.apply(init_weights)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The efficient dense block equals the plain modules, which define it: outputs, buffers and every gradient, in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attic.comparison import random_batch, randomize, relative_error, training_pass
+from dense_block import dense_block
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
+from distributed import synchronise_batch_norm
+
+BC = dict(depth=16, growth_rate=5)
+PLAIN = dict(depth=13, growth_rate=5, bottleneck=False)
+
+
+def efficient_twin(net):
+    twin = copy.deepcopy(net)
+    for block in (twin.dense1, twin.dense2, twin.dense3):
+        block.efficient = True
+    return twin
+
+
+def random_net(arguments):
+    torch.manual_seed(0)
+    return randomize(DenseNet(**arguments), seed=0).double().to(memory_format=torch.channels_last)
+
+
+def assert_equal_training(net, images, labels, bound=1e-12):
+    """One training pass of the net and of its efficient twin, from the same random state, gives the same in every tensor."""
+    results = []
+    for each in (net, efficient_twin(net)):
+        torch.manual_seed(5)
+        results.append({**training_pass(each, images, labels), **dict(each.named_buffers())})
+    plain, efficient = results
+    assert plain.keys() == efficient.keys()
+    for name, value in plain.items():
+        if value.dtype == torch.int64:  # num_batches_tracked
+            assert torch.equal(efficient[name], value)
+        elif value.abs().max() > 0:
+            assert relative_error(efficient[name], value) < bound, name
+        else:
+            assert efficient[name].abs().max() < 1e-15, name
+
+
+def batch(num_images, size):
+    images, labels = random_batch(num_images, num_classes=10, seed=1, size=size)
+    return images.double(), labels
+
+
+@pytest.mark.parametrize(
+    "arguments", [BC, PLAIN, dict(depth=40, growth_rate=12), {**PLAIN, "growth_rate": 1}, {**BC, "reduction": 1.0}]
+)
+@pytest.mark.parametrize(("num_images", "size"), [(4, 32), (1, 8), (3, (20, 28)), (2, (13, 9)), (70, 4)])
+def test_outputs_buffers_and_gradients_equal_the_plain_modules(arguments, num_images, size):
+    assert_equal_training(random_net(arguments), *shaped_batch(num_images, size))
+
+
+def shaped_batch(num_images, size):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    images, labels = batch(num_images, max(height, width))
+    return images[:, :, :height, :width], labels
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+@pytest.mark.parametrize("gamma", [0.0, 1e-12, -1e-9, -1.3])
+def test_any_gamma(arguments, gamma):
+    net = random_net(arguments)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data[::2] = gamma
+    assert_equal_training(net, *batch(3, 16))
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+def test_the_same_seed_gives_the_same_dropout(arguments):
+    assert_equal_training(random_net({**arguments, "drop_rate": 0.3}), *batch(4, 16))
+
+
+def test_batch_norms_with_settings_of_their_own():
+    """Of each layer another epsilon and momentum; None is the cumulative average."""
+    net = random_net(BC)
+    for i, module in enumerate(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        module.eps = 10.0 ** -(1 + i % 5)
+        module.momentum = [0.1, 0.03, None][i % 3]
+    assert_equal_training(net, *batch(3, 16))
+    assert net.dense1[0].bn1.num_batches_tracked == 1
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    bottleneck=st.booleans(),
+    channels=st.integers(1, 9),
+    growth_rate=st.integers(1, 6),
+    num_layers=st.integers(1, 4),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9)),
+)
+def test_blocks_of_any_shape(bottleneck, channels, growth_rate, num_layers, shape):
+    torch.manual_seed(0)
+    layer = Bottleneck if bottleneck else SingleLayer
+    plain = randomize(DenseBlock(layer, num_layers, channels, growth_rate, 0.0, efficient=False), seed=1).double()
+    efficient = copy.deepcopy(plain)
+    efficient.efficient = True
+    num_images, height, width = shape
+    images = torch.randn(num_images, channels, height, width, dtype=torch.float64)
+    target = torch.randn(num_images, channels + num_layers * growth_rate, height, width, dtype=torch.float64)
+    gradients = []
+    for block in (plain, efficient):
+        x = images.clone().requires_grad_()
+        out = block(x)
+        gradients.append([out, *torch.autograd.grad((out * target).sum(), [x, *block.parameters()]), *block.buffers()])
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+def test_twenty_optimiser_steps_stay_equal(arguments):
+    nets = [random_net(arguments)]
+    nets.append(efficient_twin(nets[0]))
+    for net in nets:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        for step in range(20):
+            images, labels = random_batch(8, num_classes=10, seed=step, size=8)
+            optimizer.zero_grad()
+            F.cross_entropy(net(images.double()), labels).backward()
+            optimizer.step()
+    for name, value in nets[0].state_dict().items():
+        assert relative_error(nets[1].state_dict()[name], value) < 1e-10, name
+
+
+# ------------------------------------------------------------------------------------------------------ ways to use it
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+def test_autocast_rounds_no_worse_than_the_plain_modules(arguments):
+    """Distance to float64 of the gradients in bf16, over the whole net: at most a half more than that of the plain modules."""
+    net = random_net(arguments)
+    images, labels = batch(16, 16)
+    exact = training_pass(copy.deepcopy(net), images, labels)
+    distances = []
+    for each in (net.float(), efficient_twin(net.float())):
+        rounded = training_pass(each, images.float(), labels, torch.autocast("cpu", torch.bfloat16))
+        assert all(value.dtype == torch.float32 for name, value in rounded.items() if name.startswith("grad/"))
+        distances.append(
+            sum((rounded[name] - exact[name]).square().sum() / exact[name].square().sum() for name in exact).sqrt()
+        )
+    assert distances[1] < 1.5 * distances[0]
+
+
+def test_frozen_parameters_and_an_input_without_gradient():
+    net = random_net(BC)
+    twin = efficient_twin(net)
+    images, labels = batch(3, 16)
+    for each in (net, twin):
+        each.conv1.requires_grad_(False)
+        each.dense1[0].requires_grad_(False)
+        F.cross_entropy(each(images), labels).backward()
+    for ours, theirs in zip(twin.parameters(), net.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            assert relative_error(ours.grad, theirs.grad) < 1e-12
+
+
+def test_a_second_derivative_is_an_error_that_says_so():
+    net = efficient_twin(random_net(BC))
+    images, labels = batch(3, 16)
+    gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+def test_evaluation_and_training_without_gradient():
+    net = random_net(BC)
+    twin = efficient_twin(net)
+    images, _ = batch(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(images), net(images), rtol=1e-12, atol=1e-12)
+    assert torch.equal(twin.load_state_dict(net.state_dict()) and twin.eval()(images), net.eval()(images))
+
+
+def test_inside_torch_compile():
+    net = random_net(BC)
+    images, labels = batch(3, 16)
+    expected = training_pass(copy.deepcopy(net), images, labels)
+    twin = efficient_twin(net)
+    F.cross_entropy(torch.compile(twin, backend="aot_eager")(images), labels).backward()
+    for name, parameter in twin.named_parameters():
+        assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
+
+
+def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
+    net = efficient_twin(random_net(BC))
+    images, labels = batch(3, 16)
+    loss = F.cross_entropy(net(images), labels)
+    with torch.no_grad():
+        net.dense2[0].conv1.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_it_cannot_do_is_said():
+    net = DenseNet(**BC, efficient=True)
+    synchronise_batch_norm(net)
+    with pytest.raises(ValueError, match="needs plain batch norms"):
+        net(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        dense_block(torch.zeros(1, 4, 1, 1), [Bottleneck(4, 2)])
