@@ -1,10 +1,11 @@
 # make demo   sets up .venv and trains a small DenseNet-BC on real handwritten digits
 # make test   sets up .venv and runs the tests
+# make test-faults   kills real runs again and again: slower
 
 PYTHON ?= python3
 DEMO = work/demo
 
-.PHONY: demo test lint
+.PHONY: demo test test-faults lint
 
 demo: .venv/installed
 	.venv/bin/python train.py --dataset digits --depth 16 --growth-rate 8 --epochs 10 --batch-size 32 --drop-rate 0 --save $(DEMO) --force
@@ -13,6 +14,9 @@ demo: .venv/installed
 
 test: .venv/installed lint
 	.venv/bin/python -m pytest
+
+test-faults: .venv/installed
+	.venv/bin/python -m pytest -m faults
 
 lint: .venv/installed
 	.venv/bin/ruff check .
