@@ -13,10 +13,10 @@ demo: .venv/installed
 	@ls $(DEMO)/*.png
 
 test: .venv/installed lint
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 test-faults: .venv/installed
-	.venv/bin/python -m pytest -m faults
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m faults
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -81,9 +81,12 @@ def test_kernels_of_this_machine(call_main):
     assert out.count("right, worst") == 2 + 2 * torch.backends.mkldnn.is_available()
 
 
-def test_kernels_of_a_net_that_cannot_be(call_main):
-    status, _, errors = call_main(script("check-kernels"), "--depth", 11)
-    assert (status, errors.splitlines()[-1].endswith("the nearest are 10 and 16")) == (2, True)
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--depth", 11], "the nearest are 10 and 16"), (["--efficient"], "cannot see them: leave it out")]
+)
+def test_kernels_of_a_net_that_cannot_be_checked(call_main, flags, message):
+    status, _, errors = call_main(script("check-kernels"), *flags)
+    assert (status, errors.splitlines()[-1].endswith(message)) == (2, True)
 
 
 # --------------------------------------------------------------------------------------------- comparison with the official
@@ -131,8 +134,8 @@ def test_the_comparison_finds_faults(fault, group):
 
 @functools.cache
 def jax_case(bottleneck):
-    """A net in float64, its batch, and what JAX computes of them."""
-    net = small_net(BC if bottleneck else PLAIN).double()
+    """A net in float64, its batch, and what JAX computes of them; JAX takes a second to compile each layer."""
+    net = small_net(dict(depth=10 if bottleneck else 7, growth_rate=4, bottleneck=bottleneck)).double()
     images, labels = random_batch(3, num_classes=10, seed=1)
     return net, images.double(), labels, script("compare-implementations").jax_pass(net, images.double(), labels)
 
@@ -142,8 +145,8 @@ def errors_against_jax(bottleneck):
     return relative_errors(training_pass(net, images, labels), theirs)
 
 
-def errors_against_torchvision(bottleneck):
-    net = small_net(BC if bottleneck else PLAIN).double()
+def errors_against_torchvision(bottleneck, depth=16):
+    net = small_net(dict(depth=depth, growth_rate=4, bottleneck=bottleneck)).double()
     images, labels = random_batch(3, num_classes=10, seed=1)
     theirs = script("compare-implementations").torchvision_pass(net, images.double(), labels)
     ours = training_pass(net, images.double(), labels)
@@ -255,6 +258,12 @@ def test_the_comparison_with_the_official_code_notices_the_bug_by_the_gradients_
 def test_other_implementations_notice_the_bug(errors, bottleneck):
     with planted_bug():
         assert worst(errors(bottleneck), "grad/")[1] > 1
+
+
+def test_an_implementation_on_the_same_kernels_can_share_the_bug():
+    """With one layer in each block torchvision concatenates as we do, and is wrong as we are."""
+    with planted_bug():
+        assert max(errors_against_torchvision(True, depth=10).values()) < 1e-9
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-bottleneck"]])

@@ -142,9 +142,10 @@ def test_three_kills_on_cifar_lose_nothing(cifar, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def children(pid):
-    found = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "train.py" in line]
+def workers_of(process, save):
+    """The processes that torchrun started; their titles are the run's folder."""
+    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if str(save) in line]
 
 
 def test_torchrun_restarts_after_a_worker_was_killed_and_ends_with_all_epochs(tmp_path):
@@ -153,7 +154,7 @@ def test_torchrun_restarts_after_a_worker_was_killed_and_ends_with_all_epochs(tm
     flags = [*FLAGS, "--epochs", "12", "--save", save, "--resume"]
     process = start(*torchrun, "--nproc-per-node", 2, "--max-restarts", 2, "train.py", *flags)
     wait_for_rows(process, save / "train.csv", 30)
-    workers = children(process.pid)
+    workers = workers_of(process, save)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     out = finish(process)
