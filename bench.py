@@ -152,11 +152,12 @@ def wait_for(device):
 
 
 def kept_bytes(forward):
-    """Bytes of all storages that autograd keeps after a forward pass, but for parameters and what else is a leaf."""
+    """Bytes of all storages that autograd keeps after a forward pass, but for parameters."""
     kept = {}
 
     def pack(tensor):
-        if not (tensor.is_leaf and tensor.requires_grad):
+        source = tensor if tensor._base is None else tensor._base  # a transposed weight is a weight
+        if not (source.is_leaf and source.requires_grad):
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -1,0 +1,98 @@
+import argparse
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+
+import bench
+
+CPU = torch.device("cpu")
+
+
+def kept(depth, variant, batch_size=2):
+    args = argparse.Namespace(depth=depth, growth_rate=12, batch_size=batch_size)
+    _, forward = bench.make_step(variant, args, CPU)
+    return bench.kept_bytes(forward) / batch_size
+
+
+@pytest.fixture(scope="module")
+def kept_bytes():
+    """{(variant, L): bytes an image kept for the backward pass}."""
+    return {(variant, depth): kept(depth, variant) for variant in ("plain", "efficient") for depth in (40, 100, 160, 250)}
+
+
+def test_plain_nets_keep_what_their_layers_save(kept_bytes):
+    """The known figures of the paper's BC nets with k=12: what is compared with is the whole of the plain net."""
+    megabytes = [kept_bytes["plain", depth] / 1e6 for depth in (40, 100, 160, 250)]
+    assert megabytes == pytest.approx([8.4, 35.2, 78.5, 174.3], rel=0.01)
+
+
+def test_efficient_blocks_keep_little_and_grow_linearly(kept_bytes):
+    plain, ours = ({depth: kept_bytes[variant, depth] for depth in (40, 100, 160, 250)} for variant in ("plain", "efficient"))
+    assert ours[100] <= 0.22 * plain[100]
+    assert ours[250] <= 0.12 * plain[250]
+    assert ours[250] <= 2.6 * ours[100]
+    slopes = [(ours[b] - ours[a]) / (b - a) for a, b in [(40, 100), (100, 160), (160, 250)]]
+    assert max(slopes) < 1.05 * min(slopes)
+
+
+def test_kept_bytes_of_a_net_that_can_be_counted_by_hand():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    images = torch.randn(10, 8)
+    assert bench.kept_bytes(lambda: net(images).sum()) == 4 * (10 * 8 + 10 * 16)  # the input, and relu's output once
+
+
+def test_peak_bytes_counts_what_is_alive_at_once():
+    def step():
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b * 2
+        del b, c
+        torch.zeros(500)
+
+    assert bench.peak_bytes(step) == 2 * 4000
+
+
+def test_the_table_and_its_json(call_main, tmp_path):
+    flags = [
+        "--depth",
+        10,
+        "--batch-size",
+        2,
+        "--rounds",
+        2,
+        "--only",
+        "torchvision",
+        "efficient",
+        "plain, bf16",
+        "--device",
+        "cpu",
+    ]
+    status, out, errors = call_main(bench, *flags, "--json", tmp_path / "bench.json")
+    assert status == 0, errors
+    lines = out.splitlines()
+    assert "torch " + torch.__version__ in lines[0]
+    assert [line.split("  ")[0] for line in lines[3:]] == ["torchvision", "efficient", "plain, bf16"]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {len(figures["images_per_second"]) for figures in report["variants"].values()} == {2}
+    ours, theirs = (report["variants"][name] for name in ("efficient", "torchvision"))
+    assert 0 < ours["kept_mb_per_image"] < theirs["kept_mb_per_image"]
+    assert all(figures["kept_mb_per_image"] < figures["peak_mb_per_image"] for figures in report["variants"].values())
+
+
+def test_the_pipeline_against_the_usual_one(call_main, cifar):
+    status, out, errors = call_main(bench, "--data", cifar, "--rounds", 1, "--device", "cpu")
+    assert status == 0, errors
+    assert [line.split("  ")[0] for line in out.splitlines()[3:]] == [
+        "data.py",
+        "DataLoader, 1 worker",
+        "DataLoader, 2 workers",
+    ]
+
+
+def test_bad_depth(call_main):
+    status, _, errors = call_main(bench, "--depth", 41)
+    assert (status, "nearest are 40 and 46" in errors) == (2, True)
