@@ -77,10 +77,10 @@ def load_checkpoint(path):
 
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, in evaluation mode. ValueError if the weights are not those of such a net."""
-    net = DenseNet(**checkpoint["model"])
     try:
+        net = DenseNet(**checkpoint["model"])
         net.load_state_dict(checkpoint["net"])
-    except RuntimeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ValueError(
             "the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py"
         ) from error

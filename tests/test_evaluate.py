@@ -59,6 +59,10 @@ def nothing(path):
     pass
 
 
+def vgg(path):  # as attic/train-vgg.py saves it
+    torch.save({"net": {}, "model": {"depth": None, "growth_rate": None, "num_classes": 10}, "args": {}}, path)
+
+
 def other_net(path):
     torch.save({"net": {}, "model": {"depth": 10}, "args": {}, "mean": [], "std": [], "classes": []}, path)
 
@@ -70,6 +74,7 @@ def other_net(path):
         (other_checkpoint, "is no checkpoint of train.py"),
         (bare_tensor, "is no checkpoint of train.py"),
         (nothing, "does not exist"),
+        (vgg, "is no checkpoint of train.py"),
         (other_net, "is no checkpoint of train.py"),
     ],
 )
