@@ -70,7 +70,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path} does not exist: name the latest.pth of a run") from error
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
         raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
-    if not isinstance(checkpoint, dict) or not {"net", "model", "args"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"net", "model", "args", "classes"} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
     return checkpoint
 
@@ -85,6 +85,11 @@ def build_net(checkpoint):
             "the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py"
         ) from error
     return net.eval()
+
+
+def normalization(checkpoint, device):
+    """(mean, std) of the training images, each (3, 1, 1)."""
+    return [torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -117,7 +122,11 @@ def evaluate(net, checkpoint, root, out, device):
     """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
     args = checkpoint["args"]
     dataset = data.load(args["dataset"], root or args["data"], device)
-    logits = predict(net, dataset.test.images, dataset.mean, dataset.std)
+    if dataset.classes != checkpoint["classes"]:
+        raise ValueError(
+            f"the classes in {root or args['data']} are not those that the net was trained on: name its data with --data"
+        )
+    logits = predict(net, dataset.test.images, *normalization(checkpoint, device))
     labels = dataset.test.labels.cpu()
     loss, error = (loss_and_error_sums(logits, labels) / len(labels)).tolist()
     confusion = confusion_matrix(logits.argmax(dim=1), labels, len(dataset.classes))
@@ -174,8 +183,7 @@ def draw(confusion, classes, path):
 def classify(net, checkpoint, paths, device):
     """Prints the three most likely classes of each picture."""
     images = torch.stack([data.read_image(path) for path in paths]).to(device)
-    mean, std = (torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    logits = predict(net, images, mean, std)
+    logits = predict(net, images, *normalization(checkpoint, device))
     classes = checkpoint["classes"]
     for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):
         best = probabilities.topk(min(3, len(classes)))

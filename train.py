@@ -57,6 +57,8 @@ def main():
         _held, checkpoint = open_run(args, device) if world.rank == 0 else (None, None)  # the lock, held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, "train.py: stopped before the run began\n")
     net = make_net(args, len(dataset.classes), device)
     try:
         fit(net, dataset, args, device, world, distributed.share_object(checkpoint, world))
@@ -297,7 +299,8 @@ class Figures:
         if self.process is not None:
             _, errors = self.process.communicate()
             if self.process.returncode and not self.warned:
-                tqdm.write(f"the figures could not be drawn, training goes on: {errors.strip().splitlines()[-1]}")
+                reason = errors.strip().splitlines() or [f"plot.py ended with status {self.process.returncode}"]
+                tqdm.write(f"the figures could not be drawn, training goes on: {reason[-1]}")
                 self.warned = True
             self.process = None
 

@@ -60,7 +60,7 @@ def nothing(path):
 
 
 def vgg(path):  # as attic/train-vgg.py saves it
-    torch.save({"net": {}, "model": {"depth": None, "growth_rate": None, "num_classes": 10}, "args": {}}, path)
+    torch.save({"net": {}, "model": {"depth": None, "growth_rate": None, "num_classes": 10}, "args": {}, "classes": []}, path)
 
 
 def other_net(path):
@@ -84,6 +84,14 @@ def test_a_file_that_is_no_checkpoint_of_ours(call_main, tmp_path, make, message
     assert status == 2
     assert len(errors.splitlines()) == 2
     assert message in errors
+
+
+def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
+    checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
+    torch.save({**checkpoint, "classes": [*checkpoint["classes"][:-1], "ten"]}, tmp_path / "latest.pth")
+    status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
+    assert (status, "are not those that the net was trained on" in errors) == (2, True)
+    assert not (tmp_path / "confusion.csv").exists()
 
 
 def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):

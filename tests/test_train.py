@@ -270,6 +270,16 @@ def test_no_traceback_reaches_a_person(run_script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_before_the_run_began(call_main, monkeypatch, tmp_path):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", interrupted)
+    status, _, errors = call_main(train, *TINY, "--save", tmp_path / "run")
+    assert (status, errors) == (130, "train.py: stopped before the run began\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
     flags = ["--lr", "1e30", "--epochs", 3, "--batch-size", 32, "--no-plot", "--save", tmp_path / "run"]
     status, _, _ = call_main(train, *TINY, *flags)
