@@ -11,7 +11,6 @@ import time
 import pandas as pd
 import pytest
 from conftest import ROOT, TINY
-from test_distributed import free_port
 from test_run_folder import assert_same_run
 
 pytestmark = pytest.mark.faults
@@ -144,16 +143,17 @@ def test_three_kills_on_cifar_lose_nothing(cifar, tmp_path):
 
 def workers_of(process, save):
     """The processes that torchrun started; their titles are the run's folder."""
-    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
+    found = subprocess.run(["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if str(save) in line]
 
 
 def test_torchrun_restarts_after_a_worker_was_killed_and_ends_with_all_epochs(tmp_path):
     save = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
     flags = [*FLAGS, "--epochs", "12", "--save", save, "--resume"]
     process = start(*torchrun, "--nproc-per-node", 2, "--max-restarts", 2, "train.py", *flags)
     wait_for_rows(process, save / "train.csv", 30)
+    assert process.poll() is None, process.communicate()
     workers = workers_of(process, save)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
