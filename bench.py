@@ -19,13 +19,13 @@ import weakref
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms as transforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+from attic.torchvision_weights import torchvision_net
 from densenet import DenseNet, layers_per_block
 from evaluate import choose_device
 from train import DTYPES, USAGE, at_least, describe, make_optimizer, parse_args
@@ -83,14 +83,8 @@ def build_parser():
 
 def make_net(kind, depth, growth_rate):
     """The DenseNet-BC for 32 x 32 images: ours, or torchvision's modules behind a 3x3 convolution."""
-    if kind != "torchvision":
-        return DenseNet(growth_rate, depth, efficient=kind == "efficient")
-    blocks = (layers_per_block(depth, bottleneck=True),) * 3
-    net = torchvision.models.DenseNet(growth_rate, blocks, 2 * growth_rate, num_classes=10)
-    net.features.conv0 = nn.Conv2d(3, 2 * growth_rate, kernel_size=3, padding=1, bias=False)
-    for name in ("norm0", "relu0", "pool0"):
-        net.features.set_submodule(name, nn.Identity())
-    return net
+    net = DenseNet(growth_rate, depth, efficient=kind == "efficient")
+    return torchvision_net(net) if kind == "torchvision" else net
 
 
 def make_step(variant, args, device):

@@ -48,13 +48,18 @@ def layer_parameters(layer):
     return first + [layer.bn2.weight, layer.bn2.bias, layer.conv2.weight] if hasattr(layer, "bn2") else first
 
 
+def new_channels(layer):
+    """The number of maps that the layer adds."""
+    return (layer.conv2 if hasattr(layer, "conv2") else layer.conv1).out_channels
+
+
 class DenseBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *parameters):
         with torch.autocast(x.device.type, enabled=False):
             maps, mean, var, kept = forward_layers(x.to(working_dtype(x)), layers)
         ctx.layers = layers
-        out = maps.permute(0, 3, 1, 2)
+        out = nchw(maps)
         ctx.save_for_backward(out, mean, var, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out
 
@@ -65,7 +70,7 @@ class DenseBlock(torch.autograd.Function):
         n = len(ctx.layers)
         kept = [rest[i : i + 5] for i in range(len(rest) - 5 * n, len(rest), 5)]
         with torch.autocast(grad.device.type, enabled=False):
-            grad_x, parameter_grads = backward_layers(grad, out.permute(0, 2, 3, 1), mean, var, ctx.layers, kept)
+            grad_x, parameter_grads = backward_layers(grad, nhwc(out), mean, var, ctx.layers, kept)
         return grad_x, None, *parameter_grads
 
 
@@ -80,10 +85,10 @@ def working_dtype(x):
 def forward_layers(x, layers):
     """All maps (N, H, W, C), mean and var of each (C,), and for each layer what its backward pass needs besides them."""
     n, c, h, w = x.shape
-    new = [(layer.conv2 if hasattr(layer, "conv2") else layer.conv1).out_channels for layer in layers]
+    new = [new_channels(layer) for layer in layers]
     maps = x.new_empty(n, h, w, c + sum(new))
     mean, var = torch.empty(2, c + sum(new), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    write_maps(maps, mean, var, 0, x.permute(0, 2, 3, 1))
+    write_maps(maps, mean, var, 0, nhwc(x))
     kept = []
     for layer, k in zip(layers, new, strict=True):
         out, tensors = forward_layer(maps[..., :c], mean[:c], var[:c], layer)
@@ -199,7 +204,7 @@ def backward_layers(grad, maps, mean, var, layers, kept):
     parameter_grads = []
     c = grads.shape[-1]
     for layer, tensors in zip(reversed(layers), reversed(kept), strict=True):
-        last, c = c, c - (layer.conv2 if hasattr(layer, "conv2") else layer.conv1).out_channels
+        last, c = c, c - new_channels(layer)
         grad_new = through_statistics(grads, maps, mean, offset, slope, slice(c, last))
         grad_z, second = backward_second(grad_new, layer, *tensors)
         first = backward_first(grad_z, grads[..., :c], maps[..., :c], mean[:c], var[:c], offset[:c], slope[:c], layer)

@@ -452,8 +452,9 @@ def record(steps, epoch, num_images, args, world, stop, bar):
             if world.rank == 0:
                 epochs = [epoch + (len(rows) + i) / len(sizes) for i in range(1, len(group) + 1)]
                 run_folder.append_rows(args.save / "train.csv", zip(epochs, *zip(*figures, strict=True), strict=True))
-            rows, group = rows + figures, []
-            check_finite(rows, epoch)
+            check_finite(figures, len(rows), epoch)
+            rows += figures
+            group = []
             bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, error {rows[-1][1]:.1f} %")
             if signum:
                 raise Stopped(signum)
@@ -467,8 +468,8 @@ def collect(group, received, world):
     return signals and (received or signal.SIGTERM), figures
 
 
-def check_finite(rows, epoch):
-    for step, (loss, _) in enumerate(rows, start=1):
+def check_finite(figures, steps_before, epoch):
+    for step, (loss, _) in enumerate(figures, start=steps_before + 1):
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {step} of epoch {epoch + 1}: try a lower --lr; "
