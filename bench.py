@@ -11,28 +11,44 @@ keeps for the backward pass, weights aside, and the largest sum of the bytes of 
 """
 
 import argparse
+import contextlib
+import functools
+import inspect
 import itertools
 import json
+import math
 import statistics
 import time
 import weakref
 from pathlib import Path
+from unittest import mock
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms as transforms
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import data
+import dense_block
 from attic.torchvision_weights import torchvision_net
 from densenet import DenseNet, layers_per_block
 from evaluate import choose_device
 from train import DTYPES, USAGE, at_least, describe, make_optimizer, parse_args
 from train import build_parser as build_train_parser
 
+DEPTHS = (40, 100, 160, 250)
+SCALED = {"plain": "plain modules", "torchvision, checkpointed": "checkpointed (torchvision)", "efficient": "--efficient"}
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach, aten._unsafe_view}
+OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}  # they write their first argument, and do not read it
+
 VARIANTS = {  # name: (net, precision, compiled)
     "torchvision": ("torchvision", "fp32", False),
+    "torchvision, checkpointed": ("checkpointed", "fp32", False),
     "plain": ("plain", "fp32", False),
     "efficient": ("efficient", "fp32", False),
     "plain, compile": ("plain", "fp32", True),
@@ -51,16 +67,25 @@ def main():
     try:
         device = choose_device(args.device)
         layers_per_block(args.depth, bottleneck=True)
-        if args.data:
-            report, print_report = measure_pipeline(args, device), print_pipeline
-        else:
-            report, print_report = measure_steps(args, device), print_steps
-    except ValueError as error:
+        measure, show = choose_task(args)
+        report = measure(args, device)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{describe(device)}, torch {torch.__version__}, {args.rounds} rounds, batch {args.batch_size}\n")
-    print_report(report)
+    show(report)
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "hardware": describe(device), **report}, indent=2) + "\n")
+
+
+def choose_task(args):
+    """What measures, from args and the device, and what shows the report."""
+    if args.data:
+        return measure_pipeline, print_pipeline
+    if args.count:
+        return count_steps, print_counts
+    if args.scaling:
+        return measure_scaling, functools.partial(draw_scaling, path=args.scaling)
+    return measure_steps, print_steps
 
 
 def build_parser():
@@ -74,6 +99,12 @@ def build_parser():
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
     parser.add_argument("--data", metavar="DIR", help="measure the data pipeline on the CIFAR-10 in this folder instead")
+    parser.add_argument(
+        "--count", action="store_true", help="count a step's bytes, operations and kernel launches on a GPU instead"
+    )
+    parser.add_argument("--bandwidth", metavar="GB/S", type=float, default=1000, help="for the floor of --count (%(default)s)")
+    parser.add_argument("--rate", metavar="TFLOP/S", type=float, default=20, help="for the floor of --count (%(default)s)")
+    parser.add_argument("--scaling", metavar="PNG", type=Path, help="draw memory and time against the depth instead")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file, too")
     return parser
 
@@ -84,7 +115,7 @@ def build_parser():
 def make_net(kind, depth, growth_rate):
     """The DenseNet-BC for 32 x 32 images: ours, or torchvision's modules behind a 3x3 convolution."""
     net = DenseNet(growth_rate, depth, efficient=kind == "efficient")
-    return torchvision_net(net) if kind == "torchvision" else net
+    return net if kind in ("plain", "efficient") else torchvision_net(net, memory_efficient=kind == "checkpointed")
 
 
 def make_step(variant, args, device):
@@ -95,10 +126,12 @@ def make_step(variant, args, device):
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
     optimizer = make_optimizer(net, parse_args(build_train_parser(), []))
+    for group in optimizer.param_groups if device.type == "meta" else []:
+        group["foreach"] = True
     model = torch.compile(net) if compiled else net
 
     def forward():
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext():
             return F.cross_entropy(model(images), labels)
 
     def step():
@@ -146,20 +179,12 @@ def wait_for(device):
 
 
 def kept_bytes(forward):
-    """Bytes of all storages that autograd keeps after a forward pass, but for parameters."""
-    kept = {}
-
-    def pack(tensor):
-        source = tensor if tensor._base is None else tensor._base  # a transposed weight is a weight
-        if not (source.is_leaf and source.requires_grad):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes of all tensors that a forward pass makes and that are still alive after it: what the backward pass needs."""
+    with LiveBytes() as live:
         loss = forward()
-    del loss  # alive until here, so that no memory was used twice
-    return sum(kept.values())
+        kept = live.now
+    del loss  # alive until here, and with it the graph
+    return kept
 
 
 def peak_bytes(step):
@@ -214,6 +239,133 @@ def spread(values):
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / 2
+
+
+# ------------------------------------------------------------------------------------------------------ against the depth
+
+
+def measure_scaling(args, device):
+    """{depth: the report of measure_steps}."""
+    scaling = {d: measure_steps(argparse.Namespace(**vars(args) | {"depth": d, "only": list(SCALED)}), device) for d in DEPTHS}
+    return {"growth_rate": args.growth_rate, "scaling": scaling}
+
+
+def draw_scaling(report, path):
+    """Peak memory and time of a training step against the depth; beside each name the exponent between the last depths."""
+    figure, (memory, time_) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name, label in SCALED.items():
+        figures = [report["scaling"][depth]["variants"][name] for depth in DEPTHS]
+        draw_power(memory, [f["peak_mb_per_image"] for f in figures], label)
+        draw_power(time_, [1e3 / statistics.median(f["images_per_second"]) for f in figures], label)
+    memory.set_ylabel("peak memory of activations and gradients, MB an image")
+    time_.set_ylabel("time of a training step, ms an image")
+    for axes in (memory, time_):
+        axes.set(xscale="log", yscale="log", xlabel=f"depth L of DenseNet-BC, k = {report['growth_rate']}")
+        axes.set_xticks(DEPTHS, DEPTHS)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def draw_power(axes, values, label):
+    exponent = math.log(values[-1] / values[1]) / math.log(DEPTHS[-1] / DEPTHS[1])
+    axes.plot(DEPTHS, values, marker="o", label=f"{label}: $L^{{{exponent:.2f}}}$")
+
+
+# ---------------------------------------------------------------------------------------------------------- a GPU's work
+
+
+def count_steps(args, _):
+    """{variant: the work of a training step}, from a step on the meta device, which has shapes and no data."""
+    counts = {name: count(name, args) for name in ("torchvision", "plain", "efficient")}
+    return {"bandwidth_gb_s": args.bandwidth, "rate_tflop_s": args.rate, "counts": counts}
+
+
+def count(variant, args):
+    step, _ = make_step(variant, args, torch.device("meta"))
+    step()  # gives the optimiser its state
+    traffic = Traffic()
+    with traffic, mock.patch.object(dense_block, "kernel", traffic.fused):
+        step()
+    floor = sum(max(size / args.bandwidth / 1e9, flops / args.rate / 1e12) for size, flops in traffic.launches)
+    gigabytes, gigaflops = (sum(column) / 1e9 for column in zip(*traffic.launches, strict=True))
+    return {"gigabytes": gigabytes, "gigaflops": gigaflops, "launches": len(traffic.launches), "floor_ms": 1e3 * floor}
+
+
+class Traffic(TorchDispatchMode):
+    """The (bytes, floating-point operations) of every kernel launch.
+
+    An operation counts as one launch, which reads every tensor that it is given once and writes every result once; views and
+    allocations are none. What a compiler fuses, the functions of dense_block.kernel, counts as one operation. Only products
+    and convolutions count as arithmetic.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+        self.inside_fused = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        size = bytes_moved(function, args, kwargs, result)
+        if size and not self.inside_fused:
+            flops = flop_registry.get(function.overloadpacket, lambda *args, **kwargs: 0)
+            self.launches.append((size, flops(*args, **kwargs, out_val=result)))
+        return result
+
+    def fused(self, function, _):
+        """The function, to be counted as one launch; its arguments called grads are written, too."""
+
+        def counted(*args):
+            self.inside_fused = True
+            result = function(*args)
+            self.inside_fused = False
+            written = [
+                value for name, value in zip(inspect.signature(function).parameters, args, strict=True) if name == "grads"
+            ]
+            self.launches.append((size_of((args, result, written)), 0))
+            return result
+
+        return counted
+
+
+def bytes_moved(function, args, kwargs, result):
+    """Bytes read and written by one operation; 0 for a view or an allocation."""
+    if function.is_view or function.overloadpacket in ALLOCATIONS:
+        return 0
+    schema, total = function._schema, 0
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    for argument in schema.arguments:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        read = not (argument.is_out or (written and function.overloadpacket in OVERWRITING))
+        total += (read + written) * size_of(given.get(argument.name))
+    new = [value for value, returned in zip(as_tuple(result), schema.returns, strict=False) if returned.alias_info is None]
+    return total + size_of(new)
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def size_of(tensors):
+    """Bytes of all tensors in a structure; what is expanded counts once."""
+    leaves = filter(torch.is_tensor, torch.utils._pytree.tree_leaves(tensors))
+    return sum(t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) for t in leaves)
+
+
+def print_counts(report):
+    plain = report["counts"]["plain"]
+    print(f"{'':14}{'GB':>8}{'ratio':>8}{'launches':>10}{'ratio':>8}{'GFLOP':>10}{'floor, ms':>12}")
+    for name, work in report["counts"].items():
+        ratios = [work[key] / plain[key] for key in ("gigabytes", "launches")]
+        print(
+            f"{name:14}{work['gigabytes']:8.2f}{ratios[0]:8.2f}{work['launches']:10d}{ratios[1]:8.2f}"
+            f"{work['gigaflops']:10.1f}{work['floor_ms']:12.2f}"
+        )
+    bounds = f"{report['bandwidth_gb_s']:g} GB/s or {report['rate_tflop_s']:g} TFLOP/s"
+    print(f"\nfloor: each launch at {bounds}, whichever takes longer; counted, not measured")
 
 
 # ------------------------------------------------------------------------------------------------------------ the pipeline

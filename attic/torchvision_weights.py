@@ -64,14 +64,17 @@ def key_of(table, value, name):
 # --------------------------------------------------------------------------------------------------------------- the net
 
 
-def torchvision_net(net):
-    """torchvision's DenseNet, newly initialised, with as many layers and channels as our `net`, behind a 3x3 convolution."""
+def torchvision_net(net, memory_efficient=False):
+    """torchvision's DenseNet, newly initialised, with as many layers and channels as our `net`, behind a 3x3 convolution.
+
+    With memory_efficient, it computes concatenations and activations again in the backward pass.
+    """
     features = OrderedDict(conv0=nn.Conv2d(3, net.conv1.out_channels, kernel_size=3, padding=1, bias=False))
-    features["denseblock1"] = torchvision_block(net.dense1)
+    features["denseblock1"] = torchvision_block(net.dense1, memory_efficient)
     features["transition1"] = _Transition(net.trans1.conv1.in_channels, net.trans1.conv1.out_channels)
-    features["denseblock2"] = torchvision_block(net.dense2)
+    features["denseblock2"] = torchvision_block(net.dense2, memory_efficient)
     features["transition2"] = _Transition(net.trans2.conv1.in_channels, net.trans2.conv1.out_channels)
-    features["denseblock3"] = torchvision_block(net.dense3)
+    features["denseblock3"] = torchvision_block(net.dense3, memory_efficient)
     features["norm5"] = nn.BatchNorm2d(net.bn1.num_features)
     twin = torchvision.models.DenseNet(block_config=(1,))  # for its forward pass, whatever its layers
     twin.features = nn.Sequential(features)
@@ -79,10 +82,11 @@ def torchvision_net(net):
     return twin
 
 
-def torchvision_block(block):
+def torchvision_block(block, memory_efficient):
     first, bottleneck = block[0], hasattr(block[0], "bn2")
     growth_rate = (first.conv2 if bottleneck else first.conv1).out_channels
-    twin = _DenseBlock(len(block), first.bn1.num_features, bn_size=4, growth_rate=growth_rate, drop_rate=0.0)
+    channels = first.bn1.num_features
+    twin = _DenseBlock(len(block), channels, 4, growth_rate, drop_rate=0.0, memory_efficient=memory_efficient)
     if not bottleneck:
         for layer, ours in zip(twin.values(), block, strict=True):
             make_single(layer, ours.bn1.num_features, growth_rate)

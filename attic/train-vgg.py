@@ -25,7 +25,20 @@ from densenet import init_weights
 from distributed import World
 from evaluate import choose_device
 
-PLAN = [32, "pool", 64, 64, "pool", 128, 128, "pool", 256, 256]  # output channels of the convolutions, and the poolings
+PLAN = [
+    32,
+    "pool",
+    64,
+    64,
+    64,
+    "pool",
+    128,
+    128,
+    128,
+    "pool",
+    256,
+    256,
+]  # output channels of the convolutions, and the poolings
 BOUND = 12.0  # test error on CIFAR-10 in percent
 
 
@@ -57,7 +70,7 @@ def build_parser():
     train.add_optimisation_flags(parser.add_argument_group("optimisation"))
     train.add_machine_flags(parser.add_argument_group("machine"))
     train.add_run_flags(parser.add_argument_group("run"))
-    parser.set_defaults(**no_model_flags(), epochs=16, lr=0.05, weight_decay=5e-4, save=Path("work", "vgg"))
+    parser.set_defaults(**no_model_flags(), epochs=20, lr=0.05, weight_decay=5e-4, save=Path("work", "vgg"))
     return parser
 
 

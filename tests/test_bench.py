@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 
 import bench
 
@@ -38,10 +39,9 @@ def test_efficient_blocks_keep_little_and_grow_linearly(kept_bytes):
 
 
 def test_kept_bytes_of_a_net_that_can_be_counted_by_hand():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    images = torch.randn(10, 8)
-    assert bench.kept_bytes(lambda: net(images).sum()) == 4 * (10 * 8 + 10 * 16)  # the input, and relu's output once
+    kept = bench.kept_bytes(lambda: net(torch.zeros(10, 8)).sum())
+    assert kept == 4 * (10 * 8 + 10 * 16 + 1)  # the input, relu's output once, and the sum
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():
@@ -54,6 +54,59 @@ def test_peak_bytes_counts_what_is_alive_at_once():
         torch.zeros(500)
 
     assert bench.peak_bytes(step) == 2 * 4000
+
+
+def test_traffic_that_can_be_counted_by_hand():
+    a, b, c = (torch.zeros(*shape, device="meta") for shape in [(4, 5), (5, 6), (4, 6)])
+    traffic = bench.Traffic()
+    with traffic:
+        product = a @ b  #                 reads 20 + 30, writes 24
+        torch.mm(a, b, out=c)  #           the same
+        c.add_(product)  #                 reads 24 + 24, writes 24
+        c.copy_(product.t().t())  #        views are free; reads 24, writes 24
+        (c + b[:1].expand(4, 6)).sum()  #  reads 24 + 6, writes 24; reads 24, writes 1
+    flops = 2 * 4 * 5 * 6
+    assert traffic.launches == [(4 * 74, flops), (4 * 74, flops), (4 * 72, 0), (4 * 48, 0), (4 * 54, 0), (4 * 25, 0)]
+
+
+def test_what_is_compiled_counts_as_one_launch():
+    def add(x, factor, grads):
+        grads.add_(x * factor)
+        return x.sum(dim=0)
+
+    traffic = bench.Traffic()
+    x, factor, grads = (torch.zeros(*shape, device="meta") for shape in [(4, 5), (5,), (4, 5)])
+    with traffic:
+        traffic.fused(add, x)(x, factor, grads)
+    assert traffic.launches == [(4 * (20 + 5 + 20 + 20 + 5), 0)]  # reads all three, writes grads and the sum
+
+
+def test_counts_of_the_default_net(call_main, tmp_path):
+    """The plain net's are known: 19.1 GB, 110 GFLOP and about 800 launches. The efficient one's may not grow."""
+    status, out, errors = call_main(bench, "--count", "--bandwidth", 500, "--device", "cpu", "--json", tmp_path / "counts.json")
+    assert status == 0, errors
+    assert "500 GB/s" in out
+    report = json.loads((tmp_path / "counts.json").read_text())["counts"]
+    plain, efficient = report["plain"], report["efficient"]
+    assert plain["gigabytes"] == pytest.approx(19.1, rel=0.01)
+    assert plain["launches"] == pytest.approx(804, rel=0.02)
+    assert plain["gigaflops"] == pytest.approx(110.5, rel=0.01) == efficient["gigaflops"]
+    assert plain["floor_ms"] > plain["gigabytes"] / 500 * 1e3
+    assert efficient["gigabytes"] < 0.80 * plain["gigabytes"]
+    assert efficient["launches"] < 1.25 * plain["launches"]
+
+
+def test_the_figure_of_memory_and_time(call_main, tmp_path):
+    flags = ["--growth-rate", 2, "--batch-size", 2, "--rounds", 1, "--device", "cpu"]
+    status, _, errors = call_main(bench, *flags, "--scaling", tmp_path / "memory.png", "--json", tmp_path / "memory.json")
+    assert status == 0, errors
+    assert Image.open(tmp_path / "memory.png").size == (1500, 630)
+    depths = json.loads((tmp_path / "memory.json").read_text())["scaling"]
+    plain, checkpointed, ours = (
+        [depths[str(depth)]["variants"][name]["peak_mb_per_image"] for depth in bench.DEPTHS] for name in bench.SCALED
+    )
+    assert plain[-1] / plain[1] > 4
+    assert max(checkpointed[-1] / checkpointed[1], ours[-1] / ours[1]) < 3.5
 
 
 def test_the_table_and_its_json(call_main, tmp_path):

@@ -8,9 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
+import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
-from dense_block import dense_block
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
 from distributed import synchronise_batch_norm
 
@@ -82,11 +83,13 @@ def test_the_same_seed_gives_the_same_dropout(arguments):
 
 
 def test_batch_norms_with_settings_of_their_own():
-    """Of each layer another epsilon and momentum; None is the cumulative average."""
+    """Of each layer another momentum, None is the cumulative average, and another epsilon where the maps are not shared."""
     net = random_net(BC)
-    for i, module in enumerate(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-        module.eps = 10.0 ** -(1 + i % 5)
+    for i, (name, module) in enumerate((n, m) for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)):
         module.momentum = [0.1, 0.03, None][i % 3]
+        module.eps = 1e-3 if name.startswith("dense1") and name.endswith("bn1") else 10.0 ** -(4 + i % 5)
+        if name.startswith(("dense2", "dense3")) and name.endswith("bn1"):
+            module.eps = 1e-5
     assert_equal_training(net, *batch(3, 16))
     assert net.dense1[0].bn1.num_batches_tracked == 1
 
@@ -192,6 +195,16 @@ def test_inside_torch_compile():
         assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
 
 
+def test_the_functions_compiled_for_a_gpu_equal_the_eager_ones(monkeypatch):
+    """By the CPU's compiler, with the whole batch as one slice; widths are symbols, so not every layer is compiled anew."""
+    monkeypatch.setattr(dense_block, "kernel", lambda function, x: dense_block.compiled(function))
+    monkeypatch.setattr(dense_block, "SLICE_PIXELS", 10**9)
+    torch._dynamo.reset()
+    counters.clear()
+    assert_equal_training(random_net(BC), *batch(3, 16))
+    assert counters["stats"]["unique_graphs"] <= 9  # of three functions; the layers call them 30 times
+
+
 def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
     net = efficient_twin(random_net(BC))
     images, labels = batch(3, 16)
@@ -207,5 +220,9 @@ def test_what_it_cannot_do_is_said():
     synchronise_batch_norm(net)
     with pytest.raises(ValueError, match="needs plain batch norms"):
         net(torch.zeros(2, 3, 8, 8))
+    net = DenseNet(**BC, efficient=True)
+    net.dense1[1].bn1.eps = 1e-3
+    with pytest.raises(ValueError, match="of one eps"):
+        net(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        dense_block(torch.zeros(1, 4, 1, 1), [Bottleneck(4, 2)])
+        dense_block.dense_block(torch.zeros(1, 4, 1, 1), [Bottleneck(4, 2)])

@@ -54,12 +54,12 @@ def torchrun(*arguments, nodes=1):
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
-def gradients(world):
+def gradients(world, *flags):
     """Gradients and running statistics of three ragged batches on the trainer's own path, in float64."""
     device = torch.device("cpu")
     torch.manual_seed(0)
-    net = DenseNet(depth=16, growth_rate=4).double()
-    args = train.parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--sync-bn", "--lr", "0"])
+    args = train.parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--lr", "0", *flags])
+    net = DenseNet(depth=16, growth_rate=4, efficient=args.efficient).double()
     dataset = data.load("digits", ".", device, limit=95)
     dataset = dataset._replace(mean=dataset.mean.double(), std=dataset.std.double())
     model = train.prepare(net, args, device, world)
@@ -78,16 +78,32 @@ def one_rank(rank, port, folder):
     torch.set_num_threads(1)
     world = distributed.read_world(os.environ)
     distributed.join(world, torch.device("cpu"))
-    torch.save(gradients(world), folder / f"{rank}.pth")
+    for flag in ("--sync-bn", "--efficient", "--no-efficient"):
+        torch.save(gradients(world, flag), folder / f"{flag}{rank}.pth")
     distributed.leave(world)
 
 
-def test_two_ranks_with_sync_bn_give_the_gradients_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (free_port(), tmp_path), nprocs=2)
-    expected = gradients(World())
-    for rank in range(2):
-        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pth"), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder of what one_rank saves."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(one_rank, (free_port(), folder), nprocs=2)
+    return folder
+
+
+def assert_close(some, others):
+    for ours, theirs in zip(some, others, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_with_sync_bn_give_the_gradients_of_one_process(two_ranks, rank):
+    assert_close(torch.load(two_ranks / f"--sync-bn{rank}.pth"), gradients(World(), "--sync-bn"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_two_ranks_the_efficient_blocks_equal_the_plain_ones(two_ranks, rank):
+    assert_close(torch.load(two_ranks / f"--efficient{rank}.pth"), torch.load(two_ranks / f"--no-efficient{rank}.pth"))
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
