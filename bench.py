@@ -3,11 +3,13 @@
 
     ./bench.py                                 DenseNet-BC, L=100, k=12, batches of 64
     ./bench.py --depth 40 --rounds 9 --only plain efficient
+    ./bench.py --count --bandwidth 900 --rate 30     what a step moves and computes, and the time that takes at these rates
+    ./bench.py --scaling images/memory.png     memory and time against the depth
     ./bench.py --data data                     the data pipeline against a torchvision DataLoader, on the real CIFAR-10
 
 The variants take turns, round by round, so that a noisy machine harms all alike; a figure is the median of the rounds, and
-behind it stands half the distance between the quartiles. Memory is counted, not measured: the bytes of all tensors autograd
-keeps for the backward pass, weights aside, and the largest sum of the bytes of all tensors alive at once during a step.
+behind it stands half the distance between the quartiles. Memory is counted, not measured: the bytes of all tensors that a
+forward pass leaves alive for the backward pass, and the largest sum of the bytes of all tensors alive at once during a step.
 """
 
 import argparse
@@ -23,11 +25,11 @@ import weakref
 from pathlib import Path
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms as transforms
+from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -252,7 +254,8 @@ def measure_scaling(args, device):
 
 def draw_scaling(report, path):
     """Peak memory and time of a training step against the depth; beside each name the exponent between the last depths."""
-    figure, (memory, time_) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    memory, time_ = figure.subplots(1, 2)
     for name, label in SCALED.items():
         figures = [report["scaling"][depth]["variants"][name] for depth in DEPTHS]
         draw_power(memory, [f["peak_mb_per_image"] for f in figures], label)

@@ -3,12 +3,14 @@
 
     ./evaluate.py work/cifar10.base/latest.pth --data data
     ./evaluate.py work/cifar10.base/latest.pth --image cat.png dog.jpg
+    ./evaluate.py work/cifar10.base/latest.pth --export net.pth     the bare weights, and net.json with what they are
 
-The net is rebuilt from the checkpoint alone. confusion.csv and confusion.png are written beside it, or into --out DIR:
-one row for each true class, one column for each predicted class, counts of test images.
+The net is rebuilt from the checkpoint alone, or from what --export wrote. confusion.csv and confusion.png are written
+beside it, or into --out DIR: one row for each true class, one column for each predicted class, counts of test images.
 """
 
 import argparse
+import json
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 import data
 from densenet import DenseNet
 
+CARD = ("model", "args", "epoch", "mean", "std", "classes")  # of a checkpoint: what describes its net
 BATCH_SIZE = 250  # images at a time; without gradients a net needs little memory
 
 
@@ -28,6 +31,9 @@ def main():
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         device = choose_device(args.device)
+        if args.export:
+            export(checkpoint, args.export)
+            return
         net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
         if args.image:
             classify(net, checkpoint, args.image, device)
@@ -43,11 +49,14 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s CHECKPOINT [options], which --help lists",
     )
-    parser.add_argument("checkpoint", type=Path, help="latest.pth of a run")
+    parser.add_argument("checkpoint", type=Path, help="latest.pth of a run, or weights of --export")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one the run was trained on)")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="folder for confusion.csv and confusion.png (default: beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--export", metavar="FILE", type=Path, help="write the bare weights to this .pth file instead, and a .json"
     )
     parser.add_argument("--image", nargs="+", metavar="FILE", help="name the most likely classes of these pictures instead")
     return parser
@@ -70,9 +79,34 @@ def load_checkpoint(path):
         raise ValueError(f"{path} does not exist: name the latest.pth of a run") from error
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
         raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
-    if not isinstance(checkpoint, dict) or not {"net", "model", "args", "classes"} <= checkpoint.keys():
+    if is_state_dict(checkpoint):
+        checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
+    if not isinstance(checkpoint, dict) or not {"net", *CARD} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
     return checkpoint
+
+
+def is_state_dict(values):
+    return isinstance(values, dict) and len(values) > 0 and all(torch.is_tensor(value) for value in values.values())
+
+
+def read_card(path):
+    """What --export wrote beside the weights. ValueError if it is not there or something else."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bare weights need {path}, which --export writes beside them: {error}") from error
+
+
+def export(checkpoint, path):
+    """Writes the state dict, which torch.load reads anywhere, and what else there is to know as JSON."""
+    card = path.with_suffix(".json")
+    for file in (path, card):
+        if file.exists():
+            raise ValueError(f"{file} exists already: name another file, or remove it")
+    torch.save(checkpoint["net"], path)
+    card.write_text(json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n")
+    print(f"wrote {path} and {card}")
 
 
 def build_net(checkpoint):

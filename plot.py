@@ -3,6 +3,7 @@
 
     ./plot.py work/cifar10.base                              loss.png, error.png and loss-error.png in that folder
     ./plot.py work/sgd work/adam --out images                both runs in the same figures
+    ./plot.py work/sgd --out images/sgd.png                  loss and error side by side, in this file
     ./plot.py work/sgd --since 150 --linear --format pdf     the second half, linear loss axis, as PDF
 
 Thin lines are the training loss and error of each step, smoothed over one epoch; thick lines are those of the test set.
@@ -18,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+FORMATS = ("png", "pdf", "svg")
 MAX_POINTS = 3000
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 
@@ -28,9 +30,8 @@ def main():
     try:
         runs = {label: read_run(folder, args.smooth) for label, folder in name_runs(args.runs).items()}
         out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
-        out.mkdir(parents=True, exist_ok=True)
-        for columns in (["loss"], ["error"], ["loss", "error"]):
-            path = out / f"{'-'.join(columns)}.{args.format}"
+        for path, columns in figures(out, args.format).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             draw(runs, columns, path, args.title, args.since, args.linear)
             print(path)
     except (ValueError, OSError) as error:
@@ -45,9 +46,12 @@ def build_parser():
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the figures go (default: the run, or what holds all runs)"
+        "--out",
+        type=Path,
+        metavar="DIR|FILE",
+        help="their folder, or the file of one figure (default: the run, or what holds all)",
     )
-    parser.add_argument("--format", choices=["png", "pdf", "svg"], default="png", help="(%(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="(%(default)s)")
     parser.add_argument(
         "--smooth", type=float, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
     )
@@ -55,6 +59,13 @@ def build_parser():
     parser.add_argument("--title", help="text above the figure")
     parser.add_argument("--since", type=float, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
     return parser
+
+
+def figures(out, suffix):
+    """{path: columns}: three figures in a folder, or one of both columns if out is a file."""
+    if out.suffix.lstrip(".") in FORMATS:
+        return {out: ["loss", "error"]}
+    return {out / f"{'-'.join(columns)}.{suffix}": columns for columns in (["loss"], ["error"], ["loss", "error"])}
 
 
 def name_runs(folders):

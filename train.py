@@ -315,13 +315,14 @@ def learning_rate(epoch, epochs, initial):
 
 def make_optimizer(net, args):
     """The paper's SGD, or Adam or RMSprop as PyTorch sets them; weight decay on all parameters."""
-    lr = {} if args.lr is None else {"lr": args.lr}
-    if args.opt == "adam":
-        return torch.optim.Adam(net.parameters(), weight_decay=args.weight_decay, **lr)
+    options = {"weight_decay": args.weight_decay} | ({} if args.lr is None else {"lr": args.lr})
     if args.opt == "rmsprop":
-        return torch.optim.RMSprop(net.parameters(), weight_decay=args.weight_decay, **lr)
+        return torch.optim.RMSprop(net.parameters(), **options)
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    if args.opt == "adam":
+        return torch.optim.Adam(net.parameters(), fused=fused, **options)
     nesterov = args.nesterov and args.momentum > 0
-    return torch.optim.SGD(net.parameters(), momentum=args.momentum, weight_decay=args.weight_decay, nesterov=nesterov, **lr)
+    return torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
 
 
 def scheduled_rate(args, epoch, epochs):

@@ -27,6 +27,21 @@ def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 500
 
 
+def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run, tmp_path):
+    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "net.pth")
+    assert (status, out) == (0, f"wrote {tmp_path / 'net.pth'} and {tmp_path / 'net.json'}\n"), errors
+    state = torch.load(tmp_path / "net.pth", weights_only=True)
+    checkpoint = evaluate.load_checkpoint(tiny_run / "latest.pth")
+    assert state.keys() == checkpoint["net"].keys()
+    outputs = [call_main(evaluate, path, "--out", tmp_path) for path in (tiny_run / "latest.pth", tmp_path / "net.pth")]
+    assert outputs[0] == outputs[1]
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "net.pth")
+    assert (status, "exists already" in errors) == (2, True)
+    (tmp_path / "net.json").unlink()
+    status, _, errors = call_main(evaluate, tmp_path / "net.pth")
+    assert (status, f"bare weights need {tmp_path / 'net.json'}" in errors) == (2, True)
+
+
 def test_confusion_matrix_has_true_rows_and_predicted_columns():
     matrix = evaluate.confusion_matrix(torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0]), 3)
     assert matrix.tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0]]

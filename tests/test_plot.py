@@ -65,6 +65,12 @@ def test_runs_are_compared_in_one_figure_with_labels_that_tell_them_apart(call_m
     assert len(out.split()) == 3
 
 
+def test_out_may_be_the_file_of_one_figure(call_main, tmp_path):
+    status, out, errors = call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "new" / "both.pdf")
+    assert (status, out.split()) == (0, [str(tmp_path / "new" / "both.pdf")]), errors
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["both.pdf"]
+
+
 def test_without_out_several_runs_are_drawn_into_the_folder_that_holds_them(call_main, tmp_path):
     call_main(plot, write_run(tmp_path / "a"), write_run(tmp_path / "b"))
     assert (tmp_path / "loss-error.png").exists()
