@@ -1,22 +1,21 @@
 """A dense block in memory that grows linearly with its depth, equal to the plain modules in outputs, buffers and gradients.
 
-In a dense block every layer normalises the SAME feature maps with the SAME batch statistics; only gamma and beta are its own.
-So a layer's activation is a = relu(scale * x + shift), with scale = gamma / sqrt(var + eps) and shift = beta - scale * mean:
-one pass over the maps. It is not kept but computed again in the backward pass, slice by slice, while a slice is in the cache.
+In a dense block every layer normalises the SAME feature maps x with the SAME batch statistics; only gamma and beta are its own.
+So a layer's activation is a = relu(scale * x + shift), with rstd = 1 / sqrt(var + eps), scale = gamma rstd and
+shift = beta - scale mean: one pass over the maps. It is not kept but computed again in the backward pass.
 
     memory     One buffer x (pixels by channels, channels last) holds all maps: a layer reads its first c channels and writes
                its own behind them, so nothing is ever concatenated, and in the end the buffer is the block's output. Kept for
-               the backward pass are x, mean and var of each map, and the bottlenecks' outputs z: linear in depth. (The plain
+               the backward pass are x, mean and rstd of each map, and the bottlenecks' outputs z: linear in depth. (The plain
                net keeps each layer's concatenation and its activation: quadratic in depth.)
     forward    Layer by layer: z = conv1(a), then BN-ReLU-Conv3x3 as usual.
     backward   From the last layer to the first, with one buffer G for the gradient of x, which starts as that of the output.
-               With da the gradient of a where a > 0, else 0:   dbeta = sum da,   dgamma = sum da (x - mean) / sqrt(var + eps).
+               With da the gradient of a where a > 0, else 0:   dbeta = sum da,   dgamma = sum da (x - mean) rstd.
                The gradient of a batch norm with respect to its input,
-                   scale (da - mean(da) - (x - mean) / (var + eps) mean(da (x - mean))),
-               is linear in da. Its first term is added to G at once. The other two are, but for factors, dbeta and dgamma; they
-               are summed over the layers that read a map, and taken off once, when the map's own turn comes:
-                   g = G - offset / P - (x - mean) slope / P,   P the number of pixels in the batch,
-                   offset = sum over the layers of scale dbeta,   slope = that of scale dgamma / sqrt(var + eps).
+                   scale (da - dbeta / P - (x - mean) rstd dgamma / P),   P the number of pixels in the batch,
+               is linear in da. Its first term is added to G at once. The other two are summed over the layers that read a map,
+               and taken off once, when the map's own turn comes:
+                   g = G - offset - (x - mean) rstd slope,   offset = sum of scale dbeta / P,   slope = sum of scale dgamma / P.
 """
 
 import contextlib
@@ -169,8 +168,8 @@ def first_convolution(maps, mean, rstd, layer):
 
 
 def kernel(function, x):
-    """A function of a few tensors for the device of x: compiled to one pass over the memory on a GPU, as it is on a CPU, where
-    a slice stays in the cache and the compiled function was not faster."""
+    """A function of a few tensors for the device of x: compiled to one pass over the memory on CUDA, eager elsewhere; on a CPU,
+    where a slice stays in the cache, the compiled function was not faster."""
     return compiled(function) if x.device.type == "cuda" else function
 
 
@@ -233,7 +232,7 @@ def backward_layers(grad, maps, mean, rstd, layers, kept):
     """Gradient of the block's input (N, C, H, W), and those of all layers' parameters in the order of layer_parameters."""
     grads = nhwc(grad).clone(memory_format=torch.contiguous_format)  # G of the derivation
     c = grads.shape[-1]
-    moments = torch.zeros(2, c, dtype=mean.dtype, device=mean.device)  # offset / P and slope / P of the derivation
+    moments = torch.zeros(2, c, dtype=mean.dtype, device=mean.device)  # offset and slope of the derivation
     finish = kernel(through_statistics, maps)
     parameter_grads = []
     for layer, tensors in zip(reversed(layers), reversed(kept), strict=True):
@@ -247,8 +246,10 @@ def backward_layers(grad, maps, mean, rstd, layers, kept):
 
 
 def through_statistics(grad, x, mean, rstd, moments):
-    """Takes off a gradient G (n, H, W, c) what mean and variance of the maps x pass on: the end of the derivation. One pass
-    where it is compiled."""
+    """Takes off a gradient G (n, H, W, c) what mean and variance of the maps x pass on: the end of the derivation.
+
+    One pass where it is compiled.
+    """
     offset, slope = moments
     scale = slope * rstd
     shift = torch.addcmul(offset, mean, scale, value=-1)
@@ -277,8 +278,7 @@ def backward_first(grad_z, grads, maps, mean, rstd, moments, layer):
     for part, (scratch, scratch_da) in slices(maps, scratch=2):
         a = kernel(activate, maps)(maps[part], mean, rstd, *affine(bn), scratch)
         da, grad_w = convolution_backward(grad_z[part], a, weight, scratch_da)
-        a = a if maps.device.type == "cpu" else None  # compiled, computing it again is cheaper than reading it
-        grads_of_bn.append(kernel(accumulate, maps)(da, a, maps[part], mean, rstd, *affine(bn), grads[part]))
+        grads_of_bn.append(kernel(accumulate, maps)(da, scratch, maps[part], mean, rstd, *affine(bn), grads[part]))
         grads_of_weight.append(grad_w.to(layer.conv1.weight.dtype))
     grad_beta, grad_gamma = grad_bn = functools.reduce(torch.add, grads_of_bn)
     moments.addcmul_(bn.weight * rstd, grad_bn, value=1 / maps[..., 0].numel())
@@ -288,8 +288,8 @@ def backward_first(grad_z, grads, maps, mean, rstd, moments, layer):
 def accumulate(da, a, x, mean, rstd, gamma, beta, grads):
     """Masks da by the relu, adds scale * da to grads in place; returns the gradients of beta and gamma (2, c).
 
-    With the activation a, of which and of da the contents are lost; or with None, in one pass where it is compiled, which
-    computes it again. Sums of a low precision add up in float32.
+    If the activation a is given, the contents of a and da are lost. If it is None, it is computed again: compiled to one pass,
+    that is cheaper than reading it. Sums of a low precision add up in float32.
     """
     if a is None:
         da = aten.threshold_backward(da, activate(x, mean, rstd, gamma, beta), 0)

@@ -195,14 +195,33 @@ def test_inside_torch_compile():
         assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
 
 
-def test_the_functions_compiled_for_a_gpu_equal_the_eager_ones(monkeypatch):
-    """By the CPU's compiler, with the whole batch as one slice; widths are symbols, so not every layer is compiled anew."""
-    monkeypatch.setattr(dense_block, "kernel", lambda function, x: dense_block.compiled(function))
-    monkeypatch.setattr(dense_block, "SLICE_PIXELS", 10**9)
+def test_the_path_of_a_gpu_is_right(monkeypatch):
+    """The whole batch at once, each activation computed a third time in accumulate."""
+    monkeypatch.setattr(dense_block, "slices", lambda maps, scratch: [(slice(None), [None] * scratch)])
+    for arguments in (BC, PLAIN):
+        assert_equal_training(random_net(arguments), *batch(3, 16))
+
+
+def test_what_is_compiled_for_a_gpu_equals_the_eager_functions():
+    """By the CPU's compiler; for each function one graph serves blocks of different widths and images."""
     torch._dynamo.reset()
     counters.clear()
-    assert_equal_training(random_net(BC), *batch(3, 16))
-    assert counters["stats"]["unique_graphs"] <= 9  # of three functions; the layers call them 30 times
+    for shape, channels in [((3, 8, 6), 9), ((2, 7, 5), 14)]:
+        torch.manual_seed(0)
+        x, grads = torch.randn(2, *shape, channels + 4, dtype=torch.float64)[..., :channels]  # as the maps of an early layer
+        da = torch.randn(*shape, channels, dtype=torch.float64)
+        mean, rstd, gamma, beta = (torch.rand(channels, dtype=torch.float64) for _ in range(4))
+        moments = torch.rand(2, channels, dtype=torch.float64)
+        for function, arguments in [
+            (dense_block.activate, (x, mean, rstd, gamma, beta)),
+            (dense_block.accumulate, (da, None, x, mean, rstd, gamma, beta, grads)),
+            (dense_block.through_statistics, (grads, x, mean, rstd, moments)),
+        ]:
+            before = grads.clone()
+            expected = function(*arguments), grads.clone()
+            grads.copy_(before)
+            torch.testing.assert_close((dense_block.compiled(function)(*arguments), grads), expected, rtol=1e-12, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
