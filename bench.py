@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms as transforms
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -260,11 +261,13 @@ def draw_scaling(report, path):
         figures = [report["scaling"][depth]["variants"][name] for depth in DEPTHS]
         draw_power(memory, [f["peak_mb_per_image"] for f in figures], label)
         draw_power(time_, [1e3 / statistics.median(f["images_per_second"]) for f in figures], label)
-    memory.set_ylabel("peak memory of activations and gradients, MB an image")
+    memory.set_ylabel("peak memory, MB an image")
     time_.set_ylabel("time of a training step, ms an image")
     for axes in (memory, time_):
         axes.set(xscale="log", yscale="log", xlabel=f"depth L of DenseNet-BC, k = {report['growth_rate']}")
         axes.set_xticks(DEPTHS, DEPTHS)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
