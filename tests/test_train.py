@@ -71,7 +71,8 @@ def test_adam_and_rmsprop_keep_their_library_defaults():
         args = parse("--opt", name, "--epochs", "4")
         ours, theirs = train.make_optimizer(net, args), kind(net.parameters(), weight_decay=1e-4)
         train.set_rate(ours, train.scheduled_rate(args, 3, 4))
-        assert {**ours.defaults, "fused": None} == theirs.defaults  # fused: the same in one kernel
+        differences = dict(set(ours.defaults.items()) ^ set(theirs.defaults.items()))
+        assert differences.keys() <= {"fused"}  # the same in one kernel
         assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
     assert train.make_optimizer(net, parse("--opt", "adam", "--lr", "0.5")).param_groups[0]["lr"] == 0.5
 
