@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
 
 import data
 import dense_block
@@ -151,7 +152,7 @@ def make_step(variant, args, device):
 def measure_steps(args, device):
     """{variant: figures}; the variants' steps are interleaved."""
     report, steps = {}, {}
-    for variant in args.only:
+    for variant in tqdm(args.only, desc="preparing", disable=None):  # to compile a net takes minutes on a CPU
         step, forward = make_step(variant, args, device)
         step()  # warms up, compiles, and gives the optimiser its state
         kept, peak = kept_bytes(forward) / args.batch_size, peak_bytes(step) / args.batch_size
