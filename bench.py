@@ -131,7 +131,7 @@ def make_step(variant, args, device):
     labels = torch.randint(10, (args.batch_size,), device=device)
     optimizer = make_optimizer(net, parse_args(build_train_parser(), []))
     for group in optimizer.param_groups if device.type == "meta" else []:
-        group["foreach"] = True
+        group["foreach"] = True  # one launch for all parameters, as on a GPU
     model = torch.compile(net) if compiled else net
 
     def forward():

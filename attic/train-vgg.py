@@ -25,20 +25,8 @@ from densenet import init_weights
 from distributed import World
 from evaluate import choose_device
 
-PLAN = [
-    32,
-    "pool",
-    64,
-    64,
-    64,
-    "pool",
-    128,
-    128,
-    128,
-    "pool",
-    256,
-    256,
-]  # output channels of the convolutions, and the poolings
+# Output channels of the convolutions, and the poolings.
+PLAN = [32, "pool", 64, 64, 64, "pool", 128, 128, 128, "pool", 256, 256]
 BOUND = 12.0  # test error on CIFAR-10 in percent
 
 

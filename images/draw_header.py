@@ -58,21 +58,14 @@ def draw_connection(axes, source, layer, color):
         ends, curve = ((start + 0.3, 0), (end - 0.36, 0)), "arc3"
     else:
         ends, curve = ((start, 0.55), (end - 0.2 + 0.1 * source, 0.44)), f"arc3,rad={-0.42 + 0.04 * distance}"
-    axes.add_patch(
-        FancyArrowPatch(*ends, connectionstyle=curve, arrowstyle="-|>", mutation_scale=11, color=color, linewidth=1.6, zorder=2)
-    )
-    if source == layer - 1:  # what the layer adds
-        axes.add_patch(
-            FancyArrowPatch(
-                (end + 0.36, 0),
-                (layer * STEP - 0.38, 0),
-                arrowstyle="-|>",
-                mutation_scale=11,
-                color=COLORS[layer],
-                linewidth=1.6,
-                zorder=2,
-            )
-        )
+    draw_arrow(axes, *ends, color, curve)
+    if distance == 1:  # what the layer adds
+        draw_arrow(axes, (end + 0.36, 0), (layer * STEP - 0.38, 0), COLORS[layer], "arc3")
+
+
+def draw_arrow(axes, start, end, color, curve):
+    style = dict(arrowstyle="-|>", mutation_scale=11, linewidth=1.6, zorder=2)
+    axes.add_patch(FancyArrowPatch(start, end, connectionstyle=curve, color=color, **style))
 
 
 if __name__ == "__main__":
