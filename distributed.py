@@ -20,6 +20,7 @@ class World(NamedTuple):
     rank: int = 0
     local_rank: int = 0  # among the processes of this machine: the number of its GPU
     size: int = 1
+    attempt: int = 0  # how often torchrun has started all of them again
 
 
 def read_world(environment):
@@ -27,9 +28,10 @@ def read_world(environment):
     if "WORLD_SIZE" not in environment:
         return World()
     try:
-        return World(*(int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        here = [int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     except KeyError as missing:
         raise ValueError(f"WORLD_SIZE is set and {missing} is not: start several processes with torchrun") from None
+    return World(*here, attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def join(world, device):
@@ -44,13 +46,21 @@ def join(world, device):
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=open_store(world), rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port"
         ) from error
     return device
+
+
+def open_store(world):
+    """Where the ranks leave their addresses. torchrun keeps it over its restarts, and in it the addresses of the dead: every
+    attempt has its own keys."""
+    store, _rank, _size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt {world.attempt}", store)
 
 
 def leave(world):
