@@ -303,9 +303,9 @@ def count(variant, args):
 class Traffic(TorchDispatchMode):
     """The (bytes, floating-point operations) of every kernel launch.
 
-    An operation counts as one launch, which reads every tensor that it is given once and writes every result once; views and
-    allocations are none. What a compiler fuses, the functions of dense_block.kernel, counts as one operation. Only products
-    and convolutions count as arithmetic.
+    An operation counts as one launch, which reads every tensor that it is given once and writes every result once, a batch norm
+    too; views and allocations are none. What a compiler is given to fuse, the functions of dense_block.kernel, counts as one
+    operation. Only products and convolutions count as arithmetic.
     """
 
     def __init__(self):

@@ -147,11 +147,15 @@ def forward_layer(maps, mean, rstd, layer):
     if not hasattr(layer, "bn2"):
         return z, (None, None, None, mask1, None)
     bn = layer.bn2
-    b, mean2, rstd2 = aten.native_batch_norm(
-        nchw(z), bn.weight, bn.bias, bn.running_mean, bn.running_var, True, momentum(bn), bn.eps
-    )
-    new, mask2 = dropout(nhwc(F.conv2d(b.relu_(), layer.conv2.weight.to(b.dtype), padding=1)), layer.dropout.p)
+    b, mean2, rstd2 = kernel(batch_norm_relu, z)(z, *affine(bn), bn.running_mean, bn.running_var, momentum(bn), bn.eps)
+    new, mask2 = dropout(nhwc(F.conv2d(nchw(b), layer.conv2.weight.to(b.dtype), padding=1)), layer.dropout.p)
     return new, (z, mean2, rstd2, mask1, mask2)
+
+
+def batch_norm_relu(z, gamma, beta, running_mean, running_var, momentum, eps):
+    """relu of the batch norm of z (N, H, W, c); mean and 1 / std of z; the running statistics are updated."""
+    b, mean, rstd = aten._native_batch_norm_legit(nchw(z), gamma, beta, running_mean, running_var, True, momentum, eps)
+    return nhwc(b.relu_()), mean, rstd
 
 
 def first_convolution(maps, mean, rstd, layer):
@@ -168,8 +172,9 @@ def first_convolution(maps, mean, rstd, layer):
 
 
 def kernel(function, x):
-    """A function of a few tensors for the device of x: compiled to one pass over the memory on CUDA, eager elsewhere; on a CPU,
-    where a slice stays in the cache, the compiled function was not faster."""
+    """A function of a few tensors for the device of x: compiled on CUDA, to pass over the memory less often; eager elsewhere.
+    On a CPU, where a slice stays in the cache, what the compiler made was not faster.
+    """
     return compiled(function) if x.device.type == "cuda" else function
 
 
@@ -264,11 +269,17 @@ def backward_second(grad, layer, z, mean2, rstd2, mask1, mask2):
     bn, weight = layer.bn2, layer.conv2.weight.to(z.dtype)
     b = kernel(activate, z)(z, mean2, rstd2, *affine(bn))
     grad_b, grad_w = convolution_backward(grad, b, weight, out=None)
-    aten.threshold_backward.grad_input(grad_b, b, 0, grad_input=grad_b)
+    grad_z, *grads_of_bn = kernel(batch_norm_relu_backward, z)(grad_b, b, z, mean2, rstd2, bn.weight.detach(), bn.eps)
+    return undo_dropout(grad_z, mask1, layer.dropout.p), [*grads_of_bn, grad_w]
+
+
+def batch_norm_relu_backward(grad, b, z, mean, rstd, gamma, eps):
+    """From the gradient of b = relu(batch norm of z) to that of z; and the gradients of gamma and beta."""
+    grad = aten.threshold_backward(grad, b, 0)
     grad_z, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-        nchw(grad_b), nchw(z), bn.weight, None, None, mean2, rstd2, True, bn.eps, [True, True, True]
+        nchw(grad), nchw(z), gamma, None, None, mean, rstd, True, eps, [True, True, True]
     )
-    return undo_dropout(nhwc(grad_z), mask1, layer.dropout.p), [grad_gamma, grad_beta, grad_w]
+    return nhwc(grad_z), grad_gamma, grad_beta
 
 
 def backward_first(grad_z, grads, maps, mean, rstd, moments, layer):

@@ -211,17 +211,25 @@ def test_what_is_compiled_for_a_gpu_equals_the_eager_functions():
         x, grads = torch.randn(2, *shape, channels + 4, dtype=torch.float64)[..., :channels]  # as the maps of an early layer
         da = torch.randn(*shape, channels, dtype=torch.float64)
         mean, rstd, gamma, beta = (torch.rand(channels, dtype=torch.float64) for _ in range(4))
-        moments = torch.rand(2, channels, dtype=torch.float64)
+        moments, running = torch.rand(2, 2, channels, dtype=torch.float64)
         for function, arguments in [
             (dense_block.activate, (x, mean, rstd, gamma, beta)),
             (dense_block.accumulate, (da, None, x, mean, rstd, gamma, beta, grads)),
             (dense_block.through_statistics, (grads, x, mean, rstd, moments)),
+            (dense_block.batch_norm_relu, (da, gamma, beta, *running, 0.1, 1e-5)),
+            (
+                dense_block.batch_norm_relu_backward,
+                (da, dense_block.activate(da, mean, rstd, gamma, beta), da, mean, rstd, gamma, 1e-5),
+            ),
         ]:
-            before = grads.clone()
-            expected = function(*arguments), grads.clone()
-            grads.copy_(before)
-            torch.testing.assert_close((dense_block.compiled(function)(*arguments), grads), expected, rtol=1e-12, atol=1e-12)
-    assert counters["stats"]["unique_graphs"] == 3
+            written = grads, running
+            before = [tensor.clone() for tensor in written]
+            expected = function(*arguments), [tensor.clone() for tensor in written]
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+            result = dense_block.compiled(function)(*arguments), list(written)
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 5
 
 
 def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
