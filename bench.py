@@ -23,6 +23,7 @@ import statistics
 import time
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -40,7 +41,7 @@ import dense_block
 from attic.torchvision_weights import torchvision_net
 from densenet import DenseNet, layers_per_block
 from evaluate import choose_device
-from train import DTYPES, USAGE, at_least, describe, make_optimizer, parse_args
+from train import DTYPES, USAGE, at_least, describe, make_optimizer, make_repeatable, parse_args
 from train import build_parser as build_train_parser
 
 DEPTHS = (40, 100, 160, 250)
@@ -50,18 +51,25 @@ aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach, aten._unsafe_view}
 OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}  # they write their first argument, and do not read it
 
-VARIANTS = {  # name: (net, precision, compiled)
-    "torchvision": ("torchvision", "fp32", False),
-    "torchvision, checkpointed": ("checkpointed", "fp32", False),
-    "plain": ("plain", "fp32", False),
-    "efficient": ("efficient", "fp32", False),
-    "plain, compile": ("plain", "fp32", True),
-    "efficient, compile": ("efficient", "fp32", True),
-    "torchvision, bf16": ("torchvision", "bf16", False),
-    "plain, bf16": ("plain", "bf16", False),
-    "efficient, bf16": ("efficient", "bf16", False),
-    "plain, compile, bf16": ("plain", "bf16", True),
-    "efficient, compile, bf16": ("efficient", "bf16", True),
+
+class Variant(NamedTuple):
+    net: str
+    precision: str = "fp32"
+    compiled: bool = False
+
+
+VARIANTS = {
+    "torchvision": Variant("torchvision"),
+    "torchvision, checkpointed": Variant("checkpointed"),
+    "plain": Variant("plain"),
+    "efficient": Variant("efficient"),
+    "plain, compile": Variant("plain", compiled=True),
+    "efficient, compile": Variant("efficient", compiled=True),
+    "torchvision, bf16": Variant("torchvision", "bf16"),
+    "plain, bf16": Variant("plain", "bf16"),
+    "efficient, bf16": Variant("efficient", "bf16"),
+    "plain, compile, bf16": Variant("plain", "bf16", compiled=True),
+    "efficient, compile, bf16": Variant("efficient", "bf16", compiled=True),
 }
 
 
@@ -152,11 +160,14 @@ def make_step(variant, args, device):
 def measure_steps(args, device):
     """{variant: figures}; the variants' steps are interleaved."""
     report, steps = {}, {}
+    make_repeatable(deterministic=False)  # as train.py does
     for variant in tqdm(args.only, desc="preparing", disable=None):  # to compile a net takes minutes on a CPU
         step, forward = make_step(variant, args, device)
         step()  # warms up, compiles, and gives the optimiser its state
-        kept, peak = kept_bytes(forward) / args.batch_size, peak_bytes(step) / args.batch_size
-        report[variant] = {"kept_mb_per_image": kept / 1e6, "peak_mb_per_image": peak / 1e6}
+        report[variant] = {"kept_mb_per_image": None, "peak_mb_per_image": None}
+        if not VARIANTS[variant].compiled:  # what is compiled runs uncompiled while its tensors are counted
+            kept, peak = kept_bytes(forward) / args.batch_size, peak_bytes(step) / args.batch_size
+            report[variant] = {"kept_mb_per_image": kept / 1e6, "peak_mb_per_image": peak / 1e6}
         steps[variant] = step
     seconds = interleave(steps, args.rounds, device)
     for variant in args.only:
@@ -233,7 +244,8 @@ def print_steps(report):
     for name, figures in variants.items():
         rates = figures["images_per_second"]
         ratio = f"{statistics.median(rates) / peer:8.2f}" if peer else f"{'':8}"
-        memory = f"{figures['kept_mb_per_image']:16.2f}{figures['peak_mb_per_image']:16.2f}"
+        counted = (figures["kept_mb_per_image"], figures["peak_mb_per_image"])
+        memory = "".join(f"{'-':>16}" if value is None else f"{value:16.2f}" for value in counted)
         print(f"{name:26}{statistics.median(rates):9.1f} ±{spread(rates):5.1f}{ratio}{memory}")
 
 
@@ -380,14 +392,15 @@ def measure_pipeline(args, device, num_batches=40):
     """Images/s of batches that are normalised, cropped and flipped: by data.py, and by a DataLoader with 1 and 2 workers."""
     dataset = data.load("cifar10", args.data, device)
     generator = torch.Generator(device).manual_seed(0)
-    sources = {
-        "data.py": data.training_batches(dataset.train, args.batch_size, dataset.mean, dataset.std, True, generator),
-        "DataLoader, 1 worker": data_loader(args, dataset, num_workers=1),
-        "DataLoader, 2 workers": data_loader(args, dataset, num_workers=2),
+    ours = functools.partial(data.training_batches, dataset.train, args.batch_size, dataset.mean, dataset.std, True, generator)
+    sources = {  # each gives the batches of an epoch when it is called
+        "data.py": ours,
+        "DataLoader, 1 worker": data_loader(args, dataset, num_workers=1).__iter__,
+        "DataLoader, 2 workers": data_loader(args, dataset, num_workers=2).__iter__,
     }
     report = {}
-    for name, source in sources.items():  # one after the other: idle workers would still fill their queues
-        batches = itertools.islice(source, 1 + args.rounds * num_batches)
+    for name, epoch in sources.items():  # one after the other: idle workers would still fill their queues
+        batches = itertools.chain.from_iterable(epoch() for _ in itertools.count())
         next(batches)
         report[name] = [args.batch_size * num_batches / seconds_of(batches, num_batches, device) for _ in range(args.rounds)]
     return {"pipeline": report}

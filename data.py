@@ -117,8 +117,9 @@ def load_folder(root):
         raise ValueError(f"{root}: the class {odd[0]} is in only one of train and test: give it a folder in both")
     if len(train.classes) < 2:
         raise ValueError(f"{root / 'train'} holds one class only ({train.classes[0]}): add a folder for each further class")
-    splits = [read_split(part) for part in (train, test)]
-    return *splits, *mean_and_std(splits[0].images), train.classes
+    train_split, test_split = read_split(train), read_split(test)
+    mixed = train_split.take(torch.randperm(len(train_split), generator=torch.Generator().manual_seed(0)))
+    return mixed, test_split, *mean_and_std(mixed.images), train.classes  # mixed: the first images shall be of all classes
 
 
 LOADERS = {

@@ -41,7 +41,7 @@ def dense_block(x, layers):
     if any(type(layer.bn1) is not nn.BatchNorm2d or layer.bn1.eps != layers[0].bn1.eps for layer in layers):
         raise ValueError("the efficient dense block needs plain batch norms of one eps: make the net with efficient=False")
     parameters = [p for layer in layers for p in layer_parameters(layer)]
-    return DenseBlock.apply(x, layers, *parameters)
+    return DenseBlockFunction.apply(x, layers, *parameters)
 
 
 def layer_parameters(layer):
@@ -55,7 +55,7 @@ def new_channels(layer):
     return (layer.conv2 if hasattr(layer, "conv2") else layer.conv1).out_channels
 
 
-class DenseBlock(torch.autograd.Function):
+class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *parameters):
         with no_autocast(x.device):
@@ -300,7 +300,7 @@ def accumulate(da, a, x, mean, rstd, gamma, beta, grads):
     """Masks da by the relu, adds scale * da to grads in place; returns the gradients of beta and gamma (2, c).
 
     If the activation a is given, the contents of a and da are lost. If it is None, it is computed again: compiled to one pass,
-    that is cheaper than reading it. Sums of a low precision add up in float32.
+    that is cheaper than reading it.
     """
     if a is None:
         da = aten.threshold_backward(da, activate(x, mean, rstd, gamma, beta), 0)
@@ -309,8 +309,8 @@ def accumulate(da, a, x, mean, rstd, gamma, beta, grads):
         aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
         da_x = torch.mul(da, x, out=a)
     grads.addcmul_(da, (gamma * rstd).to(da.dtype))
-    grad_beta = da.sum(dim=(0, 1, 2)).to(mean.dtype)
-    grad_gamma = (da_x.sum(dim=(0, 1, 2)).to(mean.dtype) - mean * grad_beta) * rstd
+    grad_beta = da.sum(dim=(0, 1, 2), dtype=mean.dtype)
+    grad_gamma = (da_x.sum(dim=(0, 1, 2), dtype=mean.dtype) - mean * grad_beta) * rstd
     return torch.stack([grad_beta, grad_gamma])
 
 

@@ -62,6 +62,8 @@ class Transition(nn.Module):
 
     def __init__(self, in_channels, out_channels, drop_rate=0.0):
         super().__init__()
+        if out_channels < 1:
+            raise ValueError(f"a transition would keep none of its {in_channels} channels: choose a larger reduction")
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
         self.dropout = nn.Dropout(drop_rate)

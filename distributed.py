@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=10)  # for meeting at the rendezvous, and for one rank that waits for another
+TIMEOUT = timedelta(minutes=30)  # for meeting at the rendezvous, and for ranks that wait while one downloads the data
 
 
 class World(NamedTuple):

@@ -101,9 +101,12 @@ def read_card(path):
 def export(checkpoint, path):
     """Writes the state dict, which torch.load reads anywhere, and what else there is to know as JSON."""
     card = path.with_suffix(".json")
+    if card == path:
+        raise ValueError(f"{path} is where the description goes: name a .pth file")
     for file in (path, card):
         if file.exists():
             raise ValueError(f"{file} exists already: name another file, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint["net"], path)
     card.write_text(json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n")
     print(f"wrote {path} and {card}")
@@ -155,13 +158,13 @@ def loss_and_error_sums(logits, labels):
 def evaluate(net, checkpoint, root, out, device):
     """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
     args = checkpoint["args"]
-    dataset = data.load(args["dataset"], root or args["data"], device)
+    dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"))
     if dataset.classes != checkpoint["classes"]:
         raise ValueError(
             f"the classes in {root or args['data']} are not those that the net was trained on: name its data with --data"
         )
-    logits = predict(net, dataset.test.images, *normalization(checkpoint, device))
-    labels = dataset.test.labels.cpu()
+    logits = predict(net, dataset.test.images.to(device), *normalization(checkpoint, device))
+    labels = dataset.test.labels
     loss, error = (loss_and_error_sums(logits, labels) / len(labels)).tolist()
     confusion = confusion_matrix(logits.argmax(dim=1), labels, len(dataset.classes))
     print(f"{args['dataset']}, {len(dataset.test)} test images, epoch {checkpoint['epoch']}")

@@ -54,7 +54,9 @@ def main():
         with distributed.first_rank_first(world):
             dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
         distributed.check_batches(world, args.batch_size, len(dataset.train))
-        _held, checkpoint = open_run(args, device) if world.rank == 0 else (None, None)  # the lock, held to the end
+        _held, checkpoint = (
+            open_run(args, device, dataset, world) if world.rank == 0 else (None, None)
+        )  # the lock, held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -201,10 +203,11 @@ def make_net(args, num_classes, device):
     return net.to(device, memory_format=torch.channels_last)
 
 
-def open_run(args, device):
+def open_run(args, device, dataset, world):
     """Locks the run's folder and begins the run, or continues it with --resume. Returns the lock and a checkpoint or None."""
     lock = run_folder.lock(args.save)
     facts = {**plain_arguments(args), "torch": torch.__version__, "hardware": describe(device), "commit": git_commit()}
+    facts |= {"processes": world.size, "train_images": len(dataset.train), "classes": dataset.classes}
     checkpoint = run_folder.resume(args.save, facts, partial(same_schedule, args)) if args.resume else None
     if checkpoint is None:
         run_folder.begin(args.save, facts, has_val=args.val > 0)
@@ -289,8 +292,7 @@ class Figures:
 
     def finish(self):
         """Draws what the CSVs now hold and waits for it."""
-        if self.process is not None:
-            self.process.wait()
+        self.check()
         self.redraw()
         self.check()
 
@@ -361,6 +363,7 @@ def fit(net, dataset, args, device, world, checkpoint):
             train_figures = record(steps, epoch, len(dataset.train), args, world, stop, bar)
             trained = time.perf_counter()
             test_figures = test(net, dataset, world)
+            check_finite(test_figures[0], f"on the test images after epoch {epoch + 1}")
             if world.rank == 0:
                 run_folder.append_rows(args.save / "test.csv", [(epoch + 1, *test_figures)])
                 run_folder.save_checkpoint(args.save, make_checkpoint(net, optimizer, scaler, epoch + 1, args, dataset))
@@ -453,7 +456,8 @@ def record(steps, epoch, num_images, args, world, stop, bar):
             if world.rank == 0:
                 epochs = [epoch + (len(rows) + i) / len(sizes) for i in range(1, len(group) + 1)]
                 run_folder.append_rows(args.save / "train.csv", zip(epochs, *zip(*figures, strict=True), strict=True))
-            check_finite(figures, len(rows), epoch)
+            for step, (loss, _) in enumerate(figures, start=len(rows) + 1):
+                check_finite(loss, f"at step {step} of epoch {epoch + 1}")
             rows += figures
             group = []
             bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, error {rows[-1][1]:.1f} %")
@@ -469,13 +473,11 @@ def collect(group, received, world):
     return signals and (received or signal.SIGTERM), figures
 
 
-def check_finite(figures, steps_before, epoch):
-    for step, (loss, _) in enumerate(figures, start=steps_before + 1):
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {step} of epoch {epoch + 1}: try a lower --lr; "
-                "latest.pth, if an epoch was completed, holds the last good state"
-            )
+def check_finite(loss, where):
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} {where}: begin again with a lower --lr, in another --save or with --force"
+        )
 
 
 def test(net, dataset, world):

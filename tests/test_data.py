@@ -162,7 +162,11 @@ def test_folder_is_read_and_resized(pictures):
     dataset = data.load("folder", pictures, CPU)
     assert dataset.classes == ["blue", "red"]
     assert dataset.train.images.shape == (12, 3, 32, 32)
-    assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert dataset.train.labels.bincount().tolist() == [6, 6]
+    assert len(set(data.load("folder", pictures, CPU, limit=6).train.labels.tolist())) == 2
+    brightest = dataset.train.images.amax(dim=(2, 3)).argmax(dim=1)  # the channel of the class
+    assert torch.equal(dataset.train.labels, torch.where(brightest == 2, 0, 1))
+    assert dataset.test.labels.tolist() == sorted(dataset.test.labels.tolist())
     torch.testing.assert_close(dataset.mean.flatten(), torch.tensor([127.0, 0.0, 127.0]), atol=1.5, rtol=0)
 
 

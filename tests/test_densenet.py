@@ -66,6 +66,11 @@ def test_any_size_that_the_poolings_allow(bottleneck, batch, size):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_a_transition_keeps_a_channel_at_least():
+    with pytest.raises(ValueError, match="would keep none of its 216 channels: choose a larger reduction"):
+        DenseNet(reduction=0.004)
+
+
 def test_old_maps_come_first_and_reduction_is_rounded_down():
     x = torch.randn(2, 9, 8, 8)
     for layer in (Bottleneck(9, 5), SingleLayer(9, 5)):

@@ -37,6 +37,10 @@ def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run
     assert outputs[0] == outputs[1]
     status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "net.pth")
     assert (status, "exists already" in errors) == (2, True)
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "new" / "net.json")
+    assert (status, "name a .pth file" in errors) == (2, True)
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "new" / "net.pth")
+    assert status == 0, errors
     (tmp_path / "net.json").unlink()
     status, _, errors = call_main(evaluate, tmp_path / "net.pth")
     assert (status, f"bare weights need {tmp_path / 'net.json'}" in errors) == (2, True)

@@ -1,5 +1,7 @@
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +89,20 @@ def test_arguments_that_would_change_the_result_are_refused_by_name(call_main, t
     assert named in errors
     (save / ".lock").unlink()
     assert contents(save) == {name: content for name, content in before.items() if name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({"processes": 2}, "processes 1 and not 2"),
+        ({"train_images": 97}, "train_images 96 and not 97"),
+        ({"classes": ["a", "b"]}, "classes ['0', '1', "),
+    ],
+)
+def test_other_data_or_processes_than_the_run_was_begun_with_are_refused(tiny_run, facts, named):
+    old = json.loads((tiny_run / "args.json").read_text())
+    with pytest.raises(ValueError, match=re.escape(named)):
+        run_folder.compare(old, old | facts, epochs_done=2, unchanged=lambda *epochs: True)
 
 
 def test_rows_behind_the_checkpoint_are_cut(tmp_path):

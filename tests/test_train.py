@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import termios
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -152,11 +153,21 @@ def test_test_csv_holds_exact_figures(tiny_run):
     assert last["error"] == pytest.approx(100 * wrong.item() / 360, rel=1e-5)
 
 
-def test_checkpoint_is_the_bare_net_even_if_compiled_parts_trained_it(tiny_run):
-    checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
+def test_checkpoint_is_the_bare_net_even_if_a_compiled_one_was_trained(call_main, monkeypatch, tiny_run, tmp_path):
+    """Compiled without the slow last stage; the run that was not compiled has the same losses, and goes on from it."""
+    compile_quickly = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compile_quickly(model))
+    flags = [*TINY, "--batch-size", 40, "--no-plot", "--save", tmp_path / "run"]
+    status, _, errors = call_main(train, *flags, "--epochs", 2, "--compile")
+    assert status == 0, errors
+    checkpoint = torch.load(tmp_path / "run" / "latest.pth", weights_only=True)
     assert list(checkpoint["net"]) == list(DenseNet(depth=10, growth_rate=4).state_dict())
     assert checkpoint["epoch"] == 2
     assert checkpoint["classes"] == [str(i) for i in range(10)]
+    compiled, plain = (pd.read_csv(folder / "train.csv")["loss"] for folder in (tmp_path / "run", tiny_run))
+    assert compiled.tolist() == pytest.approx(plain.tolist(), rel=1e-3)
+    status, out, errors = call_main(train, *flags, "--epochs", 2, "--resume")
+    assert (status, "continuing after epoch 2" in out) == (0, True), errors
 
 
 def test_held_out_images_get_columns_of_their_own(call_main, tmp_path):
@@ -284,10 +295,18 @@ def test_ctrl_c_before_the_run_began(call_main, monkeypatch, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
     flags = ["--lr", "1e30", "--epochs", 3, "--batch-size", 32, "--no-plot", "--save", tmp_path / "run"]
     status, _, _ = call_main(train, *TINY, *flags)
-    assert "at step 2 of epoch 1: try a lower --lr" in status  # sys.exit with a sentence: printed, exit status 1
+    assert "at step 2 of epoch 1: begin again with a lower --lr" in status  # sys.exit with a sentence: printed, exit status 1
     rows = pd.read_csv(tmp_path / "run" / "train.csv")
     assert np.isfinite(rows["loss"][0])
     assert not np.isfinite(rows["loss"][1])
+    assert not (tmp_path / "run" / "latest.pth").exists()
+
+
+def test_a_net_that_is_not_finite_is_not_saved(call_main, tmp_path):
+    """The last step of the epoch spoils the weights: its loss was still finite, that of the test images is not."""
+    flags = ["--lr", "1e38", "--epochs", 1, "--batch-size", 96, "--no-plot", "--save", tmp_path / "run"]
+    status, _, _ = call_main(train, *TINY, *flags)
+    assert "on the test images after epoch 1" in status
     assert not (tmp_path / "run" / "latest.pth").exists()
 
 

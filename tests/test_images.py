@@ -1,0 +1,56 @@
+"""The scripts that draw the figures of the README. Copies run in a temporary folder, since they write beside themselves."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture
+def script(run_script, tmp_path):
+    """Runs a copy of a script of images/, which therefore draws into the temporary folder."""
+    (tmp_path / "images").mkdir()
+    for name in ("densenet.py", "dense_block.py"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(name, *arguments):
+        shutil.copy(ROOT / "images" / name, tmp_path / "images")
+        return run_script(tmp_path / "images" / name, *arguments)
+
+    return run
+
+
+def colours(path):
+    image = Image.open(path).convert("RGB")
+    return {colour for _, colour in image.getcolors(maxcolors=1 << 24)}
+
+
+def test_the_header(script, tmp_path):
+    done = script("draw_header.py")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "images" / "header.png").size == Image.open(ROOT / "images" / "header.png").size
+
+
+def test_the_table_marks_what_was_measured(script, tmp_path):
+    done = script("draw_err_table.py", ROOT / "work" / "bc-22-8")
+    assert done.returncode == 0, done.stderr
+    assert (0xC0, 0x39, 0x2B) in colours(tmp_path / "images" / "densenet-err-table.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 4}, "has 3 of 4 epochs: resume it first"),
+        ({"dataset": "digits"}, "is no run on the whole of CIFAR-10 with augmentation"),
+        ({"limit": 1000}, "is no run on the whole of CIFAR-10 with augmentation"),
+    ],
+)
+def test_a_run_that_does_not_belong_into_the_table(script, tmp_path, changes, message):
+    shutil.copytree(ROOT / "work" / "bc-22-8", tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args | changes))
+    done = script("draw_err_table.py", tmp_path / "run")
+    assert (done.returncode, message in done.stderr) == (2, True)
+    assert not (tmp_path / "images" / "densenet-err-table.png").exists()
