@@ -59,7 +59,7 @@ class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *parameters):
         with no_autocast(x.device):
-            maps, mean, rstd, kept = forward_layers(x.to(working_dtype(x)), layers)
+            maps, mean, rstd, kept = forward_layers(x, layers)
         ctx.layers = layers
         out = nchw(maps)
         ctx.save_for_backward(out, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
@@ -77,15 +77,9 @@ class DenseBlockFunction(torch.autograd.Function):
 
 
 def no_autocast(device):
-    """The types are chosen here; the meta device, on which bench.py counts, knows no autocast."""
+    """All is computed in the type of the block's input; the meta device, on which bench.py counts, knows no autocast."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
-
-
-def working_dtype(x):
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if enabled else x.dtype
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -309,9 +303,9 @@ def accumulate(da, a, x, mean, rstd, gamma, beta, grads):
         aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
         da_x = torch.mul(da, x, out=a)
     grads.addcmul_(da, (gamma * rstd).to(da.dtype))
-    grad_beta = da.sum(dim=(0, 1, 2), dtype=mean.dtype)
-    grad_gamma = (da_x.sum(dim=(0, 1, 2), dtype=mean.dtype) - mean * grad_beta) * rstd
-    return torch.stack([grad_beta, grad_gamma])
+    dtype = mean.dtype if a is None else None  # a CPU would copy da to convert it; its slices are small and add up in float32
+    grad_beta, sum_da_x = (values.sum(dim=(0, 1, 2), dtype=dtype).to(mean.dtype) for values in (da, da_x))
+    return torch.stack([grad_beta, (sum_da_x - mean * grad_beta) * rstd])
 
 
 def convolution_backward(grad, x, weight, out):
