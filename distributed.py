@@ -57,8 +57,9 @@ def join(world, device):
 
 
 def open_store(world):
-    """Where the ranks leave their addresses. torchrun keeps it over its restarts, and in it the addresses of the dead: every
-    attempt has its own keys."""
+    """Where the ranks leave their addresses. torchrun keeps it, and the dead processes' addresses in it, over its restarts:
+    every attempt has keys of its own.
+    """
     store, _rank, _size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     return dist.PrefixStore(f"attempt {world.attempt}", store)
 

@@ -54,9 +54,8 @@ def main():
         with distributed.first_rank_first(world):
             dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
         distributed.check_batches(world, args.batch_size, len(dataset.train))
-        _held, checkpoint = (
-            open_run(args, device, dataset, world) if world.rank == 0 else (None, None)
-        )  # the lock, held to the end
+        opened = open_run(args, device, dataset, world) if world.rank == 0 else (None, None)
+        _lock, checkpoint = opened  # the lock is held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def main():
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
         dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
-        _held, checkpoint = train.open_run(args, device, dataset, World())  # the lock, held to the end
+        _lock, checkpoint = train.open_run(args, device, dataset, World())  # the lock is held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))
     torch.manual_seed(args.seed)
