@@ -164,10 +164,10 @@ def measure_steps(args, device):
     for variant in tqdm(args.only, desc="preparing", disable=None):  # to compile a net takes minutes on a CPU
         step, forward = make_step(variant, args, device)
         step()  # warms up, compiles, and gives the optimiser its state
-        report[variant] = {"kept_mb_per_image": None, "peak_mb_per_image": None}
+        kept = peak = None
         if not VARIANTS[variant].compiled:  # what is compiled runs uncompiled while its tensors are counted
-            kept, peak = kept_bytes(forward) / args.batch_size, peak_bytes(step) / args.batch_size
-            report[variant] = {"kept_mb_per_image": kept / 1e6, "peak_mb_per_image": peak / 1e6}
+            kept, peak = (size / args.batch_size / 1e6 for size in (kept_bytes(forward), peak_bytes(step)))
+        report[variant] = {"kept_mb_per_image": kept, "peak_mb_per_image": peak}
         steps[variant] = step
     seconds = interleave(steps, args.rounds, device)
     for variant in args.only:

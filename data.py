@@ -64,9 +64,14 @@ def hold_out(split, val, limit):
     if val + (limit or 1) > len(split):
         asked = f"--val {val}" + (f" and --limit {limit}" if limit else "")
         raise ValueError(f"{asked} is more than the {len(split)} training images: choose less")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    order = fixed_order(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     return split.take(kept), split.take(held_out) if val else None
+
+
+def fixed_order(number):
+    """The numbers below `number`, mixed, the same way every time."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))
 
 
 def load_cifar10(root):
@@ -118,7 +123,7 @@ def load_folder(root):
     if len(train.classes) < 2:
         raise ValueError(f"{root / 'train'} holds one class only ({train.classes[0]}): add a folder for each further class")
     train_split, test_split = read_split(train), read_split(test)
-    mixed = train_split.take(torch.randperm(len(train_split), generator=torch.Generator().manual_seed(0)))
+    mixed = train_split.take(fixed_order(len(train_split)))
     return mixed, test_split, *mean_and_std(mixed.images), train.classes  # mixed: the first images shall be of all classes
 
 
