@@ -59,7 +59,7 @@ def row_of(folder):
 
 
 def draw(rows, path):
-    figure = Figure(figsize=(11, 0.275 * (len(rows) + 2.2)))
+    figure = Figure(figsize=(11, 0.275 * (len(rows) + 3)))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     widths = [0.34, 0.08, 0.05, 0.11] + [0.08] * 5

@@ -1,0 +1,24 @@
+"""The trained net for torch.hub; work/README.md says how it was trained and what it is not for.
+
+    net = torch.hub.load("<folder of this repository>", "densenet_bc_40_12", source="local", pretrained=True).eval()
+
+Images are (N, 3, 32, 32), normalised by the mean and std in work/bc-40-12-sgd/net.json, where the classes are named, too.
+"""
+
+import json
+import pathlib
+
+import torch
+
+import densenet
+
+dependencies = ["torch"]
+
+
+def densenet_bc_40_12(pretrained=False, **arguments):
+    """DenseNet-BC, L=40, k=12; pretrained on CIFAR-10 with SGD. Further arguments are those of densenet.DenseNet."""
+    folder = pathlib.Path(__file__).resolve().parent / "work" / "bc-40-12-sgd"
+    net = densenet.DenseNet(**json.loads((folder / "net.json").read_text())["model"] | arguments)
+    if pretrained:
+        net.load_state_dict(torch.load(folder / "net.pth", map_location="cpu", weights_only=True))
+    return net
