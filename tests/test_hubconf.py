@@ -1,7 +1,5 @@
 """The weights that ship, loaded as a user would."""
 
-import json
-
 import pandas as pd
 import torch
 from conftest import ROOT
@@ -23,18 +21,17 @@ def test_the_entry_point_is_a_net():
 
 
 def test_the_weights_are_those_of_the_finished_run():
-    card = json.loads((RUN / "net.json").read_text())
-    assert card["epoch"] == pd.read_csv(RUN / "test.csv")["epoch"].iloc[-1] == card["args"]["epochs"]
-    weights = torch.load(RUN / "net.pth", weights_only=True)
+    shipped = evaluate.load_checkpoint(RUN / "net.pth")
+    assert shipped["epoch"] == pd.read_csv(RUN / "test.csv")["epoch"].iloc[-1] == shipped["args"]["epochs"]
     fresh, pretrained = load().state_dict(), load(pretrained=True).state_dict()
-    assert all(torch.equal(pretrained[name], weights[name]) for name in fresh)
-    assert not torch.equal(fresh["fc.weight"], weights["fc.weight"])
+    assert all(torch.equal(pretrained[name], shipped["net"][name]) for name in fresh)
+    assert not torch.equal(fresh["fc.weight"], shipped["net"]["fc.weight"])
 
 
 def test_error_on_the_first_1000_test_images(cifar):
-    card = json.loads((RUN / "net.json").read_text())
+    shipped = evaluate.load_checkpoint(RUN / "net.pth")
     dataset = data.load("cifar10", cifar, torch.device("cpu"))
-    mean, std = evaluate.normalization(card, torch.device("cpu"))
+    mean, std = evaluate.normalization(shipped, torch.device("cpu"))
     logits = evaluate.predict(load(pretrained=True), dataset.test.images[:1000], mean, std)
     _, wrong = evaluate.loss_and_error_sums(logits, dataset.test.labels[:1000])
     assert wrong == 92
