@@ -1,37 +1,41 @@
 """The weights that ship, loaded as a user would."""
 
 import pandas as pd
+import pytest
 import torch
 from conftest import ROOT
 
 import data
 import evaluate
 
-RUN = ROOT / "work" / "bc-40-12-sgd"
+RUNS = {"densenet_bc_40_12": ROOT / "work" / "bc-40-12-sgd", "densenet_bc_40_12_adam": ROOT / "work" / "bc-40-12-adam"}
 
 
-def load(**arguments):
-    return torch.hub.load(str(ROOT), "densenet_bc_40_12", source="local", **arguments)
+def load(name, **arguments):
+    return torch.hub.load(str(ROOT), name, source="local", **arguments)
 
 
-def test_the_entry_point_is_a_net():
-    net = load(drop_rate=0.2)
+@pytest.mark.parametrize("name", RUNS)
+def test_each_entry_point_is_a_net(name):
+    net = load(name, drop_rate=0.2)
     assert sum(p.numel() for p in net.parameters()) == 176122
     assert net.dense1[0].dropout.p == 0.2
 
 
-def test_the_weights_are_those_of_the_finished_run():
-    shipped = evaluate.load_checkpoint(RUN / "net.pth")
-    assert shipped["epoch"] == pd.read_csv(RUN / "test.csv")["epoch"].iloc[-1] == shipped["args"]["epochs"]
-    fresh, pretrained = load().state_dict(), load(pretrained=True).state_dict()
-    assert all(torch.equal(pretrained[name], shipped["net"][name]) for name in fresh)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_weights_are_those_of_the_finished_run(name):
+    shipped = evaluate.load_checkpoint(RUNS[name] / "net.pth")
+    assert shipped["epoch"] == pd.read_csv(RUNS[name] / "test.csv")["epoch"].iloc[-1] == shipped["args"]["epochs"]
+    fresh, pretrained = load(name).state_dict(), load(name, pretrained=True).state_dict()
+    assert all(torch.equal(pretrained[key], shipped["net"][key]) for key in fresh)
     assert not torch.equal(fresh["fc.weight"], shipped["net"]["fc.weight"])
 
 
-def test_error_on_the_first_1000_test_images(cifar):
-    shipped = evaluate.load_checkpoint(RUN / "net.pth")
+@pytest.mark.parametrize(("name", "wrong"), [("densenet_bc_40_12", 92), ("densenet_bc_40_12_adam", 129)])
+def test_error_on_the_first_1000_test_images(name, wrong, cifar):
+    shipped = evaluate.load_checkpoint(RUNS[name] / "net.pth")
     dataset = data.load("cifar10", cifar, torch.device("cpu"))
     mean, std = evaluate.normalization(shipped, torch.device("cpu"))
-    logits = evaluate.predict(load(pretrained=True), dataset.test.images[:1000], mean, std)
-    _, wrong = evaluate.loss_and_error_sums(logits, dataset.test.labels[:1000])
-    assert wrong == 92
+    logits = evaluate.predict(load(name, pretrained=True), dataset.test.images[:1000], mean, std)
+    _, errors = evaluate.loss_and_error_sums(logits, dataset.test.labels[:1000])
+    assert errors == wrong
