@@ -31,11 +31,15 @@ def test_the_weights_are_those_of_the_finished_run(name):
     assert not torch.equal(fresh["fc.weight"], shipped["net"]["fc.weight"])
 
 
+@pytest.fixture(scope="module")
+def test_set(cifar):
+    return data.load("cifar10", cifar, torch.device("cpu")).test
+
+
 @pytest.mark.parametrize(("name", "wrong"), [("densenet_bc_40_12", 92), ("densenet_bc_40_12_adam", 129)])
-def test_error_on_the_first_1000_test_images(name, wrong, cifar):
+def test_error_on_the_first_1000_test_images(name, wrong, test_set):
     shipped = evaluate.load_checkpoint(RUNS[name] / "net.pth")
-    dataset = data.load("cifar10", cifar, torch.device("cpu"))
     mean, std = evaluate.normalization(shipped, torch.device("cpu"))
-    logits = evaluate.predict(load(name, pretrained=True), dataset.test.images[:1000], mean, std)
-    _, errors = evaluate.loss_and_error_sums(logits, dataset.test.labels[:1000])
+    logits = evaluate.predict(load(name, pretrained=True), test_set.images[:1000], mean, std)
+    _, errors = evaluate.loss_and_error_sums(logits, test_set.labels[:1000])
     assert errors == wrong
