@@ -4,6 +4,7 @@
     ./train.py                                                  DenseNet-BC, L=100, k=12, CIFAR-10 with augmentation, 300 epochs
     ./train.py --no-bottleneck --depth 40 --no-augment          the plain DenseNet, L=40, k=12, without augmentation
     ./train.py --dataset digits --depth 22 --epochs 20          a small net on a data set that needs no download
+    ./train.py --init net.pth --lr 0.01 --epochs 10             ten epochs more for a net that is trained already
 
 work/<dataset>.base, or --save DIR, then holds: args.json (arguments, versions, device), train.csv (a row for each step),
 test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error.png, loss-error.png.
@@ -32,7 +33,7 @@ import data
 import distributed
 import run_folder
 from densenet import DenseNet
-from evaluate import choose_device, loss_and_error_sums, predict
+from evaluate import choose_device, load_checkpoint, loss_and_error_sums, predict
 
 HERE = Path(__file__).resolve().parent
 USAGE = "%(prog)s [options], which --help lists"
@@ -54,13 +55,13 @@ def main():
         with distributed.first_rank_first(world):
             dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
         distributed.check_batches(world, args.batch_size, len(dataset.train))
+        net = make_net(args, len(dataset.classes), device)
         opened = open_run(args, device, dataset, world) if world.rank == 0 else (None, None)
         _lock, checkpoint = opened  # the lock is held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(128 + signal.SIGINT, "train.py: stopped before the run began\n")
-    net = make_net(args, len(dataset.classes), device)
     try:
         fit(net, dataset, args, device, world, distributed.share_object(checkpoint, world))
     except Stopped as stopped:
@@ -85,7 +86,11 @@ def build_parser():
         usage=USAGE,
     )
     add_data_flags(parser.add_argument_group("data"))
-    add_model_flags(parser.add_argument_group("model"))
+    model_group = parser.add_argument_group("model")
+    add_model_flags(model_group)
+    model_group.add_argument(
+        "--init", metavar="FILE", help="begin with these weights: a latest.pth, or what evaluate.py exported"
+    )
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_machine_flags(parser.add_argument_group("machine"))
     add_run_flags(parser.add_argument_group("run"))
@@ -197,8 +202,16 @@ def check_arguments(args, device):
 
 
 def make_net(args, num_classes, device):
+    """The net as the run begins with it. ValueError if the weights of --init are not there, or of a net that is another."""
     torch.manual_seed(args.seed)
     net = DenseNet(**model_arguments(args), num_classes=num_classes)
+    if args.init:
+        try:
+            net.load_state_dict(load_checkpoint(Path(args.init))["net"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"--init {args.init} is not of this net: give the model flags and the data set it was trained with"
+            ) from error
     return net.to(device, memory_format=torch.channels_last)
 
 

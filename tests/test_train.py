@@ -193,6 +193,29 @@ def test_other_ways_to_train(call_main, tmp_path, flags):
     assert np.isfinite(pd.read_csv(tmp_path / "run" / "train.csv")).all(axis=None)
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_path, exported):
+    """At rate 0 they are also the weights that it ends with; the batch norms' running statistics have moved."""
+    weights = tmp_path / "net.pth" if exported else tiny_run / "latest.pth"
+    if exported:
+        assert call_main(evaluate, tiny_run / "latest.pth", "--export", weights)[0] == 0
+    flags = ["--seed", 2, "--lr", 0, "--epochs", 1, "--no-plot", "--save", tmp_path / "run"]
+    status, _, errors = call_main(train, *TINY, "--init", weights, *flags)
+    assert status == 0, errors
+    before, after = (evaluate.build_net(evaluate.load_checkpoint(path)) for path in (weights, tmp_path / "run" / "latest.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert not torch.equal(before.bn1.running_mean, after.bn1.running_mean)
+
+
+def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    flags = ["--growth-rate", 8, "--init", tiny_run / "latest.pth", "--save", run, "--force"]
+    status, _, errors = call_main(train, *TINY, *flags)
+    assert status == 2
+    assert f"--init {tiny_run / 'latest.pth'} is not of this net: give the model flags" in errors.splitlines()[1]
+    assert (run / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
+
+
 def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(tmp_path):
     """The program on a real pseudo-terminal."""
     master, slave = pty.openpty()
@@ -237,6 +260,7 @@ def test_three_epochs_of_cifar_rows(cifar, call_main, tmp_path):
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz into"),
         (["--dataset", "folder"], "train is not a folder"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
+        (["--init", "missing.pth"], "missing.pth does not exist"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
         (["--save", f"{__file__}/run"], "cannot be written (Not a directory)"),
         (["--save", __file__], f"--save {__file__} cannot be written (File exists): choose another folder"),
