@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the paper's error table with what was measured here, images/densenet-err-table.png.
 
-    images/draw_err_table.py work/bc-40-12-sgd work/bc-40-12-adam
+    images/draw_err_table.py work/bc-40-12-sgd work/bc-40-12-sgd-restart work/bc-40-12-adam
 
 Each folder is a finished run of train.py on CIFAR-10 with augmentation; its figure is the test error after the last epoch.
 """
@@ -54,7 +54,8 @@ def row_of(folder):
     net = DenseNet(**{name: args[name] for name in names})
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     kind = "DenseNet-BC" if args["bottleneck"] else "DenseNet"
-    name = f"{kind}, {args['epochs']} epochs of {args['opt'].upper()}, here"
+    more = " more" if args.get("init") else ""  # args.json of a run from before --init does not name it
+    name = f"{kind}, {args['epochs']}{more} epochs of {args['opt'].upper()}, here"
     return [name, args["depth"], args["growth_rate"], f"{millions:.2g}M", "", f"{float(last['error']):.2f}", "", "", ""]
 
 

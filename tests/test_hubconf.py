@@ -8,7 +8,10 @@ from conftest import ROOT
 import data
 import evaluate
 
-RUNS = {"densenet_bc_40_12": ROOT / "work" / "bc-40-12-sgd", "densenet_bc_40_12_adam": ROOT / "work" / "bc-40-12-adam"}
+RUNS = {
+    "densenet_bc_40_12": ROOT / "work" / "bc-40-12-sgd-restart",
+    "densenet_bc_40_12_adam": ROOT / "work" / "bc-40-12-adam",
+}
 
 
 def load(name, **arguments):

@@ -1,6 +1,7 @@
 """The scripts that draw the figures of the README. Copies run in a temporary folder, since they write beside themselves."""
 
 import json
+import runpy
 import shutil
 
 import pytest
@@ -54,3 +55,12 @@ def test_a_run_that_does_not_belong_into_the_table(script, tmp_path, changes, me
     done = script("draw_err_table.py", tmp_path / "run")
     assert (done.returncode, message in done.stderr) == (2, True)
     assert not (tmp_path / "images" / "densenet-err-table.png").exists()
+
+
+def test_a_run_that_began_with_the_weights_of_another_says_so(tmp_path):
+    run = shutil.copytree(ROOT / "work" / "bc-22-8", tmp_path / "run")
+    row_of = runpy.run_path(str(ROOT / "images" / "draw_err_table.py"))["row_of"]
+    assert row_of(run)[0] == "DenseNet-BC, 3 epochs of SGD, here"
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(args | {"init": "net.pth"}))
+    assert row_of(run)[0] == "DenseNet-BC, 3 more epochs of SGD, here"
