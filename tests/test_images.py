@@ -23,6 +23,14 @@ def script(run_script, tmp_path):
     return run
 
 
+def copy_of_run(folder, **changes):
+    """A copy of a finished run, in that folder, with other values in args.json."""
+    shutil.copytree(ROOT / "work" / "bc-22-8", folder)
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(args | changes))
+    return folder
+
+
 def colours(path):
     image = Image.open(path).convert("RGB")
     return {colour for _, colour in image.getcolors(maxcolors=1 << 24)}
@@ -49,18 +57,12 @@ def test_the_table_marks_what_was_measured(script, tmp_path):
     ],
 )
 def test_a_run_that_does_not_belong_into_the_table(script, tmp_path, changes, message):
-    shutil.copytree(ROOT / "work" / "bc-22-8", tmp_path / "run")
-    args = json.loads((tmp_path / "run" / "args.json").read_text())
-    (tmp_path / "run" / "args.json").write_text(json.dumps(args | changes))
-    done = script("draw_err_table.py", tmp_path / "run")
+    done = script("draw_err_table.py", copy_of_run(tmp_path / "run", **changes))
     assert (done.returncode, message in done.stderr) == (2, True)
     assert not (tmp_path / "images" / "densenet-err-table.png").exists()
 
 
 def test_a_run_that_began_with_the_weights_of_another_says_so(tmp_path):
-    run = shutil.copytree(ROOT / "work" / "bc-22-8", tmp_path / "run")
     row_of = runpy.run_path(str(ROOT / "images" / "draw_err_table.py"))["row_of"]
-    assert row_of(run)[0] == "DenseNet-BC, 3 epochs of SGD, here"
-    args = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps(args | {"init": "net.pth"}))
-    assert row_of(run)[0] == "DenseNet-BC, 3 more epochs of SGD, here"
+    assert row_of(ROOT / "work" / "bc-22-8")[0] == "DenseNet-BC, 3 epochs of SGD, here"
+    assert row_of(copy_of_run(tmp_path / "run", init="net.pth"))[0] == "DenseNet-BC, 3 more epochs of SGD, here"
