@@ -1,5 +1,5 @@
 # make demo   sets up .venv and trains a small DenseNet-BC on real handwritten digits
-# make test   sets up .venv and runs the tests
+# make test   adds to .venv what the tests need, and runs them
 # make test-faults   kills real runs again and again: slower
 
 PYTHON ?= python3
@@ -7,22 +7,24 @@ DEMO = work/demo
 
 .PHONY: demo test test-faults lint
 
-demo: .venv/installed
+demo: .venv/requirements
 	.venv/bin/python train.py --dataset digits --depth 16 --growth-rate 8 --epochs 10 --batch-size 32 --drop-rate 0 --save $(DEMO) --force
 	.venv/bin/python evaluate.py $(DEMO)/latest.pth
 	@ls $(DEMO)/*.png
 
-test: .venv/installed lint
+test: .venv/requirements-test lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-test-faults: .venv/installed
+test-faults: .venv/requirements-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m faults
 
-lint: .venv/installed
+lint: .venv/requirements-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/installed: requirements.txt
+.venv/requirements-test: requirements.txt
+
+.venv/%: %.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --requirement requirements.txt
+	.venv/bin/python -m pip install --requirement $<
 	touch $@

@@ -40,9 +40,9 @@ import data
 import dense_block
 from attic.torchvision_weights import torchvision_net
 from densenet import DenseNet, layers_per_block
-from evaluate import choose_device
-from train import DTYPES, USAGE, at_least, describe, make_optimizer, make_repeatable, parse_args
-from train import build_parser as build_train_parser
+from flags import USAGE, add_device_flag, add_optimisation_flags, at_least, default_values
+from machine import DTYPES, choose_device, describe, make_repeatable
+from train import make_optimizer
 
 DEPTHS = (40, 100, 160, 250)
 SCALED = {"plain": "plain modules", "torchvision, checkpointed": "checkpointed (torchvision)", "efficient": "--efficient"}
@@ -109,7 +109,7 @@ def build_parser():
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, metavar="VARIANT", default=list(VARIANTS), help=f"of {list(VARIANTS)}"
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
+    add_device_flag(parser)
     parser.add_argument("--data", metavar="DIR", help="measure the data pipeline on the CIFAR-10 in this folder instead")
     parser.add_argument(
         "--count", action="store_true", help="count a step's bytes, operations and kernel launches on a GPU instead"
@@ -137,7 +137,7 @@ def make_step(variant, args, device):
     net = make_net(kind, args.depth, args.growth_rate).to(device, memory_format=torch.channels_last)
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
-    optimizer = make_optimizer(net, parse_args(build_train_parser(), []))
+    optimizer = make_optimizer(net, default_values(add_optimisation_flags))
     for group in optimizer.param_groups if device.type == "meta" else []:
         group["foreach"] = True  # one launch for all parameters, as on a GPU
     model = torch.compile(net) if compiled else net

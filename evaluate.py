@@ -10,19 +10,16 @@ beside it, or into --out DIR: one row for each true class, one column for each p
 """
 
 import argparse
-import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
-from densenet import DenseNet
-
-CARD = ("model", "args", "epoch", "mean", "std", "classes")  # of a checkpoint: what describes its net
-BATCH_SIZE = 250  # images at a time; without gradients a net needs little memory
+from checkpoint import build_net, export, load_checkpoint, normalization
+from flags import add_device_flag
+from machine import choose_device
+from metrics import confusion_matrix, loss_and_error_sums, predict
 
 
 def main():
@@ -32,7 +29,7 @@ def main():
         checkpoint = load_checkpoint(args.checkpoint)
         device = choose_device(args.device)
         if args.export:
-            export(checkpoint, args.export)
+            print(f"wrote {args.export} and {export(checkpoint, args.export)}")
             return
         net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
         if args.image:
@@ -50,7 +47,7 @@ def build_parser():
         usage="%(prog)s CHECKPOINT [options], which --help lists",
     )
     parser.add_argument("checkpoint", type=Path, help="latest.pth of a run, or weights of --export")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
+    add_device_flag(parser)
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one the run was trained on)")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="folder for confusion.csv and confusion.png (default: beside the checkpoint)"
@@ -60,99 +57,6 @@ def build_parser():
     )
     parser.add_argument("--image", nargs="+", metavar="FILE", help="name the most likely classes of these pictures instead")
     return parser
-
-
-# ------------------------------------------------------------------------------------------------------ the checkpoint
-
-
-def load_checkpoint(path):
-    """The dictionary that train.py saved, on the CPU. ValueError if the file is something else or damaged.
-
-    Only tensors and plain values are read, never code; PyTorch's own reader does not look at the checksums, hence testzip.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: name the latest.pth of a run") from error
-    except Exception as error:  # torch.load raises nearly anything for a file that is not its own
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
-    if is_state_dict(checkpoint):
-        checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
-    if not isinstance(checkpoint, dict) or not {"net", *CARD} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
-    return checkpoint
-
-
-def is_state_dict(values):
-    return isinstance(values, dict) and len(values) > 0 and all(torch.is_tensor(value) for value in values.values())
-
-
-def read_card(path):
-    """What --export wrote beside the weights. ValueError if it is not there or something else."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"bare weights need {path}, which --export writes beside them: {error}") from error
-
-
-def export(checkpoint, path):
-    """Writes the state dict, which torch.load reads anywhere, and what else there is to know as JSON."""
-    card = path.with_suffix(".json")
-    if card == path:
-        raise ValueError(f"{path} is where the description goes: name a .pth file")
-    for file in (path, card):
-        if file.exists():
-            raise ValueError(f"{file} exists already: name another file, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint["net"], path)
-    card.write_text(json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n")
-    print(f"wrote {path} and {card}")
-
-
-def build_net(checkpoint):
-    """The trained DenseNet of a checkpoint, in evaluation mode. ValueError if the weights are not those of such a net."""
-    try:
-        net = DenseNet(**checkpoint["model"])
-        net.load_state_dict(checkpoint["net"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            "the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py"
-        ) from error
-    return net.eval()
-
-
-def normalization(checkpoint, device):
-    """(mean, std) of the training images, each (3, 1, 1)."""
-    return [torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-
-def choose_device(name):
-    """The torch.device of --device; auto is the GPU if there is one. ValueError if the device is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ValueError(f"--device {name}: this machine has none that PyTorch can use: choose --device cpu")
-    return torch.device(name)
-
-
-@torch.inference_mode()
-def predict(net, images, mean, std):
-    """Logits (M, num_classes), on the CPU in float64, of M uint8 images by the net in evaluation mode."""
-    net.eval()
-    return torch.cat([net(data.normalize(batch, mean, std)) for batch in images.split(BATCH_SIZE)]).cpu().double()
-
-
-def loss_and_error_sums(logits, labels):
-    """(sum of the cross-entropies, number of wrong answers), float64, over all rows of logits."""
-    wrong = (logits.argmax(dim=1) != labels).sum()
-    return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), wrong.double()])
 
 
 def evaluate(net, checkpoint, root, out, device):
@@ -174,11 +78,6 @@ def evaluate(net, checkpoint, root, out, device):
     write_csv(confusion, dataset.classes, out / "confusion.csv")
     draw(confusion, dataset.classes, out / "confusion.png")
     print(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
-
-
-def confusion_matrix(predicted, labels, num_classes):
-    """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()
 
 
 def print_classes(confusion, classes):

@@ -16,7 +16,7 @@ import torch
 import torchviz
 
 from densenet import DenseNet
-from train import USAGE, add_model_flags, model_arguments
+from flags import USAGE, add_model_flags, model_arguments
 
 
 def main():

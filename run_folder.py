@@ -1,18 +1,20 @@
-"""The folder of a run: its lock, args.json, train.csv, test.csv and latest.pth; how a run is begun, saved, and resumed.
+"""The folder of a run: its lock, args.json, train.csv, test.csv and figures; how a run is begun and resumed.
 
-At every instant the folder holds a complete checkpoint, or none yet: a new one is written beside the old one, flushed to the
-disk, and takes its name in one step. Rows of the CSVs that are newer than the checkpoint are cut off when a run is resumed.
+Rows of the CSVs reach the disk before the checkpoint that they belong to. Those that are newer than it are cut off when the
+run is resumed.
 """
 
 import fcntl
-import io
 import json
-import os
+import subprocess
+import sys
+from pathlib import Path
 
-import torch
+from tqdm import tqdm
 
-from evaluate import load_checkpoint
+from checkpoint import flush_to_disk, load_checkpoint, replace_file, save_checkpoint
 
+HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
 
 # What args.json holds that does not change what a run computes; all else must be the same when it is resumed.
@@ -101,32 +103,52 @@ def append_rows(path, rows):
             file.write(",".join([f"{epoch:.6f}".rstrip("0").rstrip("."), *(f"{value:.6g}" for value in values)]) + "\n")
 
 
-def save_checkpoint(save, checkpoint):
-    """Replaces latest.pth, after the rows that belong to it have reached the disk."""
+def end_epoch(save, figures, checkpoint):
+    """Adds the epoch's row to test.csv and replaces latest.pth, after the rows that belong to it have reached the disk."""
+    append_rows(save / "test.csv", [(checkpoint["epoch"], *figures)])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    replace_file(save / "latest.pth", content.getbuffer())
+    save_checkpoint(checkpoint, save / "latest.pth")
 
 
-def replace_file(path, content):
-    """Writes a file so that its name stands, at every instant, for the whole old content or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
+class Figures:
+    """Redraws a run's figures with plot.py in a process of its own, so that no epoch waits for them."""
+
+    def __init__(self, save, enabled):
+        self.command = [sys.executable, str(HERE / "plot.py"), str(save)]
+        self.enabled = enabled
+        self.process = None
+        self.warned = False
+
+    def redraw(self):
+        """Starts drawing, unless the last drawing still goes on."""
+        if self.enabled and (self.process is None or self.process.poll() is not None):
+            self.check()
+            self.process = subprocess.Popen(  # start_new_session: Ctrl-C is not meant for it
+                self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+
+    def finish(self):
+        """Draws what the CSVs now hold and waits for it."""
+        self.check()
+        self.redraw()
+        self.check()
+
+    def check(self):
+        """Waits for the drawing and says, the first time it fails, why there is no figure."""
+        if self.process is not None:
+            _, errors = self.process.communicate()
+            if self.process.returncode and not self.warned:
+                reason = errors.strip().splitlines() or [f"plot.py ended with status {self.process.returncode}"]
+                tqdm.write(f"the figures could not be drawn, training goes on: {reason[-1]}")
+                self.warned = True
+            self.process = None
+
+
+def git_commit():
+    """The commit this code is at, with "-dirty" behind it if it was changed since; None without git."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        temporary.write_bytes(content)
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-        flush_to_disk(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)  # on a full disk, room for what else is to be written
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def flush_to_disk(path):
-    """What was written to a file, or the names in a folder, is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

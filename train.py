@@ -13,10 +13,7 @@ test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error
 import argparse
 import math
 import os
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -31,22 +28,20 @@ from tqdm import tqdm
 
 import data
 import distributed
+import flags
 import run_folder
+from checkpoint import load_checkpoint, make_card, make_checkpoint, restore
 from densenet import DenseNet
-from evaluate import choose_device, load_checkpoint, loss_and_error_sums, predict
+from machine import DTYPES, choose_device, describe, make_repeatable
+from metrics import loss_and_error_sums, predict
+from signals import Stopped, StopSignals, resume_command
 
-HERE = Path(__file__).resolve().parent
-USAGE = "%(prog)s [options], which --help lists"
 FLUSH_STEPS = 20  # the device is synchronised once in so many steps, to write their losses to train.csv
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
-PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
 
 
 def main():
     parser = build_parser()
-    args = parse_args(parser)
+    args = flags.parse_args(parser)
     try:
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
@@ -76,116 +71,22 @@ def main():
         distributed.leave(world)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=USAGE,
+        usage=flags.USAGE,
     )
-    add_data_flags(parser.add_argument_group("data"))
+    flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
-    add_model_flags(model_group)
+    flags.add_model_flags(model_group)
     model_group.add_argument(
         "--init", metavar="FILE", help="begin with these weights: a latest.pth, or what evaluate.py exported"
     )
-    add_optimisation_flags(parser.add_argument_group("optimisation"))
-    add_machine_flags(parser.add_argument_group("machine"))
-    add_run_flags(parser.add_argument_group("run"))
+    flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
+    flags.add_machine_flags(parser.add_argument_group("machine"))
+    flags.add_run_flags(parser.add_argument_group("run"))
     return parser
-
-
-def add_data_flags(group):
-    group.add_argument("--dataset", choices=sorted(data.LOADERS), default="cifar10")
-    group.add_argument("--data", metavar="DIR", default="data", help="where the data set is, or is downloaded to (%(default)s)")
-    group.add_argument(
-        "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="random crop and flip (yes; no for svhn and digits)",
-    )
-    group.add_argument("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
-    group.add_argument("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
-
-
-def add_model_flags(group, depth=100):
-    group.add_argument("--depth", type=int, default=depth, help="L, the layers with weights (%(default)s)")
-    group.add_argument("--growth-rate", type=int, default=12, help="k, the feature maps a layer adds (%(default)s)")
-    group.add_argument("--reduction", type=float, help="share of the channels a transition keeps (0.5; plain net 1.0)")
-    group.add_argument("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
-    group.add_argument("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
-    group.add_argument("--init-channels", type=int, help="output of the first convolution (2k; plain net 16)")
-    group.add_argument(
-        "--efficient", action=argparse.BooleanOptionalAction, default=False, help="dense blocks in linear memory (no)"
-    )
-
-
-def add_optimisation_flags(group):
-    group.add_argument("--epochs", "--nEpochs", type=at_least(1), default=300, help="(%(default)s; 40 for svhn)")
-    group.add_argument("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
-    group.add_argument("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
-    group.add_argument(
-        "--lr",
-        type=at_least(0, float),
-        help="initial rate; sgd divides it by 10 after 1/2 and 3/4 of the epochs (sgd 0.1; else PyTorch's default, constant)",
-    )
-    group.add_argument("--momentum", type=at_least(0, float), default=0.9, help="of sgd (%(default)s)")
-    group.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="on all parameters (%(default)s)")
-    group.add_argument("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
-    group.add_argument("--seed", type=at_least(0), default=1, help="(%(default)s)")
-    group.add_argument("--deterministic", action="store_true", help="only deterministic kernels: slower on a GPU, repeatable")
-
-
-def add_machine_flags(group):
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
-    group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    group.add_argument(
-        "--precision", choices=sorted(DTYPES), default="fp32", help="autocast of the training steps (%(default)s)"
-    )
-    modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-    group.add_argument("--compile", choices=modes, nargs="?", const="default", help="torch.compile the training steps")
-    group.add_argument("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
-
-
-def add_run_flags(group):
-    group.add_argument("--save", metavar="DIR", type=Path, help="the run's folder (work/<dataset>.base)")
-    group.add_argument("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
-    group.add_argument("--force", action="store_true", help="replace the run that the folder holds")
-    group.add_argument("--no-plot", dest="plot", action="store_false", help="draw no figures")
-
-
-def at_least(low, kind=int):
-    """An argparse type: a number of that kind, not below low."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
-def parse_args(parser, argv=None):
-    """The arguments, with the defaults that depend on the data set or on another argument filled in."""
-    parser.set_defaults(**PROTOCOLS.get(parser.parse_args(argv).dataset, {}))
-    args = parser.parse_args(argv)
-    if args.drop_rate is None:
-        args.drop_rate = 0.0 if args.augment else 0.2
-    if args.lr is None and args.opt == "sgd":
-        args.lr = 0.1
-    if args.save is None:
-        args.save = Path("work", f"{args.dataset}.base")
-    return args
-
-
-def model_arguments(args):
-    """The keyword arguments of DenseNet, but for num_classes, that the model flags stand for."""
-    names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "efficient"]
-    return {name: getattr(args, name) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------- the beginning
@@ -194,7 +95,7 @@ def model_arguments(args):
 def check_arguments(args, device):
     """ValueError for arguments that do not fit each other or the machine; before anything is downloaded or written."""
     with torch.device("meta"):
-        DenseNet(**model_arguments(args))
+        DenseNet(**flags.model_arguments(args))
     if args.sync_bn and args.efficient:
         raise ValueError("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":
@@ -204,7 +105,7 @@ def check_arguments(args, device):
 def make_net(args, num_classes, device):
     """The net as the run begins with it. ValueError if the weights of --init are not there, or of a net that is another."""
     torch.manual_seed(args.seed)
-    net = DenseNet(**model_arguments(args), num_classes=num_classes)
+    net = DenseNet(**flags.model_arguments(args), num_classes=num_classes)
     if args.init:
         try:
             net.load_state_dict(load_checkpoint(Path(args.init))["net"])
@@ -218,8 +119,9 @@ def make_net(args, num_classes, device):
 def open_run(args, device, dataset, world):
     """Locks the run's folder and begins the run, or continues it with --resume. Returns the lock and a checkpoint or None."""
     lock = run_folder.lock(args.save)
-    facts = {**plain_arguments(args), "torch": torch.__version__, "hardware": describe(device), "commit": git_commit()}
-    facts |= {"processes": world.size, "train_images": len(dataset.train), "classes": dataset.classes}
+    facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(device)}
+    facts |= {"commit": run_folder.git_commit(), "processes": world.size}
+    facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
     checkpoint = run_folder.resume(args.save, facts, partial(same_schedule, args)) if args.resume else None
     if checkpoint is None:
         run_folder.begin(args.save, facts, has_val=args.val > 0)
@@ -228,95 +130,10 @@ def open_run(args, device, dataset, world):
     return lock, checkpoint
 
 
-def plain_arguments(args):
-    """The arguments as JSON and a checkpoint can hold them."""
-    return {**vars(args), "save": str(args.save)}
-
-
 def same_schedule(args, old_epochs, new_epochs, epochs_done):
     """Whether the epochs that are done had the learning rate that they have with new_epochs, of which they are a part."""
     rates = [[scheduled_rate(args, epoch, epochs) for epoch in range(epochs_done)] for epochs in (old_epochs, new_epochs)]
     return rates[0] == rates[1] and epochs_done <= new_epochs
-
-
-def describe(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def git_commit():
-    """The commit this code is at, with "-dirty" behind it if it was changed since; None without git."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-# ---------------------------------------------------------------------------------------------- what goes on beside it
-
-
-class Stopped(Exception):
-    """The run ends on a signal; status is what a shell expects of a program that the signal ended."""
-
-    def __init__(self, signum):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.status = 128 + signum
-
-
-def resume_command(world):
-    if world.size > 1:
-        return "the same torchrun command with --resume"
-    return shlex.join([word for word in sys.orig_argv if word not in ("--resume", "--force")] + ["--resume"])
-
-
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM, for the training loop to see; a second one ends the program at once."""
-
-    def __init__(self):
-        self.received = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
-
-    def handle(self, signum, frame):
-        self.received = signum
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-
-
-class Figures:
-    """Redraws a run's figures with plot.py in a process of its own, so that no epoch waits for them."""
-
-    def __init__(self, save, enabled):
-        self.command = [sys.executable, str(HERE / "plot.py"), str(save)]
-        self.enabled = enabled
-        self.process = None
-        self.warned = False
-
-    def redraw(self):
-        """Starts drawing, unless the last drawing still goes on."""
-        if self.enabled and (self.process is None or self.process.poll() is not None):
-            self.check()
-            self.process = subprocess.Popen(  # start_new_session: Ctrl-C is not meant for it
-                self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-            )
-
-    def finish(self):
-        """Draws what the CSVs now hold and waits for it."""
-        self.check()
-        self.redraw()
-        self.check()
-
-    def check(self):
-        """Waits for the drawing and says, the first time it fails, why there is no figure."""
-        if self.process is not None:
-            _, errors = self.process.communicate()
-            if self.process.returncode and not self.warned:
-                reason = errors.strip().splitlines() or [f"plot.py ended with status {self.process.returncode}"]
-                tqdm.write(f"the figures could not be drawn, training goes on: {reason[-1]}")
-                self.warned = True
-            self.process = None
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -364,7 +181,8 @@ def fit(net, dataset, args, device, world, checkpoint):
     first_epoch = restore(checkpoint, net, optimizer, scaler)
     model = prepare(net, args, device, world)
     stop = StopSignals()
-    figures = Figures(args.save, args.plot and world.rank == 0)
+    card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
+    figures = run_folder.Figures(args.save, args.plot and world.rank == 0)
     with progress_bar(first_epoch, args.epochs, len(dataset.train), world) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
@@ -377,30 +195,12 @@ def fit(net, dataset, args, device, world, checkpoint):
             test_figures = test(net, dataset, world)
             check_finite(test_figures[0], f"on the test images after epoch {epoch + 1}")
             if world.rank == 0:
-                run_folder.append_rows(args.save / "test.csv", [(epoch + 1, *test_figures)])
-                run_folder.save_checkpoint(args.save, make_checkpoint(net, optimizer, scaler, epoch + 1, args, dataset))
+                state = make_checkpoint(net, optimizer, scaler, epoch + 1, card)
+                run_folder.end_epoch(args.save, test_figures, state)
                 figures.redraw()
                 seconds = trained - started, time.perf_counter() - started
                 print_epoch(epoch + 1, args.epochs, train_figures, test_figures, rate, len(dataset.train), *seconds)
     figures.finish()
-
-
-def make_repeatable(deterministic):
-    """With --deterministic only kernels that give the same bits every time; without it the fastest that cuDNN finds."""
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-
-
-def restore(checkpoint, net, optimizer, scaler):
-    """Puts a checkpoint's state where it belongs and returns the number of epochs that are done; 0 without a checkpoint."""
-    if checkpoint is None:
-        return 0
-    net.load_state_dict(checkpoint["net"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["epoch"]
 
 
 def prepare(net, args, device, world):
@@ -409,21 +209,6 @@ def prepare(net, args, device, world):
         distributed.synchronise_batch_norm(net)
     model = distributed.wrap(net, world, device)
     return torch.compile(model, mode=args.compile) if args.compile else model
-
-
-def make_checkpoint(net, optimizer, scaler, epochs_done, args, dataset):
-    """Everything that a resumed run or an evaluation needs. Random states are not among it: see epoch_batches."""
-    return {
-        "net": net.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "epoch": epochs_done,
-        "model": {**model_arguments(args), "num_classes": len(dataset.classes)},
-        "args": plain_arguments(args),
-        "mean": dataset.mean.flatten().tolist(),
-        "std": dataset.std.flatten().tolist(),
-        "classes": dataset.classes,
-    }
 
 
 def epoch_batches(dataset, epoch, args, device, world):

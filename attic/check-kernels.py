@@ -24,8 +24,8 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
 from densenet import DenseNet
-from evaluate import choose_device
-from train import USAGE, add_model_flags, describe, model_arguments
+from flags import USAGE, add_device_flag, add_model_flags, model_arguments
+from machine import choose_device, describe
 
 # How far rounding may move a tensor, relative to its largest value. With the sides of the ReLUs fixed (see measure), nets of 7
 # to 100 layers, BC and plain, come to 7e-5 in fp32 and to 9e-2 in bf16 on a CPU; tf32 rounds eight times more finely than bf16.
@@ -68,7 +68,7 @@ def main():
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
+    add_device_flag(parser)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile, the slow row")
     add_model_flags(parser, depth=10)
     return parser

@@ -19,11 +19,13 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import flags
 import run_folder
 import train
 from densenet import init_weights
 from distributed import World
-from evaluate import choose_device
+from machine import choose_device
+from signals import Stopped
 
 # Output channels of the convolutions, and the poolings.
 PLAN = [32, "pool", 64, 64, 64, "pool", 128, 128, 128, "pool", 256, 256]
@@ -32,7 +34,7 @@ BOUND = 12.0  # test error on CIFAR-10 in percent
 
 def main():
     parser = build_parser()
-    args = train.parse_args(parser)
+    args = flags.parse_args(parser)
     try:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
@@ -44,7 +46,7 @@ def main():
     net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
     try:
         train.fit(net, dataset, args, device, World(), checkpoint)
-    except (train.Stopped, FloatingPointError, OSError) as stopped:
+    except (Stopped, FloatingPointError, OSError) as stopped:
         sys.exit(f"train-vgg.py: {stopped}")
     sys.exit(print_verdict(args))
 
@@ -52,21 +54,19 @@ def main():
 def build_parser():
     """The flags of train.py, but for the model's, with defaults for a run that ends within an hour on two cores."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=train.USAGE
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=flags.USAGE
     )
-    train.add_data_flags(parser.add_argument_group("data"))
-    train.add_optimisation_flags(parser.add_argument_group("optimisation"))
-    train.add_machine_flags(parser.add_argument_group("machine"))
-    train.add_run_flags(parser.add_argument_group("run"))
+    flags.add_data_flags(parser.add_argument_group("data"))
+    flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
+    flags.add_machine_flags(parser.add_argument_group("machine"))
+    flags.add_run_flags(parser.add_argument_group("run"))
     parser.set_defaults(**no_model_flags(), epochs=20, lr=0.05, weight_decay=5e-4, save=Path("work", "vgg"))
     return parser
 
 
 def no_model_flags():
     """The model flags of train.py, unset: they are written into args.json and the checkpoint, and a VGG has none of them."""
-    parser = argparse.ArgumentParser()
-    train.add_model_flags(parser)
-    return {**dict.fromkeys(vars(parser.parse_args([]))), "drop_rate": 0.0}
+    return {**dict.fromkeys(vars(flags.default_values(flags.add_model_flags))), "drop_rate": 0.0}
 
 
 def print_verdict(args):

@@ -9,6 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 @pytest.fixture(scope="session")
 def cifar():
     """Folder with the official CIFAR-10; tests that need it are skipped where it is not."""

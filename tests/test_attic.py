@@ -69,7 +69,7 @@ def test_a_vgg_is_trained_by_the_functions_of_train(run_script, tmp_path):
 @pytest.mark.parametrize(("error", "status"), [(11.99, 0), (12.0, 1)])
 def test_the_verdict_on_the_training_code(error, status, tmp_path):
     vgg = script("train-vgg")
-    args = vgg.train.parse_args(vgg.build_parser(), ["--save", str(tmp_path)])
+    args = vgg.flags.parse_args(vgg.build_parser(), ["--save", str(tmp_path)])
     (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,0.5,50\n2,0.4,{error}\n")
     assert vgg.print_verdict(args) == status
 

@@ -16,10 +16,12 @@ from conftest import ROOT, TINY
 
 import data
 import distributed
-import evaluate
 import train
+from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
+from flags import parse_args
+from metrics import loss_and_error_sums, predict
 
 FLAGS = [*TINY, "--no-plot"]
 
@@ -58,7 +60,7 @@ def gradients(world, *flags):
     """Gradients and running statistics of three ragged batches on the trainer's own path, in float64."""
     device = torch.device("cpu")
     torch.manual_seed(0)
-    args = train.parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--lr", "0", *flags])
+    args = parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--lr", "0", *flags])
     net = DenseNet(depth=16, growth_rate=4, efficient=args.efficient).double()
     dataset = data.load("digits", ".", device, limit=95)
     dataset = dataset._replace(mean=dataset.mean.double(), std=dataset.std.double())
@@ -133,10 +135,10 @@ def test_no_image_is_lost_or_counted_twice(two_rank_run):
 
 
 def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
-    checkpoint = evaluate.load_checkpoint(two_rank_run / "latest.pth")
+    checkpoint = load_checkpoint(two_rank_run / "latest.pth")
     dataset = data.load("digits", ".", torch.device("cpu"))
-    logits = evaluate.predict(evaluate.build_net(checkpoint), dataset.test.images, dataset.mean, dataset.std)
-    loss, wrong = (evaluate.loss_and_error_sums(logits, dataset.test.labels) / 360).tolist()
+    logits = predict(build_net(checkpoint), dataset.test.images, dataset.mean, dataset.std)
+    loss, wrong = (loss_and_error_sums(logits, dataset.test.labels) / 360).tolist()
     last = pd.read_csv(two_rank_run / "test.csv").iloc[-1]
     assert last["loss"] == pytest.approx(loss, rel=1e-5)
     assert last["error"] == pytest.approx(100 * wrong, rel=1e-5)

@@ -6,7 +6,8 @@ import torch
 from conftest import ROOT
 
 import data
-import evaluate
+from checkpoint import load_checkpoint, normalization
+from metrics import loss_and_error_sums, predict
 
 RUNS = {
     "densenet_bc_40_12": ROOT / "work" / "bc-40-12-sgd-restart",
@@ -27,7 +28,7 @@ def test_each_entry_point_is_a_net(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_weights_are_those_of_the_finished_run(name):
-    shipped = evaluate.load_checkpoint(RUNS[name] / "net.pth")
+    shipped = load_checkpoint(RUNS[name] / "net.pth")
     assert shipped["epoch"] == pd.read_csv(RUNS[name] / "test.csv")["epoch"].iloc[-1] == shipped["args"]["epochs"]
     fresh, pretrained = load(name).state_dict(), load(name, pretrained=True).state_dict()
     assert all(torch.equal(pretrained[key], shipped["net"][key]) for key in fresh)
@@ -41,8 +42,8 @@ def test_set(cifar):
 
 @pytest.mark.parametrize(("name", "wrong"), [("densenet_bc_40_12", 92), ("densenet_bc_40_12_adam", 129)])
 def test_error_on_the_first_1000_test_images(name, wrong, test_set):
-    shipped = evaluate.load_checkpoint(RUNS[name] / "net.pth")
-    mean, std = evaluate.normalization(shipped, torch.device("cpu"))
-    logits = evaluate.predict(load(name, pretrained=True), test_set.images[:1000], mean, std)
-    _, errors = evaluate.loss_and_error_sums(logits, test_set.labels[:1000])
+    shipped = load_checkpoint(RUNS[name] / "net.pth")
+    mean, std = normalization(shipped, torch.device("cpu"))
+    logits = predict(load(name, pretrained=True), test_set.images[:1000], mean, std)
+    _, errors = loss_and_error_sums(logits, test_set.labels[:1000])
     assert errors == wrong

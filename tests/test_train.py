@@ -15,17 +15,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from PIL import Image
+from test_flags import parse
 
 import data
 import evaluate
 import train
+from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
-
-
-def parse(*arguments):
-    return train.parse_args(train.build_parser(), list(arguments))
-
+from flags import model_arguments
 
 # ------------------------------------------------------------------------------------------------------------- protocol
 
@@ -35,24 +33,12 @@ def test_no_flag_is_the_protocol_of_the_paper():
     assert (args.dataset, args.augment, args.val, args.epochs, args.batch_size) == ("cifar10", True, 0, 300, 64)
     assert (args.opt, args.lr, args.momentum, args.weight_decay, args.nesterov) == ("sgd", 0.1, 0.9, 1e-4, True)
     assert str(args.save) == "work/cifar10.base"
-    net = DenseNet(**train.model_arguments(args))
+    net = DenseNet(**model_arguments(args))
     assert sum(p.numel() for p in net.parameters()) == 769_162
     optimizer = train.make_optimizer(net, args)
     (group,) = optimizer.param_groups
     assert (group["momentum"], group["dampening"], group["nesterov"], group["weight_decay"]) == (0.9, 0, True, 1e-4)
     assert sum(p.numel() for p in group["params"]) == 769_162  # weight decay on all parameters
-
-
-def test_defaults_that_depend_on_others():
-    assert parse("--no-augment").drop_rate == 0.2
-    assert parse("--no-augment", "--drop-rate", "0").drop_rate == 0
-    assert parse().drop_rate == 0
-    svhn = parse("--dataset", "svhn")
-    assert (svhn.epochs, svhn.val, svhn.augment, svhn.drop_rate) == (40, 6000, False, 0.2)
-    assert parse("--dataset", "svhn", "--epochs", "3", "--val", "0").epochs == 3
-    plain = DenseNet(**train.model_arguments(parse("--no-bottleneck", "--depth", "40")))
-    assert sum(p.numel() for p in plain.parameters()) == 1_019_722
-    assert parse("--nEpochs", "7", "--batchSz", "8", "--no-cuda").device == "cpu"
 
 
 @pytest.mark.parametrize("epochs", [300, 40, 3, 7, 1])
@@ -143,7 +129,7 @@ def test_a_run_writes_its_files(tiny_run):
 def test_test_csv_holds_exact_figures(tiny_run):
     """The last row equals loss and error of the saved net, image by image, summed and divided by their number."""
     checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
-    net = evaluate.build_net(checkpoint).double()
+    net = build_net(checkpoint).double()
     dataset = data.load("digits", ".", torch.device("cpu"))
     logits = torch.cat([net(data.normalize(image, dataset.mean, dataset.std).double()[None]) for image in dataset.test.images])
     losses = torch.nn.functional.cross_entropy(logits, dataset.test.labels, reduction="none")
@@ -202,7 +188,7 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
     flags = ["--seed", 2, "--lr", 0, "--epochs", 1, "--no-plot", "--save", tmp_path / "run"]
     status, _, errors = call_main(train, *TINY, "--init", weights, *flags)
     assert status == 0, errors
-    before, after = (evaluate.build_net(evaluate.load_checkpoint(path)) for path in (weights, tmp_path / "run" / "latest.pth"))
+    before, after = (build_net(load_checkpoint(path)) for path in (weights, tmp_path / "run" / "latest.pth"))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert not torch.equal(before.bn1.running_mean, after.bn1.running_mean)
 
@@ -278,14 +264,6 @@ def test_bad_input_is_one_sentence_and_status_2(call_main, tmp_path, flags, mess
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there(call_main, tmp_path, device):
-    if getattr(torch, device).is_available():
-        pytest.skip(f"{device} is there")
-    status, _, errors = call_main(train, "--dataset", "digits", "--device", device, "--save", tmp_path / "run")
-    assert (status, f"--device {device}: this machine has none" in errors) == (2, True)
-
-
 def test_a_folder_with_a_run_is_kept_unless_forced(call_main, tiny_run, tmp_path):
     save = tmp_path / "run"
     save.mkdir()
@@ -332,17 +310,3 @@ def test_a_net_that_is_not_finite_is_not_saved(call_main, tmp_path):
     status, _, _ = call_main(train, *TINY, *flags)
     assert "on the test images after epoch 1" in status
     assert not (tmp_path / "run" / "latest.pth").exists()
-
-
-def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_path, capsys):
-    save = tmp_path / "run"
-    shutil.copytree(tiny_run, save)
-    (save / "loss.png").unlink()
-    (save / "loss.png").mkdir()  # no file can be written here
-    figures = train.Figures(save, enabled=True)
-    figures.finish()
-    figures.redraw()
-    figures.finish()
-    out = capsys.readouterr().out
-    assert out.count("the figures could not be drawn, training goes on: plot.py: error:") == 1
-    assert "loss.png" in out

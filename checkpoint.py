@@ -1,0 +1,148 @@
+"""A net on disk: what a checkpoint holds, written in one step, read safely, exported as weights; the net rebuilt from it.
+
+At every instant the name of a checkpoint stands for a complete one: a new one is written beside the old one, flushed to the
+disk, and takes its name in one step.
+"""
+
+import io
+import json
+import os
+import zipfile
+
+import torch
+
+from densenet import DenseNet
+
+CARD = ("model", "args", "epoch", "mean", "std", "classes")  # what --export writes beside the weights
+
+
+# ------------------------------------------------------------------------------------------------------ what is in it
+
+
+def make_card(model, args, dataset):
+    """What describes a net: its own arguments, those of its run, and what an evaluation must know of the data set."""
+    return {
+        "model": {**model, "num_classes": len(dataset.classes)},
+        "args": args,
+        "mean": dataset.mean.flatten().tolist(),
+        "std": dataset.std.flatten().tolist(),
+        "classes": dataset.classes,
+    }
+
+
+def make_checkpoint(net, optimizer, scaler, epochs_done, card):
+    """Everything that a resumed run or an evaluation needs.
+
+    Random states are not among it: what is random in an epoch depends on the seed and the number of the epoch.
+    """
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    return {**state, "epoch": epochs_done, **card}
+
+
+def restore(checkpoint, net, optimizer, scaler):
+    """Puts a checkpoint's state where it belongs and returns the number of epochs that are done; 0 without a checkpoint."""
+    if checkpoint is None:
+        return 0
+    net.load_state_dict(checkpoint["net"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["epoch"]
+
+
+def build_net(checkpoint):
+    """The trained DenseNet of a checkpoint, in evaluation mode. ValueError if the weights are not those of such a net."""
+    try:
+        net = DenseNet(**checkpoint["model"])
+        net.load_state_dict(checkpoint["net"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            "the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py"
+        ) from error
+    return net.eval()
+
+
+def normalization(checkpoint, device):
+    """(mean, std) of the training images, each (3, 1, 1)."""
+    return [torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_checkpoint(path):
+    """The dictionary that make_checkpoint made, on the CPU. ValueError if the file is something else or damaged.
+
+    Only tensors and plain values are read, never code; PyTorch's own reader does not look at the checksums, hence testzip.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: name the latest.pth of a run") from error
+    except Exception as error:  # torch.load raises nearly anything for a file that is not its own
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
+    if is_state_dict(checkpoint):
+        checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
+    if not isinstance(checkpoint, dict) or not {"net", *CARD} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
+    return checkpoint
+
+
+def is_state_dict(values):
+    return isinstance(values, dict) and len(values) > 0 and all(torch.is_tensor(value) for value in values.values())
+
+
+def read_card(path):
+    """What --export wrote beside the weights. ValueError if it is not there or something else."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bare weights need {path}, which --export writes beside them: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(checkpoint, path):
+    """Writes the checkpoint, or replaces the one that is there."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    replace_file(path, content.getbuffer())
+
+
+def export(checkpoint, path):
+    """Writes the state dict, which torch.load reads anywhere, and the rest of the card as JSON, whose path it returns."""
+    card = path.with_suffix(".json")
+    if card == path:
+        raise ValueError(f"{path} is where the description goes: name a .pth file")
+    for file in (path, card):
+        if file.exists():
+            raise ValueError(f"{file} exists already: name another file, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint["net"], path)
+    card.write_text(json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n")
+    return card
+
+
+def replace_file(path, content):
+    """Writes a file so that its name stands, at every instant, for the whole old content or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # on a full disk, room for what else is to be written
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def flush_to_disk(path):
+    """What was written to a file, or the names in a folder, is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""The flags that several programs share, and their defaults, each of which is stated here and nowhere else."""
+
+import argparse
+import math
+from pathlib import Path
+
+from data import LOADERS
+from machine import DTYPES
+
+USAGE = "%(prog)s [options], which --help lists"
+
+# What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
+PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
+
+
+def add_data_flags(group):
+    group.add_argument("--dataset", choices=sorted(LOADERS), default="cifar10")
+    group.add_argument("--data", metavar="DIR", default="data", help="where the data set is, or is downloaded to (%(default)s)")
+    group.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="random crop and flip (yes; no for svhn and digits)",
+    )
+    group.add_argument("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
+    group.add_argument("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
+
+
+def add_model_flags(group, depth=100):
+    group.add_argument("--depth", type=int, default=depth, help="L, the layers with weights (%(default)s)")
+    group.add_argument("--growth-rate", type=int, default=12, help="k, the feature maps a layer adds (%(default)s)")
+    group.add_argument("--reduction", type=float, help="share of the channels a transition keeps (0.5; plain net 1.0)")
+    group.add_argument("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
+    group.add_argument("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
+    group.add_argument("--init-channels", type=int, help="output of the first convolution (2k; plain net 16)")
+    group.add_argument(
+        "--efficient", action=argparse.BooleanOptionalAction, default=False, help="dense blocks in linear memory (no)"
+    )
+
+
+def add_optimisation_flags(group):
+    group.add_argument("--epochs", "--nEpochs", type=at_least(1), default=300, help="(%(default)s; 40 for svhn)")
+    group.add_argument("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
+    group.add_argument("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
+    group.add_argument(
+        "--lr",
+        type=at_least(0, float),
+        help="initial rate; sgd divides it by 10 after 1/2 and 3/4 of the epochs (sgd 0.1; else PyTorch's default, constant)",
+    )
+    group.add_argument("--momentum", type=at_least(0, float), default=0.9, help="of sgd (%(default)s)")
+    group.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="on all parameters (%(default)s)")
+    group.add_argument("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
+    group.add_argument("--seed", type=at_least(0), default=1, help="(%(default)s)")
+    group.add_argument("--deterministic", action="store_true", help="only deterministic kernels: slower on a GPU, repeatable")
+
+
+def add_machine_flags(group):
+    add_device_flag(group)
+    group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    group.add_argument(
+        "--precision", choices=sorted(DTYPES), default="fp32", help="autocast of the training steps (%(default)s)"
+    )
+    modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    group.add_argument("--compile", choices=modes, nargs="?", const="default", help="torch.compile the training steps")
+    group.add_argument("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
+
+
+def add_device_flag(group):
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
+
+
+def add_run_flags(group):
+    group.add_argument("--save", metavar="DIR", type=Path, help="the run's folder (work/<dataset>.base)")
+    group.add_argument("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
+    group.add_argument("--force", action="store_true", help="replace the run that the folder holds")
+    group.add_argument("--no-plot", dest="plot", action="store_false", help="draw no figures")
+
+
+def at_least(low, kind=int):
+    """An argparse type: a number of that kind, not below low."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+# -------------------------------------------------------------------------------------------------------- what they say
+
+
+def parse_args(parser, argv=None):
+    """The arguments, with the defaults that depend on the data set or on another argument filled in."""
+    parser.set_defaults(**PROTOCOLS.get(parser.parse_args(argv).dataset, {}))
+    args = parser.parse_args(argv)
+    if args.drop_rate is None:
+        args.drop_rate = 0.0 if args.augment else 0.2
+    if args.lr is None and args.opt == "sgd":
+        args.lr = 0.1
+    if args.save is None:
+        args.save = Path("work", f"{args.dataset}.base")
+    return args
+
+
+def default_values(add_flags):
+    """The namespace of a group of flags where none of them is given."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return parser.parse_args([])
+
+
+def model_arguments(args):
+    """The keyword arguments of DenseNet, but for num_classes, that the model flags stand for."""
+    names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "efficient"]
+    return {name: getattr(args, name) for name in names}
+
+
+def plain_arguments(args):
+    """The arguments as JSON and a checkpoint can hold them."""
+    return {**vars(args), "save": str(args.save)}

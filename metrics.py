@@ -1,0 +1,26 @@
+"""What a net answers to a whole set of images, and its loss and error, exact over all of them."""
+
+import torch
+import torch.nn.functional as F
+
+from data import normalize
+
+BATCH_SIZE = 250  # images at a time; without gradients a net needs little memory
+
+
+@torch.inference_mode()
+def predict(net, images, mean, std):
+    """Logits (M, num_classes), on the CPU in float64, of M uint8 images by the net in evaluation mode."""
+    net.eval()
+    return torch.cat([net(normalize(batch, mean, std)) for batch in images.split(BATCH_SIZE)]).cpu().double()
+
+
+def loss_and_error_sums(logits, labels):
+    """(sum of the cross-entropies, number of wrong answers), float64, over all rows of logits."""
+    wrong = (logits.argmax(dim=1) != labels).sum()
+    return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), wrong.double()])
+
+
+def confusion_matrix(predicted, labels, num_classes):
+    """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()

@@ -1,0 +1,159 @@
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import TINY, contents
+
+import evaluate
+import train
+from checkpoint import load_checkpoint, replace_file
+
+
+def test_a_flipped_bit_is_refused_or_harmless(tiny_run, tmp_path):
+    """A bit in the padding between the parts of the file changes nothing; everywhere else the checksum tells."""
+    content = (tiny_run / "latest.pth").read_bytes()
+    original = torch.load(tiny_run / "latest.pth", weights_only=True)
+    chance, refused = random.Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        (tmp_path / "latest.pth").write_bytes(damaged)
+        try:
+            checkpoint = load_checkpoint(tmp_path / "latest.pth")
+        except ValueError:
+            refused += 1
+        else:
+            assert all(torch.equal(checkpoint["net"][key], value) for key, value in original["net"].items())
+            assert checkpoint["args"] == original["args"]
+    assert refused > 20
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip, empty])
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_overwritten(call_main, tiny_run, tmp_path, spoil):
+    save = tmp_path / "run"
+    shutil.copytree(tiny_run, save)
+    spoil(save / "latest.pth")
+    before = contents(save)
+    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume")
+    assert (status, "latest.pth is damaged or no checkpoint of train.py" in errors) == (2, True)
+    assert contents(save) == before
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused(call_main, tiny_run, tmp_path):
+    save = tmp_path / "run"
+    shutil.copytree(tiny_run, save)
+    checkpoint = torch.load(save / "latest.pth", weights_only=True)
+    torch.save({**checkpoint, "extra": Command(tmp_path / "was_run")}, save / "latest.pth")
+    for module, *flags in [
+        (train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume"),
+        (evaluate, save / "latest.pth"),
+    ]:
+        status, _, errors = call_main(module, *flags)
+        assert (status, "is damaged or no checkpoint" in errors) == (2, True)
+    assert not (tmp_path / "was_run").exists()
+    torch.load(save / "latest.pth", weights_only=False)  # the bait was a real one
+    assert (tmp_path / "was_run").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tiny_run, tmp_path):
+    """On a file system of 1 MB, if this user may mount one: the new checkpoint does not fit beside the old one."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+    try:
+        replace_file(tmp_path / "latest.pth", bytes(600_000))
+        with pytest.raises(OSError, match=r"No space left on device: .*latest.pth"):
+            replace_file(tmp_path / "latest.pth", b"1" * 600_000)
+        assert (tmp_path / "latest.pth").read_bytes() == bytes(600_000)
+        assert [path.name for path in tmp_path.iterdir()] == ["latest.pth"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run, tmp_path):
+    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "net.pth")
+    assert (status, out) == (0, f"wrote {tmp_path / 'net.pth'} and {tmp_path / 'net.json'}\n"), errors
+    state = torch.load(tmp_path / "net.pth", weights_only=True)
+    checkpoint = load_checkpoint(tiny_run / "latest.pth")
+    assert state.keys() == checkpoint["net"].keys()
+    outputs = [call_main(evaluate, path, "--out", tmp_path) for path in (tiny_run / "latest.pth", tmp_path / "net.pth")]
+    assert outputs[0] == outputs[1]
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "net.pth")
+    assert (status, "exists already" in errors) == (2, True)
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "new" / "net.json")
+    assert (status, "name a .pth file" in errors) == (2, True)
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "new" / "net.pth")
+    assert status == 0, errors
+    (tmp_path / "net.json").unlink()
+    status, _, errors = call_main(evaluate, tmp_path / "net.pth")
+    assert (status, f"bare weights need {tmp_path / 'net.json'}" in errors) == (2, True)
+
+
+def text_file(path):
+    path.write_text("epoch,loss,error\n")
+
+
+def other_checkpoint(path):
+    torch.save({"state_dict": {}}, path)
+
+
+def bare_tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
+def nothing(path):
+    pass
+
+
+CARD = {"args": {}, "epoch": 1, "mean": [], "std": [], "classes": []}  # complete, so that it is the net that is refused
+
+
+def vgg(path):  # as attic/train-vgg.py saves it
+    torch.save({**CARD, "net": {}, "model": {"depth": None, "growth_rate": None, "num_classes": 10}}, path)
+
+
+def other_net(path):
+    torch.save({**CARD, "net": {}, "model": {"depth": 10}}, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (text_file, "is damaged or no checkpoint of train.py"),
+        (other_checkpoint, "is no checkpoint of train.py"),
+        (bare_tensor, "is no checkpoint of train.py"),
+        (nothing, "does not exist"),
+        (vgg, "is no checkpoint of train.py"),
+        (other_net, "is no checkpoint of train.py"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_ours(call_main, tmp_path, make, message):
+    make(tmp_path / "file.pth")
+    status, _, errors = call_main(evaluate, tmp_path / "file.pth")
+    assert status == 2
+    assert len(errors.splitlines()) == 2
+    assert message in errors

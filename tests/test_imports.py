@@ -1,0 +1,45 @@
+"""Which file imports which: no program is imported, modules import in no circle, the model needs torch alone."""
+
+import ast
+import graphlib
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("attic/*.py"), *ROOT.glob("images/*.py")]
+PROGRAMS = {path.stem for path in FILES if path.read_text().startswith("#!")}
+RUN_TRAIN_ITSELF = {"train-vgg", "bench"}  # the very functions of train.py are what they measure
+
+
+def imports(path):
+    """The top-level names of all that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.removeprefix("attic.").split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_file_imports_a_program(path):
+    allowed = {"train"} if path.stem in RUN_TRAIN_ITSELF else set()
+    assert imports(path) & PROGRAMS <= allowed
+
+
+def test_no_circle():
+    ours = {path.stem for path in FILES}
+    graph = {path.stem: imports(path) & ours for path in FILES}
+    assert {"checkpoint", "machine", "metrics"} <= graph["train"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_model_needs_torch_alone():
+    needed = imports(ROOT / "densenet.py") | imports(ROOT / "dense_block.py")
+    assert needed - sys.stdlib_module_names == {"torch", "dense_block"}
+
+
+def test_plot_needs_none_of_the_others():
+    assert not imports(ROOT / "plot.py") & {path.stem for path in FILES}
