@@ -18,7 +18,7 @@ import torch
 import data
 from checkpoint import build_net, export, load_checkpoint, normalization
 from flags import add_device_flag
-from machine import choose_device
+from machine import choose_device, keep_freed_memory
 from metrics import confusion_matrix, loss_and_error_sums, predict
 
 
@@ -28,6 +28,7 @@ def main():
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         device = choose_device(args.device)
+        keep_freed_memory(device)
         if args.export:
             print(f"wrote {args.export} and {export(checkpoint, args.export)}")
             return

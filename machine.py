@@ -1,11 +1,13 @@
-"""The machine that a net runs on: which device and what it is called, kernels repeatable or fast, precisions by their names."""
+"""The machine that a net runs on: which device and what it is called; kernels repeatable or fast; memory that is kept."""
 
+import ctypes
 import os
 import platform
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 
 
 def choose_device(name):
@@ -31,3 +33,16 @@ def make_repeatable(deterministic):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
+
+
+def keep_freed_memory(device):
+    """Lets glibc keep what a step on the CPU frees, for the next step to use; a person's own settings of malloc win.
+
+    By default large tensors are mapped anew, page by page, and given back to the kernel, in every step. Results are the same.
+    """
+    own = any(name.startswith(("MALLOC_TRIM", "MALLOC_MMAP", "MALLOC_TOP_PAD")) for name in os.environ)
+    own = own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    libc = ctypes.CDLL(None)
+    if device.type == "cpu" and not own and hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -32,7 +32,7 @@ import flags
 import run_folder
 from checkpoint import load_checkpoint, make_card, make_checkpoint, restore
 from densenet import DenseNet
-from machine import DTYPES, choose_device, describe, make_repeatable
+from machine import DTYPES, choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
 from signals import Stopped, StopSignals, resume_command
 
@@ -46,6 +46,7 @@ def main():
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = distributed.join(world, choose_device(args.device))
+        keep_freed_memory(device)
         check_arguments(args, device)
         with distributed.first_rank_first(world):
             dataset = data.load(args.dataset, args.data, device, args.val, args.limit)

@@ -24,7 +24,7 @@ import run_folder
 import train
 from densenet import init_weights
 from distributed import World
-from machine import choose_device
+from machine import choose_device, keep_freed_memory
 from signals import Stopped
 
 # Output channels of the convolutions, and the poolings.
@@ -38,6 +38,7 @@ def main():
     try:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
+        keep_freed_memory(device)
         dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
         _lock, checkpoint = train.open_run(args, device, dataset, World())  # the lock is held to the end
     except (ValueError, OSError) as error:
