@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from setproctitle import setproctitle
 from tqdm import tqdm
@@ -209,7 +210,20 @@ def prepare(net, args, device, world):
     if args.sync_bn and world.size > 1:
         distributed.synchronise_batch_norm(net)
     model = distributed.wrap(net, world, device)
-    return torch.compile(model, mode=args.compile) if args.compile else model
+    return WholeBatchesCompiled(model, args.compile, args.batch_size // world.size) if args.compile else model
+
+
+class WholeBatchesCompiled(nn.Module):
+    """The model, compiled; a smaller batch, the last of an epoch, goes through the bare one: one graph, compiled once."""
+
+    def __init__(self, model, mode, batch_size):
+        super().__init__()
+        self.compiled = torch.compile(model, mode=mode)
+        self.model = model
+        self.batch_size = batch_size
+
+    def forward(self, images):
+        return (self.compiled if len(images) == self.batch_size else self.model)(images)
 
 
 def epoch_batches(dataset, epoch, args, device, world):
@@ -230,15 +244,20 @@ def training_steps(model, optimizer, scaler, autocast, batches, world):
     """One step of the optimiser for each batch; yields this rank's part of (loss, error in %), which stays on the device."""
     model.train()
     for images, labels, share in batches:
-        with autocast:
-            logits = model(images)  #                              (N, num_classes)
-            loss = share * F.cross_entropy(logits, labels)  #      (), summed over the ranks the mean of the batch
-        optimizer.zero_grad()
-        scaler.scale(world.size * loss).backward()  #              the ranks' gradients are averaged, not summed
-        scaler.step(optimizer)
-        scaler.update()
-        error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
-        yield torch.stack([loss.detach(), error])
+        yield training_step(model, optimizer, scaler, autocast, images, labels, share, world)
+
+
+def training_step(model, optimizer, scaler, autocast, images, labels, share, world):
+    """Gradients go before the forward pass and all else when this returns: nothing of a step outlives it in a CUDA graph."""
+    optimizer.zero_grad()
+    with autocast:
+        logits = model(images)  #                              (N, num_classes)
+        loss = share * F.cross_entropy(logits, labels)  #      (), summed over the ranks the mean of the batch
+    scaler.scale(world.size * loss).backward()  #              the ranks' gradients are averaged, not summed
+    scaler.step(optimizer)
+    scaler.update()
+    error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
+    return torch.stack([loss.detach(), error])
 
 
 def record(steps, epoch, num_images, args, world, stop, bar):
