@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Images per second and memory of a training step, variant by variant, beside torchvision's DenseNet, in one run.
 
-    ./bench.py                                 DenseNet-BC, L=100, k=12, batches of 64
-    ./bench.py --depth 40 --rounds 9 --only plain efficient
+    ./bench.py                                 DenseNet-BC, L=100, k=12, batches of 64, in fp32
+    ./bench.py --depth 40 --rounds 9 --only torchvision plain "plain, bf16"
     ./bench.py --count --bandwidth 900 --rate 30     what a step moves and computes, and the time that takes at these rates
     ./bench.py --scaling images/memory.png     memory and time against the depth
     ./bench.py --data data                     the data pipeline against a torchvision DataLoader, on the real CIFAR-10
 
-The variants take turns, round by round, so that a noisy machine harms all alike; a figure is the median of the rounds, and
-behind it stands half the distance between the quartiles. Memory is counted, not measured: the bytes of all tensors that a
-forward pass leaves alive for the backward pass, and the largest sum of the bytes of all tensors alive at once during a step.
+Each variant runs as a person runs it, in a process of its own: torchvision's net as PyTorch makes it, ours by the functions and
+with the settings of train.py. They take turns, step by step, so that a noisy machine harms all alike; a figure is the median of
+the rounds, and behind it stands half the distance between the quartiles. Kept and peak bytes are counted, not measured: those
+of all tensors that a forward pass leaves alive for the backward pass, and the largest sum of all tensors alive at once during
+a step. The last column is measured: the largest resident memory of the process, or on a GPU what PyTorch had allocated there.
 """
 
 import argparse
@@ -19,7 +21,11 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
+import resource
+import signal
 import statistics
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -40,9 +46,10 @@ import data
 import dense_block
 from attic.torchvision_weights import torchvision_net
 from densenet import DenseNet, layers_per_block
-from flags import USAGE, add_device_flag, add_optimisation_flags, at_least, default_values
-from machine import DTYPES, choose_device, describe, make_repeatable
-from train import make_optimizer
+from distributed import World
+from flags import USAGE, add_device_flag, add_machine_flags, add_optimisation_flags, at_least, default_values
+from machine import DTYPES, choose_device, describe, keep_freed_memory, make_repeatable
+from train import make_optimizer, prepare, training_step
 
 DEPTHS = (40, 100, 160, 250)
 SCALED = {"plain": "plain modules", "torchvision, checkpointed": "checkpointed (torchvision)", "efficient": "--efficient"}
@@ -54,23 +61,24 @@ OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}  # they write their first arg
 
 class Variant(NamedTuple):
     net: str
+    by_train: bool = True  # with the settings of train.py; else as PyTorch makes it
     precision: str = "fp32"
-    compiled: bool = False
+    compile: str | None = None  # a mode of torch.compile
 
 
 VARIANTS = {
-    "torchvision": Variant("torchvision"),
-    "torchvision, checkpointed": Variant("checkpointed"),
+    "torchvision": Variant("torchvision", by_train=False),
+    "torchvision, with our settings": Variant("torchvision"),
+    "torchvision, checkpointed": Variant("checkpointed", by_train=False),
     "plain": Variant("plain"),
     "efficient": Variant("efficient"),
-    "plain, compile": Variant("plain", compiled=True),
-    "efficient, compile": Variant("efficient", compiled=True),
-    "torchvision, bf16": Variant("torchvision", "bf16"),
-    "plain, bf16": Variant("plain", "bf16"),
-    "efficient, bf16": Variant("efficient", "bf16"),
-    "plain, compile, bf16": Variant("plain", "bf16", compiled=True),
-    "efficient, compile, bf16": Variant("efficient", "bf16", compiled=True),
+    "plain, compile": Variant("plain", compile="default"),
+    "efficient, compile": Variant("efficient", compile="default"),
+    "plain, reduce-overhead": Variant("plain", compile="reduce-overhead"),
+    "efficient, reduce-overhead": Variant("efficient", compile="reduce-overhead"),
 }
+FIRST = list(VARIANTS)[:-2]  # what runs unless --only says otherwise; CUDA graphs are for GPUs
+VARIANTS |= {f"{name}, bf16": variant._replace(precision="bf16") for name, variant in VARIANTS.items()}
 
 
 def main():
@@ -106,9 +114,8 @@ def build_parser():
     parser.add_argument("--growth-rate", type=at_least(1), default=12, help="k (%(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="(%(default)s)")
-    parser.add_argument(
-        "--only", nargs="+", choices=VARIANTS, metavar="VARIANT", default=list(VARIANTS), help=f"of {list(VARIANTS)}"
-    )
+    parser.add_argument("--image-size", type=at_least(4), default=32, help="height and width (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", default=FIRST, help=f"of {list(VARIANTS)}")
     add_device_flag(parser)
     parser.add_argument("--data", metavar="DIR", help="measure the data pipeline on the CIFAR-10 in this folder instead")
     parser.add_argument(
@@ -130,21 +137,30 @@ def make_net(kind, depth, growth_rate):
     return net if kind in ("plain", "efficient") else torchvision_net(net, memory_efficient=kind == "checkpointed")
 
 
-def make_step(variant, args, device):
+def make_step(name, args, device):
     """A function that takes one training step, and one that runs a forward pass only and returns the loss."""
-    kind, precision, compiled = VARIANTS[variant]
+    variant = VARIANTS[name]
+    if variant.by_train:
+        keep_freed_memory(device)
+        make_repeatable(deterministic=False)
     torch.manual_seed(0)
-    net = make_net(kind, args.depth, args.growth_rate).to(device, memory_format=torch.channels_last)
-    images = torch.randn(args.batch_size, 3, 32, 32, device=device)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
-    optimizer = make_optimizer(net, default_values(add_optimisation_flags))
-    for group in optimizer.param_groups if device.type == "meta" else []:
-        group["foreach"] = True  # one launch for all parameters, as on a GPU
-    model = torch.compile(net) if compiled else net
+    net = make_net(variant.net, args.depth, args.growth_rate).to(device)
+    autocast = (
+        torch.autocast(device.type, DTYPES[variant.precision]) if variant.precision != "fp32" else contextlib.nullcontext()
+    )
+    return (step_of_train if variant.by_train else step_of_pytorch)(net, variant, images, labels, autocast)
+
+
+def step_of_pytorch(net, variant, images, labels, autocast):
+    """As anyone writes it who sets nothing."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    launch_once(optimizer, images.device)
 
     def forward():
-        with torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext():
-            return F.cross_entropy(model(images), labels)
+        with autocast:
+            return F.cross_entropy(net(images), labels)
 
     def step():
         optimizer.zero_grad()
@@ -154,43 +170,126 @@ def make_step(variant, args, device):
     return step, forward
 
 
-# ------------------------------------------------------------------------------------------------------------- the figures
+def step_of_train(net, variant, images, labels, autocast):
+    """As train.py takes it."""
+    settings = default_values(add_optimisation_flags, add_machine_flags)
+    settings.batch_size, settings.compile = len(images), variant.compile
+    net.to(memory_format=torch.channels_last)
+    model = prepare(net, settings, images.device, World())
+    optimizer = make_optimizer(net, settings)
+    launch_once(optimizer, images.device)
+    scaler = torch.amp.GradScaler(enabled=False)
+
+    def forward():
+        with autocast:
+            return F.cross_entropy(model(images), labels)
+
+    return functools.partial(training_step, model, optimizer, scaler, autocast, images, labels, 1.0, World()), forward
+
+
+def launch_once(optimizer, device):
+    """On the meta device, where a GPU's launches are counted: one for all parameters, as there."""
+    for group in optimizer.param_groups if device.type == "meta" else []:
+        group["foreach"] = True
+
+
+# ----------------------------------------------------------------------------------------------------------- the processes
 
 
 def measure_steps(args, device):
-    """{variant: figures}; the variants' steps are interleaved."""
-    report, steps = {}, {}
-    make_repeatable(deterministic=False)  # as train.py does
-    for variant in tqdm(args.only, desc="preparing", disable=None):  # to compile a net takes minutes on a CPU
-        step, forward = make_step(variant, args, device)
-        step()  # warms up, compiles, and gives the optimiser its state
-        kept = peak = None
-        if not VARIANTS[variant].compiled:  # what is compiled runs uncompiled while its tensors are counted
-            kept, peak = (size / args.batch_size / 1e6 for size in (kept_bytes(forward), peak_bytes(step)))
-        report[variant] = {"kept_mb_per_image": kept, "peak_mb_per_image": peak}
-        steps[variant] = step
-    seconds = interleave(steps, args.rounds, device)
-    for variant in args.only:
-        report[variant]["images_per_second"] = [args.batch_size / s for s in seconds[variant]]
-    return {"depth": args.depth, "growth_rate": args.growth_rate, "batch_size": args.batch_size, "variants": report}
+    """{variant: figures}; each in a process of its own, all alive together, their steps interleaved."""
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name in tqdm(args.only, desc="preparing", disable=None):  # to compile a net takes minutes on a CPU
+            workers[name] = stack.enter_context(Worker(name, args, device))
+        report = {name: worker.ask("counted") for name, worker in workers.items()}
+        seconds = {name: [] for name in workers}
+        for _, (name, worker) in itertools.product(range(args.rounds), workers.items()):
+            seconds[name].append(worker.ask("step"))
+        for name, worker in workers.items():
+            report[name]["images_per_second"] = [args.batch_size / s for s in seconds[name]]
+            report[name]["process_gb"] = worker.ask("memory")
+    sizes = {"depth": args.depth, "growth_rate": args.growth_rate, "batch_size": args.batch_size, "image_size": args.image_size}
+    return {**sizes, "variants": report}
 
 
-def interleave(steps, rounds, device):
-    """{name: seconds of each round}."""
-    seconds = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            wait_for(device)
-            started = time.perf_counter()
-            step()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+class Worker:
+    """A process that takes a variant's steps, one whenever it is asked to."""
+
+    def __init__(self, name, args, device):
+        context = multiprocessing.get_context("spawn")  # a fork would inherit this process's heap
+        self.name = name
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, args, device), daemon=True)
+        self.process.start()
+        theirs.close()
+        with contextlib.suppress(EOFError):  # if it has ended, the first question tells
+            self.connection.recv()  # "ready": one is prepared after the other
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.connection.close()
+        self.process.join()
+
+    def ask(self, what):
+        """The answer to "counted", "step" or "memory". ValueError if the process has ended."""
+        try:
+            self.connection.send(what)
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            hint = "if memory ran out, name fewer variants with --only or a smaller --batch-size"
+            raise ValueError(f"the process of {self.name} ended: {hint}") from error
+
+
+def serve(connection, name, args, device):
+    """What a worker's process does: prepares the step, and answers until nobody asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent
+    step, forward = make_step(name, args, device)
+    step()  # warms up, compiles, and gives the optimiser its state
+    answers = {
+        "counted": functools.partial(counted_memory, step, forward, name, args.batch_size),
+        "step": functools.partial(timed, step, device),
+        "memory": functools.partial(process_memory, device),
+    }
+    connection.send("ready")
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        while True:
+            connection.send(answers[connection.recv()]())
+
+
+def counted_memory(step, forward, name, batch_size):
+    """In MB an image. What is compiled would run uncompiled while its tensors are counted."""
+    if VARIANTS[name].compile:
+        return {"kept_mb_per_image": None, "peak_mb_per_image": None}
+    kept, peak = (size / batch_size / 1e6 for size in (kept_bytes(forward), peak_bytes(step)))
+    return {"kept_mb_per_image": kept, "peak_mb_per_image": peak}
+
+
+def timed(step, device):
+    """Seconds of one step."""
+    wait_for(device)
+    started = time.perf_counter()
+    step()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+def process_memory(device):
+    """The largest resident memory of this process so far, in GB; on a GPU what PyTorch had allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def wait_for(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+# --------------------------------------------------------------------------------------------------------- counted memory
 
 
 def kept_bytes(forward):
@@ -240,13 +339,13 @@ class LiveBytes(TorchDispatchMode):
 def print_steps(report):
     variants = report["variants"]
     peer = statistics.median(variants["torchvision"]["images_per_second"]) if "torchvision" in variants else None
-    print(f"{'':26}{'images/s':>16}{'ratio':>8}{'kept, MB/image':>16}{'peak, MB/image':>16}")
+    print(f"{'':34}{'images/s':>16}{'ratio':>8}{'kept, MB/image':>16}{'peak, MB/image':>16}{'process, GB':>13}")
     for name, figures in variants.items():
         rates = figures["images_per_second"]
         ratio = f"{statistics.median(rates) / peer:8.2f}" if peer else f"{'':8}"
         counted = (figures["kept_mb_per_image"], figures["peak_mb_per_image"])
         memory = "".join(f"{'-':>16}" if value is None else f"{value:16.2f}" for value in counted)
-        print(f"{name:26}{statistics.median(rates):9.1f} ±{spread(rates):5.1f}{ratio}{memory}")
+        print(f"{name:34}{statistics.median(rates):9.1f} ±{spread(rates):5.1f}{ratio}{memory}{figures['process_gb']:13.2f}")
 
 
 def spread(values):

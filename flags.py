@@ -105,10 +105,11 @@ def parse_args(parser, argv=None):
     return args
 
 
-def default_values(add_flags):
-    """The namespace of a group of flags where none of them is given."""
+def default_values(*groups):
+    """The namespace of groups of flags, each an add_..._flags, where no flag is given."""
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    for add_flags in groups:
+        add_flags(parser)
     return parser.parse_args([])
 
 

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def kept(depth, variant, batch_size=2):
-    args = argparse.Namespace(depth=depth, growth_rate=12, batch_size=batch_size)
+    args = argparse.Namespace(depth=depth, growth_rate=12, batch_size=batch_size, image_size=32)
     _, forward = bench.make_step(variant, args, CPU)
     return bench.kept_bytes(forward) / batch_size
 
@@ -112,7 +112,7 @@ def test_the_figure_of_memory_and_time(call_main, tmp_path):
 
 
 def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "compile", lambda net: net)  # it would take a minute
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # in all processes; to compile would take a minute
     variants = ["torchvision", "efficient", "plain, bf16", "plain, compile"]
     flags = ["--depth", 10, "--batch-size", 2, "--rounds", 2, "--device", "cpu", "--only", *variants]
     status, out, errors = call_main(bench, *flags, "--json", tmp_path / "bench.json")
@@ -120,12 +120,24 @@ def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):
     lines = out.splitlines()
     assert "torch " + torch.__version__ in lines[0]
     assert [line.split("  ")[0] for line in lines[3:]] == variants
-    assert lines[-1].split()[-2:] == ["-", "-"]  # what a compiled net keeps cannot be counted so
+    assert lines[-1].split()[-3:-1] == ["-", "-"]  # what a compiled net keeps cannot be counted so
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {len(figures["images_per_second"]) for figures in report["variants"].values()} == {2}
     theirs, ours, *others = (report["variants"][name] for name in variants[:-1])
     assert 0 < ours["kept_mb_per_image"] < theirs["kept_mb_per_image"]
     assert all(figures["kept_mb_per_image"] < figures["peak_mb_per_image"] for figures in (theirs, ours, *others))
+    assert all(0.1 < figures["process_gb"] < 10 for figures in report["variants"].values())
+
+
+def test_a_process_that_ends_is_named():
+    args = argparse.Namespace(depth=10, growth_rate=2, batch_size=2, image_size=8)
+    with bench.Worker("plain", args, CPU) as worker:
+        assert worker.ask("counted")["kept_mb_per_image"] > 0
+        assert worker.ask("step") > 0
+        worker.process.kill()
+        worker.process.join()
+        with pytest.raises(ValueError, match="the process of plain ended: if memory ran out, name fewer variants"):
+            worker.ask("step")
 
 
 def test_the_pipeline_against_the_usual_one(run_script, cifar):
