@@ -1,11 +1,12 @@
 # make demo   sets up .venv and trains a small DenseNet-BC on real handwritten digits
 # make test   adds to .venv what the tests need, and runs them
 # make test-faults   kills real runs again and again: slower
+# make test-gpu      what needs a GPU; says so where there is none
 
 PYTHON ?= python3
 DEMO = work/demo
 
-.PHONY: demo test test-faults lint
+.PHONY: demo test test-faults test-gpu lint
 
 demo: .venv/requirements
 	.venv/bin/python train.py --dataset digits --depth 16 --growth-rate 8 --epochs 10 --batch-size 32 --drop-rate 0 --save $(DEMO) --force
@@ -17,6 +18,9 @@ test: .venv/requirements-test lint
 
 test-faults: .venv/requirements-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m faults
+
+test-gpu: .venv/requirements-test
+	@.venv/bin/python -m pytest -m gpu
 
 lint: .venv/requirements-test
 	.venv/bin/ruff check .

@@ -4,9 +4,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
+        pytest.exit("this machine has no GPU that PyTorch can use: nothing is tested", returncode=0)
 
 
 def contents(folder):

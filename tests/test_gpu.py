@@ -1,0 +1,218 @@
+"""What a person with a GPU runs first: make test-gpu. Where the subject allows, make test runs the same tests on the CPU.
+
+torch.cuda is also the name of AMD's GPUs in PyTorch.
+"""
+
+import contextlib
+import copy
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_run_folder import assert_same_run
+
+import bench
+import data
+import train
+from attic.comparison import random_batch, randomize, relative_errors, training_pass
+from checkpoint import build_net, load_checkpoint, normalization
+from densenet import DenseNet
+from distributed import World
+from flags import parse_args
+from metrics import loss_and_error_sums, predict
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+BOTH = pytest.mark.parametrize("device", ["cpu", CUDA])
+GPU = pytest.mark.parametrize("device", [CUDA])
+DIGITS = ["--dataset", "digits", "--depth", 10, "--growth-rate", 8, "--batch-size", 32, "--drop-rate", 0, "--no-plot"]
+ON_DEVICE = [*TINY[: TINY.index("--device")], "--batch-size", 32, "--drop-rate", 0.2, "--augment", "--no-plot"]
+
+
+@pytest.fixture
+def run(run_script):
+    """Runs a script that is to succeed; returns what it printed."""
+
+    def succeed(name, *arguments):
+        done = run_script(name, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return succeed
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@BOTH
+@pytest.mark.parametrize("efficient", [False, True])
+@pytest.mark.parametrize("arguments", [dict(depth=16), dict(depth=13, bottleneck=False), dict(depth=100, growth_rate=4)])
+def test_outputs_statistics_and_gradients_are_those_of_the_plain_net_on_the_cpu(device, efficient, arguments):
+    torch.manual_seed(0)
+    plain = randomize(DenseNet(**arguments), seed=0).double()
+    net = DenseNet(**arguments, efficient=efficient).double().to(device, memory_format=torch.channels_last)
+    net.load_state_dict(plain.state_dict())
+    images, labels = random_batch(4, num_classes=10, seed=1)
+    expected = training_pass(plain, images.double(), labels) | floating_buffers(plain)
+    result = training_pass(net, images.double().to(device), labels.to(device)) | floating_buffers(net)
+    assert max(relative_errors(result, expected).values()) < 1e-10
+
+
+def floating_buffers(net):
+    return {name: buffer for name, buffer in net.named_buffers() if buffer.is_floating_point()}
+
+
+@GPU
+def test_every_kernel_is_right(device, run):
+    assert "every kernel tried is right" in run("attic/check-kernels.py", "--device", device)
+
+
+@BOTH
+def test_no_step_waits_for_the_device(device):
+    """From the data set to the optimiser; on a GPU, PyTorch itself raises where the host would wait."""
+    dataset = data.load("digits", ".", torch.device(device))
+    args = parse_args(train.build_parser(), ["--dataset", "digits", "--augment", "--drop-rate", "0.2"])
+    net = DenseNet(depth=10, growth_rate=4, drop_rate=0.2).to(device, memory_format=torch.channels_last)
+    batches = train.epoch_batches(dataset, 0, args, torch.device(device), World())
+    optimizer, scaler = train.make_optimizer(net, args), torch.amp.GradScaler(device, enabled=False)
+    steps = train.training_steps(net, optimizer, scaler, contextlib.nullcontext(), batches, World())
+    with waiting_is_an_error(device):
+        figures = [next(steps) for _ in range(20)]
+    assert torch.stack(figures).isfinite().all()
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(device):
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@BOTH
+def test_efficient_blocks_need_little_memory(device):
+    plain, efficient = (peak_of_a_step(device, efficient) for efficient in (False, True))
+    assert efficient <= 0.3 * plain
+
+
+def peak_of_a_step(device, efficient):
+    """Bytes at L=100: measured on a GPU, counted on a CPU."""
+    batch_size = 64 if device == "cuda" else 2
+    net = DenseNet(depth=100, efficient=efficient).to(device, memory_format=torch.channels_last)
+    images, labels = (tensor.to(device) for tensor in random_batch(batch_size, num_classes=10, seed=0))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+    def step():
+        training_pass(net, images, labels)
+        optimizer.step()
+
+    if device == "cpu":
+        return bench.peak_bytes(step)
+    step()  # compiles and chooses kernels
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@BOTH
+def test_runs_are_repeated_and_resumed_byte_for_byte(device, run, tmp_path):
+    flags = [*ON_DEVICE, "--device", device, "--deterministic", "--epochs", 4]
+    for name in ("one", "two"):
+        run("train.py", *flags, "--save", tmp_path / name)
+    kill_after_an_epoch([*flags, "--save", tmp_path / "three"], tmp_path / "three" / "test.csv")
+    assert "continuing after epoch" in run("train.py", *flags, "--save", tmp_path / "three", "--resume")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "three")
+
+
+def kill_after_an_epoch(flags, test_csv):
+    """kill -9 as soon as the line of the second epoch is printed: its checkpoint is written by then."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert any("epoch 2/" in line for line in process.stdout)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert len(pd.read_csv(test_csv)) >= 2
+
+
+WAYS = [
+    ("cpu", ["--precision", "fp32"]),
+    ("cpu", ["--precision", "bf16"]),
+    ("cpu", ["--efficient"]),
+    *[pytest.param("cuda", ["--precision", precision], marks=pytest.mark.gpu) for precision in ("fp32", "bf16", "fp16")],
+    *[
+        pytest.param("cuda", ["--compile", mode, *more], marks=pytest.mark.gpu)
+        for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+        for more in ([], ["--precision", "bf16"], ["--efficient"])
+    ],
+]
+
+
+@pytest.mark.parametrize(("device", "flags"), WAYS)
+def test_the_digits_are_learned_and_the_net_answers_the_same_on_cpu_and_gpu(device, flags, run, tmp_path):
+    """1,437 images in batches of 32: the last one of an epoch has 29."""
+    run("train.py", *DIGITS, "--device", device, *flags, "--epochs", 4, "--save", tmp_path)
+    trained = load_checkpoint(tmp_path / "latest.pth")
+    here, there = (answers(trained, torch.device(name)) for name in ("cpu", device))
+    assert pd.read_csv(tmp_path / "test.csv")["error"].iloc[-1] < 40  # of chance, 90
+    assert (here - there).abs().max() / here.abs().max() < 0.02  # the convolutions of a GPU may use TF32
+    labels = data.load("digits", ".", torch.device("cpu")).test.labels
+    wrong_here, wrong_there = (loss_and_error_sums(logits, labels)[1] for logits in (here, there))
+    assert abs(wrong_here - wrong_there) <= 2
+    assert pd.read_csv(tmp_path / "test.csv")["error"].iloc[-1] == pytest.approx(100 * wrong_there.item() / 360, abs=0.6)
+
+
+def answers(trained, device):
+    net = build_net(copy.deepcopy(trained)).to(device, memory_format=torch.channels_last)
+    images = data.load("digits", ".", device).test.images
+    return predict(net, images, *normalization(trained, device))
+
+
+@GPU
+def test_memory_that_ran_out_is_a_sentence(device, run_script, tmp_path):
+    flags = ["--dataset", "digits", "--device", device, "--depth", 250, "--growth-rate", 24, "--batch-size", 1437]
+    done = run_script("train.py", *flags, "--no-plot", "--save", tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "--batch-size" in done.stderr.splitlines()[-1]
+
+
+def torchrun(number, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@BOTH
+def test_torchrun_with_one_process(device, tmp_path):
+    done = torchrun(1, *ON_DEVICE, "--device", device, "--epochs", 1, "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(tmp_path / "train.csv")) == 3
+
+
+@GPU
+def test_torchrun_with_more_processes_than_gpus(device, tmp_path):
+    number = torch.cuda.device_count()
+    flags = [*ON_DEVICE, "--device", device, "--batch-size", 8 * (number + 1), "--save", tmp_path / "run"]
+    done = torchrun(number + 1, *flags)
+    assert done.returncode != 0
+    assert f"no GPU is left for process {number}: --nproc-per-node {number} at most" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@BOTH
+def test_the_bench_prints_its_table(device, run):
+    flags = ["--device", device, "--depth", 10, "--batch-size", 4, "--rounds", 2]
+    lines = run("bench.py", *flags, "--only", "torchvision", "plain", "efficient").splitlines()
+    assert [line.split()[0] for line in lines[3:]] == ["torchvision", "plain", "efficient"]
