@@ -1,12 +1,14 @@
 """Data sets as uint8 tensors on the training device; a batch is gathered, normalised, cropped and flipped there.
 
 A data set is one tensor of images and one of labels: no worker processes, no image is decoded twice, and what is random comes
-from a generator that the caller passes in. Reading, downloading and checking the archives is torchvision's work.
+from a generator that the caller passes in. Reading, downloading and checking the archives is torchvision's work; a person's own
+pictures are read by pictures.py.
 
     data = load("cifar10", "data", torch.device("cpu"))
     for images, labels in training_batches(data.train, 64, data.mean, data.std, augment=True, generator=generator): ...
 """
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +18,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.functional import pil_to_tensor, resize
+
+from machine import free_memory
+from pictures import EXTENSIONS, SQUEEZED_SIZE, as_before, middle, read_pictures
 
 IMAGE_SIZE = 32
-PADDING = 4
+MEAN_VALUES = 2**28  # so many values at a time are float32 while mean and std are computed: 1 GB
 
 
 class Split(NamedTuple):
-    images: Tensor  # (M, 3, 32, 32) uint8
+    images: Tensor  # (M, 3, S, S) uint8, S = 32 unless it is a folder's
     labels: Tensor  # (M,) int64
 
     def __len__(self):
@@ -48,12 +52,14 @@ class Dataset(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(name, root, device, val=0, limit=None):
+def load(name, root, device, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     """The data set `name` from the folder `root`, on `device`; `val` training images are held out, `limit` kept.
 
-    Raises ValueError with a sentence for a person where the data is missing, damaged or too small.
+    A folder's pictures become image_size x image_size; None reads them as runs did before there was a choice. Unless quiet, it
+    is said how far they are read. Raises ValueError with a sentence for a person if the data is missing, damaged or too small.
     """
-    train, test, mean, std, classes = LOADERS[name](Path(root))
+    options = {"image_size": image_size, "quiet": quiet} if name == "folder" else {}
+    train, test, mean, std, classes = LOADERS[name](Path(root), **options)
     train, val = hold_out(train, val, limit)
     mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std))
     return Dataset(train.to(device), val and val.to(device), test.to(device), mean, std, list(classes))
@@ -64,6 +70,8 @@ def hold_out(split, val, limit):
     if val + (limit or 1) > len(split):
         asked = f"--val {val}" + (f" and --limit {limit}" if limit else "")
         raise ValueError(f"{asked} is more than the {len(split)} training images: choose less")
+    if not val and limit is None:
+        return split, None  # no second copy of it
     order = fixed_order(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     return split.take(kept), split.take(held_out) if val else None
@@ -114,17 +122,19 @@ def load_digits(root):
     return train, test, *mean_and_std(train.images), map(str, range(10))
 
 
-def load_folder(root):
-    """A person's own images: root/train/<class>/*.png|jpg and root/test/<class>/*.png|jpg, resized to 32 x 32."""
-    train, test = (image_folder(root / part) for part in ("train", "test"))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+def load_folder(root, image_size, quiet):
+    """A person's own images: root/train/<class>/*.png|jpg and root/test/<class>/*.png|jpg; see load for the rest."""
+    train, test = (list_classes(root / part) for part in ("train", "test"))
+    if list(train) != list(test):
+        odd = sorted(set(train) ^ set(test))
         raise ValueError(f"{root}: the class {odd[0]} is in only one of train and test: give it a folder in both")
-    if len(train.classes) < 2:
-        raise ValueError(f"{root / 'train'} holds one class only ({train.classes[0]}): add a folder for each further class")
-    train_split, test_split = read_split(train), read_split(test)
-    mixed = train_split.take(fixed_order(len(train_split)))
-    return mixed, test_split, *mean_and_std(mixed.images), train.classes  # mixed: the first images shall be of all classes
+    if len(train) < 2:
+        raise ValueError(f"{root / 'train'} holds one class only ({next(iter(train))}): add a folder for each further class")
+    size = image_size or SQUEEZED_SIZE
+    refuse_too_large(root, sum(map(len, [*train.values(), *test.values()])), size)
+    read = partial(read_split, size=size, prepare=partial(middle, size=size) if image_size else as_before, quiet=quiet)
+    train_split = read(root / "train", train, mixed=True)  # the first images shall be of all classes
+    return train_split, read(root / "test", test, mixed=False), *mean_and_std(train_split.images), list(train)
 
 
 LOADERS = {
@@ -154,38 +164,88 @@ def download(dataset_class, root, archive, **kwargs):
         ) from error
 
 
-def image_folder(folder):
+def list_classes(folder):
+    """{class: its picture files} of a folder that holds a folder for each class; names that begin with a dot are no data.
+
+    The order is that of torchvision's ImageFolder. ValueError where a class or the folder holds nothing.
+    """
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is not a folder: --dataset folder reads DIR/train/<class>/ and DIR/test/<class>/ of --data DIR"
         )
-    try:
-        return torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as error:  # no class at all, or an empty one, which its first line names
-        raise ValueError(f"{folder}: {str(error).splitlines()[0]}: put images into it or remove the folder") from error
+    folders = sorted(path for path in visible(folder) if path.is_dir())
+    if not folders:
+        raise ValueError(f"{folder} holds no folder: make one for each class and put its pictures there")
+    classes = {path.name: sorted(list_pictures(path), key=lambda file: (str(file.parent), file.name)) for path in folders}
+    empty = next((name for name, files in classes.items() if not files), None)
+    if empty:
+        raise ValueError(
+            f"{folder}: the class {empty} holds no picture ({', '.join(EXTENSIONS)}): put pictures into its folder or remove it"
+        )
+    return classes
 
 
-def read_split(folder):
-    """All images of a torchvision ImageFolder as one tensor."""
-    images = torch.empty(len(folder.samples), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    for i, (path, _) in enumerate(folder.samples):
-        images[i] = read_image(path)
-    return Split(images, torch.tensor(folder.targets))
+def list_pictures(folder, above=()):
+    """The picture files in the folder and below it; a link that leads back to a folder above it is not followed."""
+    here = folder.resolve()
+    for path in visible(folder) if here not in above else []:
+        if path.is_dir():
+            yield from list_pictures(path, (*above, here))
+        elif path.suffix.lower() in EXTENSIONS:
+            yield path
 
 
-def read_image(path):
-    """One picture file as a (3, 32, 32) uint8 tensor; ValueError names a file that is no picture."""
-    try:
-        picture = torchvision.datasets.folder.default_loader(path)
-        return pil_to_tensor(resize(picture, [IMAGE_SIZE, IMAGE_SIZE]))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow has no exception of its own for a broken file
-        raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+def visible(folder):
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def refuse_too_large(root, number, size):
+    """ValueError unless the memory holds so many images."""
+    needed, free = 3 * number * size**2, free_memory()
+    if needed > free:
+        raise ValueError(
+            f"{root} holds {number:,} pictures, which are {needed / 1e9:.1f} GB at {size} x {size}, and {free / 1e9:.1f} GB of "
+            "memory are free: choose a smaller --image-size, or put fewer pictures there"
+        )
+
+
+def read_split(folder, classes, mixed, size, prepare, quiet):
+    """The pictures of {class: files}, read in that order, as one tensor; mixed, it has them in another order."""
+    files = [file for files in classes.values() for file in files]
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
+    order = fixed_order(len(files)) if mixed else torch.arange(len(files))
+    title = None if quiet else f"reading {len(files):,} pictures in {folder}"
+    return Split(read_pictures(files, size, prepare, places=order.argsort().tolist(), title=title), labels[order])
 
 
 def mean_and_std(images):
     """Per channel, of pixels 0..255; a channel that is constant gets std 1."""
-    std, mean = torch.std_mean(images.float(), dim=(0, 2, 3), correction=0)
+    parts = images.split(max(1, MEAN_VALUES // images[0].numel()))
+    moments = torch.stack([torch.stack(torch.std_mean(part.float(), dim=(0, 2, 3), correction=0)) for part in parts]).double()
+    share = torch.tensor([len(part) / len(images) for part in parts], dtype=torch.float64).view(-1, 1)
+    stds, means = moments.unbind(dim=1)  # (parts, 3)
+    mean = (share * means).sum(dim=0)
+    std = (share * (stds.square() + (means - mean).square())).sum(dim=0).sqrt()
     return mean.tolist(), std.clamp(min=1).tolist()
+
+
+def describe_classes(dataset):
+    """Lines for a person: how many images each class has, and which has more than ten times those of another."""
+    classes = dataset.classes
+    counts = [split.labels.bincount(minlength=len(classes)).tolist() for split in (dataset.train, dataset.test)]
+    train, _ = counts
+    width = max(map(len, classes))
+    lines = [f"  {name:{width}}  {a:6,} training, {b:6,} test images" for name, a, b in zip(classes, *counts, strict=True)]
+    if len(classes) > 20:
+        ranges = [f"{min(numbers):,} to {max(numbers):,}" for numbers in counts]
+        lines = [f"  {len(classes)} classes, each of {ranges[0]} training and {ranges[1]} test images"]
+    few, many = train.index(min(train)), train.index(max(train))
+    if train[many] > 10 * train[few]:
+        lines.append(
+            f"  unbalanced: {classes[many]} has {train[many]:,} training images, more than ten times the {train[few]:,} of "
+            f"{classes[few]}, which the net may never name"
+        )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -197,19 +257,19 @@ def normalize(images, mean, std):
 
 
 def crop_and_flip(images, top, left, flip):
-    """For each image: zero-pad by 4, cut out the window of the old size at (top, left), mirror it where flip is true.
+    """For each image: zero-pad by H / 8, cut out the window of the old size at (top, left), mirror it where flip is true.
 
-    images (N, C, H, W), normalised, so that the padding is the mean colour; top and left (N,) int64 in 0..8, flip (N,) bool.
+    images (N, C, H, W), normalised, so that the padding is the mean colour; top and left (N,) int64 in 0..H/4, flip (N,) bool.
     """
     n, _, height, width = images.shape
-    windows = F.pad(images, [PADDING] * 4).unfold(2, height, 1).unfold(3, width, 1)  #  (N, C, 9, 9, H, W), a view
-    crops = windows[torch.arange(n, device=images.device), :, top, left]  #             (N, C, H, W)
+    windows = F.pad(images, [height // 8] * 4).unfold(2, height, 1).unfold(3, width, 1)  # at 32 (N, C, 9, 9, H, W), a view
+    crops = windows[torch.arange(n, device=images.device), :, top, left]  #                (N, C, H, W)
     return torch.where(flip.view(n, 1, 1, 1), crops.flip(3), crops)
 
 
-def random_windows(n, generator, device):
+def random_windows(n, generator, device, size=IMAGE_SIZE):
     """Arguments for crop_and_flip: n corners (top, left) and n coin tosses, drawn from the generator on its device."""
-    top, left = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator, device=device)
+    top, left = torch.randint(0, 2 * (size // 8) + 1, (2, n), generator=generator, device=device)
     return top, left, torch.rand(n, generator=generator, device=device) < 0.5
 
 
@@ -223,7 +283,7 @@ def training_batches(split, batch_size, mean, std, augment, generator, rank=0, w
     device = split.labels.device
     order = torch.randperm(len(split), generator=generator, device=device)
     for indices in order.split(batch_size):
-        windows = random_windows(len(indices), generator, device) if augment else ()
+        windows = random_windows(len(indices), generator, device, split.images.shape[-1]) if augment else ()
         mine, *windows = (part.tensor_split(world_size)[rank] for part in (indices, *windows))
         images = normalize(split.images[mine], mean, std)
         if augment:

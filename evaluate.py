@@ -10,6 +10,7 @@ beside it, or into --out DIR: one row for each true class, one column for each p
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ import data
 from checkpoint import build_net, export, load_checkpoint, normalization
 from flags import add_device_flag
 from machine import choose_device, keep_freed_memory
-from metrics import confusion_matrix, loss_and_error_sums, predict
+from metrics import confusion_matrix, loss_and_error_sums, mean_class_error, predict
+from pictures import SQUEEZED_SIZE, middle, read_pictures, squeezed
 
 
 def main():
@@ -63,7 +65,8 @@ def build_parser():
 def evaluate(net, checkpoint, root, out, device):
     """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
     args = checkpoint["args"]
-    dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"))
+    size = args.get("image_size")  # None, as pictures were read then, if the run is older than the choice
+    dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"), image_size=size)
     if dataset.classes != checkpoint["classes"]:
         raise ValueError(
             f"the classes in {root or args['data']} are not those that the net was trained on: name its data with --data"
@@ -74,6 +77,7 @@ def evaluate(net, checkpoint, root, out, device):
     confusion = confusion_matrix(logits.argmax(dim=1), labels, len(dataset.classes))
     print(f"{args['dataset']}, {len(dataset.test)} test images, epoch {checkpoint['epoch']}")
     print(f"test loss {loss:.2f}   test error {100 * error:.2f} %")
+    print(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %")
     print_classes(confusion, dataset.classes)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(confusion, dataset.classes, out / "confusion.csv")
@@ -119,8 +123,10 @@ def draw(confusion, classes, path):
 
 def classify(net, checkpoint, paths, device):
     """Prints the three most likely classes of each picture."""
-    images = torch.stack([data.read_image(path) for path in paths]).to(device)
-    logits = predict(net, images, *normalization(checkpoint, device))
+    size = checkpoint["args"].get("image_size")
+    prepare = partial(middle, size=size) if size else squeezed
+    images = read_pictures(paths, size or SQUEEZED_SIZE, prepare)
+    logits = predict(net, images.to(device), *normalization(checkpoint, device))
     classes = checkpoint["classes"]
     for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):
         best = probabilities.topk(min(3, len(classes)))

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from data import LOADERS
+from data import IMAGE_SIZE, LOADERS
 from machine import DTYPES
 
 USAGE = "%(prog)s [options], which --help lists"
@@ -24,6 +24,12 @@ def add_data_flags(group):
     )
     group.add_argument("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
     group.add_argument("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
+    group.add_argument(
+        "--image-size",
+        metavar="N",
+        type=image_size,
+        help=f"a folder's pictures become N x N, N a multiple of 4 from 8 ({IMAGE_SIZE}, or what the net of --init has)",
+    )
 
 
 def add_model_flags(group, depth=100):
@@ -89,6 +95,14 @@ def at_least(low, kind=int):
     return parse
 
 
+def image_size(text):
+    """An argparse type: a side that the net's two poolings halve twice without a rest."""
+    size = int(text)
+    if size < 8 or size % 4:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8")
+    return size
+
+
 # -------------------------------------------------------------------------------------------------------- what they say
 
 
@@ -96,6 +110,8 @@ def parse_args(parser, argv=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in."""
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(argv).dataset, {}))
     args = parser.parse_args(argv)
+    if args.image_size is not None and args.dataset != "folder":
+        parser.error(f"--image-size is for --dataset folder: the images of {args.dataset} are {IMAGE_SIZE} x {IMAGE_SIZE}")
     if args.drop_rate is None:
         args.drop_rate = 0.0 if args.augment else 0.2
     if args.lr is None and args.opt == "sgd":

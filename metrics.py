@@ -5,14 +5,15 @@ import torch.nn.functional as F
 
 from data import normalize
 
-BATCH_SIZE = 250  # images at a time; without gradients a net needs little memory
+BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net needs little memory
 
 
 @torch.inference_mode()
 def predict(net, images, mean, std):
     """Logits (M, num_classes), on the CPU in float64, of M uint8 images by the net in evaluation mode."""
     net.eval()
-    return torch.cat([net(normalize(batch, mean, std)) for batch in images.split(BATCH_SIZE)]).cpu().double()
+    batches = images.split(max(1, BATCH_PIXELS // images[0, 0].numel()))
+    return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
 
 
 def loss_and_error_sums(logits, labels):
@@ -24,3 +25,9 @@ def loss_and_error_sums(logits, labels):
 def confusion_matrix(predicted, labels, num_classes):
     """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()
+
+
+def mean_class_error(confusion):
+    """The mean of the classes' shares of wrong answers, each counting alike; classes without an image do not count."""
+    total = confusion.sum(axis=1)
+    return (1 - confusion.diagonal()[total > 0] / total[total > 0]).mean().item()

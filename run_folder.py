@@ -47,6 +47,12 @@ def lock(save):
     return file
 
 
+def read_arguments(save):
+    """What args.json says of the run in the folder; nothing where there is none."""
+    path = save / "args.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def begin(save, facts, has_val):
     """Removes the files of a run that was there, and writes args.json and the CSVs with their header lines."""
     for name in FILES:
@@ -63,12 +69,13 @@ def resume(save, facts, unchanged):
     ValueError, and nothing is touched, if the checkpoint is damaged or belongs to a run with other arguments.
     """
     checkpoint = load_checkpoint(save / "latest.pth") if (save / "latest.pth").exists() else None
-    if not (save / "args.json").exists():
+    begun = read_arguments(save)
+    if not begun:
         if checkpoint is None:
             return None
         raise ValueError(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
     epochs_done = checkpoint["epoch"] if checkpoint else 0
-    compare(json.loads((save / "args.json").read_text()), facts, epochs_done, unchanged)
+    compare(begun, facts, epochs_done, unchanged)
     if checkpoint:
         replace_file(save / "args.json", (json.dumps(facts, indent=2) + "\n").encode())
         for name in ("train.csv", "test.csv"):

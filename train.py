@@ -49,8 +49,10 @@ def main():
         device = distributed.join(world, choose_device(args.device))
         keep_freed_memory(device)
         check_arguments(args, device)
+        args.image_size = distributed.share_object(choose_image_size(args) if world.rank == 0 else None, world)
         with distributed.first_rank_first(world):
-            dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
+            quiet = world.rank > 0
+            dataset = data.load(args.dataset, args.data, device, args.val, args.limit, args.image_size, quiet)
         distributed.check_batches(world, args.batch_size, len(dataset.train))
         net = make_net(args, len(dataset.classes), device)
         opened = open_run(args, device, dataset, world) if world.rank == 0 else (None, None)
@@ -104,6 +106,20 @@ def check_arguments(args, device):
         raise ValueError("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
 
 
+def choose_image_size(args):
+    """The size that a run's pictures get: --image-size, or that of the net of --init, or the usual one.
+
+    None, which is as pictures were read then, for a run that was begun before there was a choice and is now resumed.
+    """
+    begun = run_folder.read_arguments(args.save) if args.resume else {}
+    if begun and begun.get("image_size") is None:
+        if args.image_size:
+            raise ValueError(f"{args.save} was begun without --image-size {args.image_size}: resume it with the same arguments")
+        return None
+    init = load_checkpoint(Path(args.init))["args"] if args.init and args.dataset == "folder" else {}
+    return args.image_size or init.get("image_size") or data.IMAGE_SIZE
+
+
 def make_net(args, num_classes, device):
     """The net as the run begins with it. ValueError if the weights of --init are not there, or of a net that is another."""
     torch.manual_seed(args.seed)
@@ -127,6 +143,8 @@ def open_run(args, device, dataset, world):
     checkpoint = run_folder.resume(args.save, facts, partial(same_schedule, args)) if args.resume else None
     if checkpoint is None:
         run_folder.begin(args.save, facts, has_val=args.val > 0)
+    if args.dataset == "folder":
+        print(*data.describe_classes(dataset), sep="\n")
     if args.resume:
         print(f"{args.save}: continuing after epoch {checkpoint['epoch']}" if checkpoint else f"{args.save}: from the start")
     return lock, checkpoint

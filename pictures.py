@@ -1,0 +1,169 @@
+"""Picture files, as they really are, as 8-bit RGB images of one size.
+
+Telephones store a picture lying on its side and say so in its EXIF data, microscopes and depth cameras write 16 bits, a logo is
+transparent: all of that is taken into account. What has no one right meaning in 8 bits is refused, never read as all white
+or black.
+
+    images = read_pictures(["cat.png", "dog.jpg"], 64, partial(middle, size=64))     (2, 3, 64, 64) uint8
+"""
+
+import contextlib
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from machine import num_cpus
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
+SQUEEZED_SIZE = 32  # of squeezed and as_before
+
+# Modes of Pillow's that it converts to RGB rightly, or to RGBA where something is transparent.
+MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBA", "RGBa"}
+TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # PNG names a transparent grey by its 2 or 4 bits, Pillow scales the pixels only
+SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
+
+
+# ----------------------------------------------------------------------------------------------------------- many files
+
+
+def read_pictures(paths, size, prepare, places=None, title=None):
+    """All pictures as one tensor (M, 3, size, size) uint8, the same whatever the number of threads.
+
+    prepare makes of an opened picture one of size x size in RGB; places are the indices that they get, if not 0, 1, 2, ….
+    With a title, a bar shows on a terminal how far it is; where there is no terminal, the title alone is printed.
+    ValueError names the first of the files that is no picture, or has no meaning as one.
+    """
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
+    with only_bombs_warn(), progress_bar(title, len(paths)) as bar:
+        try:
+            pictures = pool.map(partial(read_picture, prepare=prepare), paths)
+            for place, picture in zip(places or range(len(paths)), pictures, strict=True):
+                images[place] = picture
+                bar.update()
+        finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
+            pool.shutdown(cancel_futures=True)
+    return images
+
+
+def progress_bar(title, total):
+    bar = tqdm(desc=title, total=total, unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
+    if title and bar.disable:
+        print(title, flush=True)
+    return bar
+
+
+@contextlib.contextmanager
+def only_bombs_warn():
+    """Pillow's warnings say nothing here, but for that of far too many pixels, which becomes an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------- one file
+
+
+def read_picture(path, prepare):
+    """One picture file as a (3, N, N) uint8 tensor. ValueError, in one sentence, if that cannot be."""
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise FileNotFoundError("there is no file of this name")
+        with Image.open(path) as picture:
+            return pil_to_tensor(prepare(picture))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        raise ValueError(f"{path} cannot be read as an image ({limit}): make it smaller or remove it") from error
+    except NoMeaning as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
+    except Exception as error:  # Pillow raises nearly anything for a broken file
+        raise ValueError(f"{path} cannot be read as an image ({reason(error)}): repair or remove it") from error
+
+
+class NoMeaning(Exception):
+    """The numbers of a picture do not say which of them is black, and which white."""
+
+
+def reason(error):
+    """What went wrong, in one line and without the path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is of no known format"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------- an opened picture
+
+
+def middle(picture, size):
+    """The shorter side resized to `size`, with antialiasing, and the middle cut out: nothing is squeezed."""
+    # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more of the
+    # way is left to the antialiasing below, and a photograph is read several times as fast.
+    picture.draft(None, (2 * size, 2 * size))
+    return ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.BILINEAR)
+
+
+def squeezed(picture):
+    """As a net was fed that is older than the choice of a size."""
+    return to_rgb(picture).resize((SQUEEZED_SIZE, SQUEEZED_SIZE), Image.Resampling.BILINEAR)
+
+
+def as_before(picture):
+    """As the data set of such a net was read: neither EXIF nor transparency nor 16 bits were taken into account."""
+    return picture.convert("RGB").resize((SQUEEZED_SIZE, SQUEEZED_SIZE), Image.Resampling.BILINEAR)
+
+
+def to_rgb(picture):
+    """The first frame, upright, in RGB, on white where it is transparent. NoMeaning if there is no one way to do so."""
+    check_transparent_colour(picture)
+    picture.load()
+    with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
+        ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode in SIXTEEN_BITS or (picture.mode, picture.format) == ("I", "PPM"):
+        picture = to_8_bits(picture)
+    if picture.mode not in MODES or signed(picture):
+        raise NoMeaning(f"its pixels are of type {picture.mode}, whose range of values is unknown")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=picture)  # before it is resized, which would mix in the colour of what is transparent
+    return white
+
+
+def check_transparent_colour(picture):
+    """Brings a PNG's transparent colour to 8 bits, as the pixels will be; NoMeaning if it has 16, which Pillow has lost."""
+    key = picture.info.get("transparency")
+    raw_mode = picture.tile[0].args if key is not None and picture.tile else None
+    if raw_mode == "RGB;16B":
+        raise NoMeaning("its transparent colour has 16 bits")
+    if raw_mode in TRANSPARENT_GREY_STEP:
+        picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[raw_mode]
+
+
+def to_8_bits(picture):
+    """A grey picture of 16 bits as one of 8: the largest value is white, not all that is above 255."""
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF, which may have 12 bits, or black where the largest value is
+    largest = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+    values = np.asarray(picture)
+    grey = np.rint(values * np.float32(255 / largest)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        grey = 255 - grey
+    if "transparency" not in picture.info:
+        return Image.fromarray(grey)
+    alpha = np.where(values == picture.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([grey, alpha], axis=-1))
+
+
+def signed(picture):
+    """Whether the file says that its numbers are not counted from 0: a TIFF of 8 bits can."""
+    return bool({*getattr(picture, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ())} & {2, 3})
