@@ -221,9 +221,9 @@ def read_split(folder, classes, mixed, size, prepare, quiet):
 def mean_and_std(images):
     """Per channel, of pixels 0..255; a channel that is constant gets std 1."""
     parts = images.split(max(1, MEAN_VALUES // images[0].numel()))
-    moments = torch.stack([torch.stack(torch.std_mean(part.float(), dim=(0, 2, 3), correction=0)) for part in parts]).double()
+    moments = [torch.stack(torch.std_mean(part.float(), dim=(0, 2, 3), correction=0)) for part in parts]
+    stds, means = torch.stack(moments, dim=1).double()  # (parts, 3) each; of one part, they are the result
     share = torch.tensor([len(part) / len(images) for part in parts], dtype=torch.float64).view(-1, 1)
-    stds, means = moments.unbind(dim=1)  # (parts, 3)
     mean = (share * means).sum(dim=0)
     std = (share * (stds.square() + (means - mean).square())).sum(dim=0).sqrt()
     return mean.tolist(), std.clamp(min=1).tolist()
@@ -231,19 +231,19 @@ def mean_and_std(images):
 
 def describe_classes(dataset):
     """Lines for a person: how many images each class has, and which has more than ten times those of another."""
-    classes = dataset.classes
-    counts = [split.labels.bincount(minlength=len(classes)).tolist() for split in (dataset.train, dataset.test)]
-    train, _ = counts
-    width = max(map(len, classes))
-    lines = [f"  {name:{width}}  {a:6,} training, {b:6,} test images" for name, a, b in zip(classes, *counts, strict=True)]
-    if len(classes) > 20:
-        ranges = [f"{min(numbers):,} to {max(numbers):,}" for numbers in counts]
-        lines = [f"  {len(classes)} classes, each of {ranges[0]} training and {ranges[1]} test images"]
-    few, many = train.index(min(train)), train.index(max(train))
-    if train[many] > 10 * train[few]:
+    names, width = dataset.classes, max(map(len, dataset.classes))
+    train, test = (split.labels.bincount(minlength=len(names)).tolist() for split in (dataset.train, dataset.test))
+    if len(names) <= 20:
+        lines = [f"  {name:{width}}  {a:7,} training {b:7,} test images" for name, a, b in zip(names, train, test, strict=True)]
+    else:
+        ranges = [f"{min(counts):,} to {max(counts):,}" for counts in (train, test)]
+        lines = [f"  {len(names)} classes, each of {ranges[0]} training and {ranges[1]} test images"]
+    few, many = min(train), max(train)
+    if many > 10 * few:
+        most, fewest = names[train.index(many)], names[train.index(few)]
         lines.append(
-            f"  unbalanced: {classes[many]} has {train[many]:,} training images, more than ten times the {train[few]:,} of "
-            f"{classes[few]}, which the net may never name"
+            f"  unbalanced: {most} has {many:,} training images, more than ten times the {few:,} of {fewest}: "
+            "look at the error of each class, which evaluate.py prints"
         )
     return lines
 

@@ -77,7 +77,7 @@ def free_in_group(folder, limit, usage):
     """What a control group's limit leaves; what the kernel only keeps of files read counts as free."""
     try:
         limit, usage = (int((folder / name).read_text()) for name in (limit, usage))
-        cached = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-    except (OSError, ValueError):  # no such group, or one without a limit
+        cached = re.findall(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError, IndexError):  # no such group, or one without a limit
         return math.inf
-    return limit - usage + (int(cached[1]) if cached else 0)
+    return limit - usage + int(cached[-1])  # version 1 has the total of the groups below it behind its own

@@ -5,6 +5,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
+import torchvision.transforms.functional as F
 from PIL import Image
 
 import data
@@ -17,17 +18,25 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_crop_and_flip_equals_a_loop_over_the_images():
-    images = torch.randn(200, 3, 32, 32)
-    top, left, flip = data.random_windows(200, generator(), CPU)
-    assert {*top.tolist()} == {*left.tolist()} == set(range(9))
+@pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1)])
+def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
+    images = torch.randn(200, 3, size, size)
+    top, left, flip = data.random_windows(200, generator(), CPU, size)
+    assert {*top.tolist()} == {*left.tolist()} == set(range(2 * padding + 1))
     assert 70 < flip.sum() < 130
     result = data.crop_and_flip(images, top, left, flip)
     for image, t, o, f, out in zip(images, top, left, flip, result, strict=True):
-        padded = torch.zeros(3, 40, 40)
-        padded[:, 4:36, 4:36] = image
-        crop = padded[:, t : t + 32, o : o + 32]
+        padded = torch.zeros(3, size + 2 * padding, size + 2 * padding)
+        padded[:, padding : padding + size, padding : padding + size] = image
+        crop = padded[:, t : t + size, o : o + size]
         assert torch.equal(out, crop.flip(2) if f else crop)
+
+
+def test_batches_of_32_draw_what_they_always_drew():
+    first, second = (data.random_windows(50, generator(), CPU, *size) for size in ((), (32,)))
+    corners = torch.randint(0, 9, (2, 50), generator=generator())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(torch.stack(first[:2]), corners)
 
 
 def test_padding_is_zero_after_normalisation():
@@ -170,6 +179,132 @@ def test_folder_is_read_and_resized(pictures):
     torch.testing.assert_close(dataset.mean.flatten(), torch.tensor([127.0, 0.0, 127.0]), atol=1.5, rtol=0)
 
 
+def test_a_folder_at_another_size(pictures):
+    dataset = data.load("folder", pictures, CPU, image_size=64)
+    assert dataset.train.images.shape == (12, 3, 64, 64)
+    images, _, _ = next(data.training_batches(dataset.train, 5, dataset.mean, dataset.std, True, generator()))
+    assert images.shape == (5, 3, 64, 64)
+
+
+def spoil_like_a_macintosh(root):
+    for part in ("train", "test"):
+        (root / part / ".DS_Store").write_bytes(b"\0")
+        (root / part / "red" / "._0.png").write_bytes(b"\0\5\x16\7")
+
+
+def spoil_like_a_notebook(root):
+    for folder in (root / "train", root / "train" / "red", root / "test" / "blue"):
+        (folder / ".ipynb_checkpoints").mkdir()
+        shutil.copy(root / "train" / "red" / "1.png", folder / ".ipynb_checkpoints" / "1-checkpoint.png")
+
+
+def add_an_empty_hidden_class(root):
+    (root / "train" / ".git").mkdir()
+
+
+def add_other_files(root):
+    (root / "train" / "red" / "Thumbs.db").write_bytes(b"1")
+    (root / "test" / "notes.txt").write_text("of last summer")
+
+
+@pytest.mark.parametrize("spoil", [spoil_like_a_macintosh, spoil_like_a_notebook, add_an_empty_hidden_class, add_other_files])
+def test_hidden_and_other_files_are_no_data(pictures, spoil):
+    expected = data.load("folder", pictures, CPU)
+    spoil(pictures)
+    dataset = data.load("folder", pictures, CPU)
+    assert dataset.classes == expected.classes == ["blue", "red"]
+    for one, other in [(dataset.train, expected.train), (dataset.test, expected.test)]:
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_a_data_set_may_lie_in_a_hidden_folder(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / ".cache" / "set" / "train")
+    shutil.copytree(pictures / "test", tmp_path / ".cache" / "set" / "test")
+    assert len(data.load("folder", tmp_path / ".cache" / "set", CPU).train) == 12
+
+
+def test_extensions_in_any_case_and_links_are_followed(pictures, tmp_path):
+    red = pictures / "train" / "red"
+    (red / "1.png").rename(red / "1.PNG")
+    (red / "2.jpg").rename(red / "2.JpEg")
+    (red / "more").mkdir()
+    (red / "3.png").rename(red / "more" / "3.GIF")
+    (tmp_path / "elsewhere").mkdir()
+    (red / "4.jpg").rename(tmp_path / "elsewhere" / "4.jpg")
+    (red / "far").symlink_to(tmp_path / "elsewhere")
+    (red / "again.png").symlink_to(red / "1.PNG")
+    assert data.load("folder", pictures, CPU).train.labels.bincount().tolist() == [6, 7]
+
+
+def test_links_that_lead_in_a_circle_end(pictures):
+    red, blue = pictures / "train" / "red", pictures / "train" / "blue"
+    (red / "up").symlink_to(pictures / "train" / "red")
+    (red / "more").mkdir()
+    (red / "more" / "back").symlink_to(red)
+    (blue / "other").symlink_to(red)  # red is read once more as blue, and in it nothing twice
+    assert data.load("folder", pictures, CPU).train.labels.bincount().tolist() == [12, 6]
+
+
+def test_files_are_in_the_order_of_torchvision(pictures):
+    for name in ("b-c/1.png", "b/c/2.png", "b/3.png", "a.png", "Z.png", "10.png", "9.png"):
+        path = pictures / "train" / "red" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / "train" / "red" / "1.png", path)
+    theirs = torchvision.datasets.ImageFolder(pictures / "train")
+    ours = data.list_classes(pictures / "train")
+    assert [str(path) for paths in ours.values() for path in paths] == [path for path, _ in theirs.samples]
+    assert list(ours) == theirs.classes
+
+
+def test_without_a_size_a_folder_is_read_as_before_there_was_one(pictures):
+    """Byte for byte what torchvision's ImageFolder and resize give, turned and transparent pictures included."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_mandelbrot((50, 70), (-2, -1, 1, 1), 20).save(pictures / "train" / "red" / "turned.jpg", exif=exif)
+    Image.linear_gradient("L").convert("LA").save(pictures / "train" / "blue" / "alpha.png")
+    dataset = data.load("folder", pictures, CPU, image_size=None)
+    theirs = torchvision.datasets.ImageFolder(pictures / "train")
+    images = torch.stack([F.pil_to_tensor(F.resize(picture, [32, 32])) for picture, _ in theirs])
+    order = torch.randperm(len(theirs), generator=generator())
+    assert torch.equal(dataset.train.images, images[order])
+    assert torch.equal(dataset.train.labels, torch.tensor(theirs.targets)[order])
+    std, mean = torch.std_mean(images[order].float(), dim=(0, 2, 3), correction=0)
+    assert torch.equal(dataset.mean.flatten(), mean)
+    assert torch.equal(dataset.std.flatten(), std)
+
+
+@pytest.mark.parametrize("values", [1, 3 * 64 * 7, 2**40])
+def test_mean_and_std_in_parts(monkeypatch, values):
+    images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator(), dtype=torch.uint8)
+    std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), correction=0)
+    monkeypatch.setattr(data, "MEAN_VALUES", values)
+    results = (torch.tensor(result, dtype=torch.float64) for result in data.mean_and_std(images))
+    for result, expected in zip(results, (mean, std), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
+
+
+def test_a_set_without_limit_and_held_out_images_is_not_copied():
+    split = Split(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.arange(9))
+    assert data.hold_out(split, 0, None)[0].images.data_ptr() == split.images.data_ptr()
+
+
+def test_what_the_classes_hold(pictures):
+    for i in range(65):
+        shutil.copy(pictures / "train" / "red" / "1.png", pictures / "train" / "red" / f"more{i}.png")
+    lines = data.describe_classes(data.load("folder", pictures, CPU))
+    assert lines[:2] == ["  blue        6 training       1 test images", "  red        71 training       1 test images"]
+    assert "red has 71 training images, more than ten times the 6 of blue" in lines[2]
+    assert len(lines) == 3
+
+
+def test_of_many_classes_one_line():
+    train = Split(torch.zeros(230, 3, 1, 1), torch.arange(230) % 22)
+    test = Split(torch.zeros(44, 3, 1, 1), torch.arange(44) % 22)
+    dataset = data.Dataset(train, None, test, None, None, [f"class {i}" for i in range(22)])
+    assert data.describe_classes(dataset) == ["  22 classes, each of 10 to 11 training and 2 to 2 test images"]
+
+
 def break_picture(root):
     (root / "train" / "red" / "3.png").write_bytes(b"no picture")
 
@@ -189,6 +324,28 @@ def one_class(root):
         shutil.rmtree(root / part / "red")
 
 
+def class_with_hidden_files_only(root):
+    for path in (root / "train" / "red").iterdir():
+        path.rename(path.with_name("." + path.name))
+
+
+def only_hidden_folders(root):
+    for path in (root / "test").iterdir():
+        path.rename(path.with_name("." + path.name))
+
+
+def class_that_is_hidden_in_test(root):
+    (root / "test" / "red").rename(root / "test" / ".red")
+
+
+def vanished_picture(root):
+    (root / "train" / "red" / "lost.png").symlink_to(root / "gone.png")
+
+
+def picture_of_floats(root):
+    Image.new("F", (40, 40), 0.5).save(root / "test" / "red" / "depth.tif")
+
+
 def class_without_test(root):
     (root / "test" / "red").rename(root / "test" / "green")
 
@@ -206,12 +363,25 @@ def no_test(root):
         (one_class, r"one class only \(blue\)"),
         (class_without_test, "green is in only one of train and test"),
         (no_test, "test is not a folder"),
+        (class_with_hidden_files_only, r"train: the class red holds no picture \(.jpg, .*put pictures into its folder"),
+        (only_hidden_folders, "test holds no folder: make one for each class"),
+        (class_that_is_hidden_in_test, "red is in only one of train and test"),
+        (vanished_picture, "red/lost.png cannot be read as an image .there is no file of this name"),
+        (picture_of_floats, "red/depth.tif cannot be read as an image .* save it as 8-bit RGB"),
     ],
 )
 def test_folder_that_is_wrong_is_named(pictures, spoil, message):
     spoil(pictures)
     with pytest.raises(ValueError, match=message):
         data.load("folder", pictures, CPU)
+
+
+def test_a_set_that_does_not_fit_the_memory_is_refused_before_it_is_read(pictures):
+    break_picture(pictures)  # nothing is read
+    with pytest.raises(
+        ValueError, match=r"14 pictures, which are 420\.0 GB at 100000 x 100000, and [\d.]+ GB of memory are free"
+    ):
+        data.load("folder", pictures, CPU, image_size=100_000)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

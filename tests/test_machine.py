@@ -1,4 +1,5 @@
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import machine
 import train
 
 # Pages that the kernel must give for a tensor of 64 MB, when a slightly larger one was freed just before.
@@ -41,3 +43,35 @@ def test_a_device_that_is_not_there(call_main, tmp_path, device):
         pytest.skip(f"{device} is there")
     status, _, errors = call_main(train, "--dataset", "digits", "--device", device, "--save", tmp_path / "run")
     assert (status, f"--device {device}: this machine has none" in errors) == (2, True)
+
+
+def test_free_memory_is_the_least_of_the_machine_and_of_its_control_groups(tmp_path):
+    """Files as the kernel writes them: 8 GB of the machine; groups of both versions, some without a limit, one with a cache."""
+    files = {
+        "proc/meminfo": "MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n",
+        "proc/self/cgroup": "4:memory:/job/step\n0::/job/step\n",
+        "sys/fs/cgroup/job/memory.max": "max\n",
+        "sys/fs/cgroup/job/memory.current": "5\n",
+        "sys/fs/cgroup/job/memory.stat": "inactive_file 0\n",
+        "sys/fs/cgroup/job/step/memory.max": "5000000000\n",
+        "sys/fs/cgroup/job/step/memory.current": "3000000000\n",
+        "sys/fs/cgroup/job/step/memory.stat": "anon 2\nactive_file 7\ninactive_file 1000000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.free_memory(tmp_path) == 3_000_000_000
+    (tmp_path / "sys/fs/cgroup/job/step/memory.max").write_text("max\n")
+    assert machine.free_memory(tmp_path) == 8_192_000_000
+    for name, number in [("limit", 700), ("usage", 300)]:
+        path = tmp_path / f"sys/fs/cgroup/memory/job/memory.{name}_in_bytes"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{number}\n")
+    (path.parent / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 50\n")
+    assert machine.free_memory(tmp_path) == 450
+    assert machine.free_memory(tmp_path / "no linux") == math.inf
+
+
+def test_this_machine_has_memory_and_cpus():
+    assert machine.free_memory() > 1e6
+    assert 1 <= machine.num_cpus() <= os.cpu_count()

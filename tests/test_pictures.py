@@ -1,0 +1,393 @@
+"""Picture files as telephones, scanners, microscopes and drawing programs make them: the right pixels, or one sentence."""
+
+import io
+import os
+import shutil
+import struct
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pictures
+
+RAMP = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) % 256  # as 8 bits; times 257 it is the same picture in 16
+UNDO = {  # an upright picture is stored like this where its EXIF orientation is ...
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def read(path, size=32):
+    return pictures.read_pictures([path], size, partial(pictures.middle, size=size))[0]
+
+
+def colours(path):
+    """The set of all colours of the picture, as it is read."""
+    return {tuple(pixel) for pixel in read(path).flatten(1).t().tolist()}
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(path, depth, colour, samples, transparent):
+    """A PNG of one row of pixels that Pillow cannot write: any depth, with one colour that is transparent."""
+    width = len(samples) * 8 // depth // (3 if colour == 2 else 1)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)), (b"tRNS", struct.pack(">H", transparent))]
+    if colour == 2:
+        parts[1] = (b"tRNS", struct.pack(">HHH", *[transparent] * 3))
+    parts += [(b"IDAT", zlib.compress(b"\0" + samples)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
+def tiff(path, bits, samples, width, photometric=1, sample_format=1):
+    """A grey TIFF of one row of pixels."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(samples)}
+    entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in (tags | {339: sample_format}).items()]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(samples)) + samples + directory)
+
+
+# ------------------------------------------------------------------------------------------------------------- bit depths
+
+
+@pytest.mark.parametrize("kind", ["little.png", "little.tif", "big.tif", "binary.pgm"])
+def test_16_bits_are_the_same_picture_as_8(tmp_path, kind):
+    path, deep = tmp_path / kind, RAMP * 257
+    if kind == "binary.pgm":
+        path.write_bytes(b"P5 32 32 65535\n" + deep.astype(">u2").tobytes())
+    else:
+        Image.fromarray(deep.astype(">u2" if kind == "big.tif" else "<u2")).save(path)
+    assert torch.equal(read(path), torch.from_numpy(RAMP.astype(np.uint8)).expand(3, 32, 32))
+
+
+def test_values_between_those_of_8_bits_are_rounded(tmp_path):
+    Image.fromarray(np.full((40, 40), 257 * 9 + 129, dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert colours(tmp_path / "grey.png") == {(10, 10, 10)}
+
+
+def test_12_bits_and_white_that_is_zero(tmp_path):
+    tiff(tmp_path / "12.tif", 12, bytes([0xFF, 0xF0, 0x00]), width=2)
+    tiff(tmp_path / "inverted.tif", 16, struct.pack("<HH", 0, 65535), width=2, photometric=0)
+    for name, expected in [("12.tif", [255, 0]), ("inverted.tif", [255, 0])]:
+        with Image.open(tmp_path / name) as picture:
+            assert np.asarray(pictures.to_rgb(picture))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "samples", "expected"), [(1, b"\x40", [0, 255]), (2, b"\x1b", [0, 85, 170, 255]), (4, b"\x7f", [119, 255])]
+)
+def test_few_bits(tmp_path, depth, samples, expected):
+    png(tmp_path / "few.png", depth, 0, samples, transparent=9)  # a colour that no pixel has
+    with Image.open(tmp_path / "few.png") as picture:
+        assert np.asarray(pictures.to_rgb(picture))[0, : len(expected), 0].tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------------------ orientation
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, *UNDO])
+def test_a_picture_stored_turned_is_the_upright_one(tmp_path, orientation, kind):
+    upright = noise(70, 41)
+    stored = upright.transpose(UNDO[orientation]) if orientation in UNDO else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"turned.{kind}", exif=exif, lossless=True)
+    upright.save(tmp_path / "upright.png")
+    assert torch.equal(read(tmp_path / f"turned.{kind}"), read(tmp_path / "upright.png"))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "mpo"])  # mpo is what many telephones write: a JPEG with further pictures behind it
+def test_a_photograph_stored_turned(tmp_path, kind):
+    upright, exif = noise(704, 416), Image.Exif()
+    exif[0x0112] = 6
+    options = {"save_all": True, "append_images": [upright]} if kind == "mpo" else {}
+    upright.transpose(UNDO[6]).save(tmp_path / f"turned.{kind}", exif=exif, quality=95, **options)
+    upright.save(tmp_path / "upright.png")
+    difference = read(tmp_path / f"turned.{kind}").int() - read(tmp_path / "upright.png").int()
+    assert difference.abs().max() <= 4
+
+
+def test_exif_that_cannot_be_read_says_nothing(tmp_path):
+    noise(64, 64).save(tmp_path / "plain.jpg", quality=95)
+    for exif in (b"Exif\0\0rubbish", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"rubbish" * 9):
+        noise(64, 64).save(tmp_path / "broken.jpg", quality=95, exif=exif)
+        assert torch.equal(read(tmp_path / "broken.jpg"), read(tmp_path / "plain.jpg"))
+
+
+# ------------------------------------------------------------------------------------------------- colours, transparency
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (0, 0, 0, 0), 255),
+        ("RGBA", (0, 0, 0, 255), 0),
+        ("RGBA", (0, 0, 0, 51), 204),
+        ("LA", (0, 0), 255),
+        ("LA", (100, 255), 100),
+        ("1", 1, 255),
+        ("L", 77, 77),
+    ],
+)
+def test_alpha_is_laid_on_white(tmp_path, mode, colour, expected):
+    Image.new(mode, (40, 50), colour).save(tmp_path / "picture.png")
+    assert colours(tmp_path / "picture.png") == {(expected,) * 3}
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 255])])
+@pytest.mark.parametrize("kind", ["png", "gif"])
+def test_a_palette_with_transparency(tmp_path, transparency, kind):
+    picture = Image.new("P", (40, 40), 0)
+    picture.putpalette([0, 0, 0, 200, 10, 20])
+    picture.paste(1, (0, 0, 40, 20))
+    picture.save(tmp_path / f"palette.{kind}", transparency=transparency if kind == "png" else 0)
+    assert colours(tmp_path / f"palette.{kind}") >= {(200, 10, 20), (255, 255, 255)}
+    assert read(tmp_path / f"palette.{kind}")[0].min() >= 200
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "samples", "transparent", "expected"),
+    [
+        (8, 0, bytes([7, 9]), 7, [255, 9]),
+        (4, 0, bytes([0x79]), 7, [255, 153]),
+        (2, 0, bytes([0x1B]), 1, [0, 255, 170, 255]),
+        (1, 0, b"\x40", 0, [255, 255]),
+        (16, 0, struct.pack(">HH", 4863, 2570), 4863, [255, 10]),
+        (8, 2, bytes([5, 5, 5, 5, 5, 6]), 5, [255, 5]),
+    ],
+)
+def test_one_colour_of_a_png_is_transparent(tmp_path, depth, colour, samples, transparent, expected):
+    png(tmp_path / "key.png", depth, colour, samples, transparent)
+    with Image.open(tmp_path / "key.png") as picture:
+        assert np.asarray(pictures.to_rgb(picture))[0, : len(expected), 0].tolist() == expected
+
+
+def test_what_is_transparent_leaves_no_fringe(tmp_path):
+    """White beside transparent black is all white, also where the two are mixed by the resizing."""
+    picture = Image.new("RGBA", (99, 99), (0, 0, 0, 0))
+    picture.paste((255, 255, 255, 255), (0, 0, 50, 99))
+    picture.save(tmp_path / "half.png")
+    assert colours(tmp_path / "half.png") == {(255, 255, 255)}
+
+
+@pytest.mark.parametrize("name", ["ink.jpg", "ink.tif"])
+def test_cmyk(tmp_path, name):
+    Image.new("CMYK", (40, 40), (0, 255, 0, 0)).save(tmp_path / name, quality=95)
+    assert colours(tmp_path / name) == {(255, 0, 255)}
+
+
+def test_lab_and_ycbcr(tmp_path):
+    Image.new("LAB", (40, 40), (255, 128, 128)).save(tmp_path / "white.tif")
+    assert min(min(colours(tmp_path / "white.tif"))) >= 254
+    Image.new("YCbCr", (40, 40), (100, 128, 128)).save(tmp_path / "grey.tif")
+    assert colours(tmp_path / "grey.tif") == {(100, 100, 100)}
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_the_first_frame_of_an_animation(tmp_path, kind):
+    red, blue = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
+    red.save(tmp_path / f"frames.{kind}", save_all=True, append_images=[blue], lossless=True)
+    assert colours(tmp_path / f"frames.{kind}") == {(255, 0, 0)}
+
+
+def test_the_content_tells_the_format_not_the_name(tmp_path):
+    noise(40, 40).save(tmp_path / "picture.png")
+    shutil.copy(tmp_path / "picture.png", tmp_path / "picture.jpg")
+    assert torch.equal(read(tmp_path / "picture.jpg"), read(tmp_path / "picture.png"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- size
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_middle_is_cut_out_and_not_squeezed(tmp_path, size, tall):
+    """Red, green, blue side by side, each a third of the longer side, twice the shorter: left are two halves and the green."""
+    pixels = np.zeros((96, 192, 3), dtype=np.uint8)
+    for i in range(3):
+        pixels[:, 64 * i : 64 * i + 64, i] = 255
+    Image.fromarray(pixels.transpose(1, 0, 2) if tall else pixels).save(tmp_path / "bands.png")
+    image = read(tmp_path / "bands.png", size)
+    row = (image.transpose(1, 2) if tall else image)[:, size // 2]  # (3, size)
+    green = (row[1] > 127).sum().item()
+    assert abs(green - size * 64 / 96) <= 1  # squeezed it would be a third
+    for column, colour in [(0, [255, 0, 0]), (-1, [0, 0, 255])]:
+        assert (row[:, column].int() - torch.tensor(colour)).abs().max() <= 4  # at 8 the filter reaches the green
+
+
+def test_small_details_are_averaged(tmp_path):
+    """A fine chessboard is grey: antialiased."""
+    board = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    assert {value for colour in colours(tmp_path / "board.png") for value in colour} <= {126, 127, 128, 129}
+
+
+def test_a_large_photograph_decoded_at_a_quarter_is_the_same_but_for_rounding(tmp_path):
+    noise(800, 600).save(tmp_path / "large.jpg", quality=95)
+    with Image.open(tmp_path / "large.jpg") as picture:
+        whole = pictures.ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BILINEAR)
+    difference = read(tmp_path / "large.jpg").int() - torch.from_numpy(np.array(whole)).permute(2, 0, 1).int()
+    assert difference.abs().max() <= 6
+    assert difference.abs().float().mean() < 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3000, 1), (1, 3000), (7, 5)])
+def test_pictures_that_are_small_or_thin(tmp_path, shape):
+    Image.new("RGB", shape, (1, 2, 3)).save(tmp_path / "thin.png")
+    assert colours(tmp_path / "thin.png") == {(1, 2, 3)}
+
+
+# --------------------------------------------------------------------------------------------------------------- refusals
+
+
+def signed_16(path):
+    tiff(path, 16, struct.pack("<hh", -5, 300), width=2, sample_format=2)
+
+
+def signed_8(path):
+    tiff(path, 8, bytes([5, 250]), width=2, sample_format=2)
+
+
+def integers(path):
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)).save(path, "TIFF")
+
+
+def floats(path):
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(path, "TIFF")
+
+
+def transparent_16(path):
+    png(path, 16, 2, struct.pack(">HHH", 4863, 4863, 4863), 4863)
+
+
+def bomb(path, size=(20_000, 10_000)):
+    Image.new("1", size).save(path, "PNG")
+
+
+def half_a_bomb(path):
+    bomb(path, (10_000, 9_000))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def text(path):
+    path.write_text("no picture")
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def nothing(path):
+    pass
+
+
+def broken_link(path):
+    path.symlink_to("nowhere")
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "why", "what_to_do"),
+    [
+        (signed_16, "type I, whose range", "save it as 8-bit RGB"),
+        (signed_8, "type L, whose range", "save it as 8-bit RGB"),
+        (integers, "type I, whose range", "save it as 8-bit RGB"),
+        (floats, "type F, whose range", "save it as 8-bit RGB"),
+        (transparent_16, "transparent colour has 16 bits", "save it as 8-bit RGB"),
+        (bomb, "more than 89 million pixels", "make it smaller"),
+        (half_a_bomb, "more than 89 million pixels", "make it smaller"),
+        (empty, "of no known format", "repair or remove it"),
+        (text, "of no known format", "repair or remove it"),
+        (a_folder, "there is no file of this name", "repair or remove it"),
+        (nothing, "there is no file of this name", "repair or remove it"),
+        (broken_link, "there is no file of this name", "repair or remove it"),
+        (pipe, "there is no file of this name", "repair or remove it"),
+    ],
+)
+def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, make, why, what_to_do):
+    path = tmp_path / "picture.png"
+    make(path)
+    with pytest.raises(ValueError, match="cannot be read as an image") as refusal:
+        read(path)
+    (line,) = str(refusal.value).splitlines()
+    assert line.startswith(f"{path} cannot be read as an image (")
+    assert why in line
+    assert what_to_do in line
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
+def test_a_file_that_is_cut_off_anywhere_is_refused_or_whole(tmp_path, kind):
+    whole = io.BytesIO()
+    noise(60, 50).save(whole, kind, **({"compression": "tiff_lzw"} if kind == "tiff" else {}))
+    content, path = whole.getvalue(), tmp_path / "cut.png"
+    path.write_bytes(content)
+    image, refused = read(path), 0
+    for end in [*range(0, len(content), len(content) // 25), len(content) - 2, len(content) - 1]:
+        path.write_bytes(content[:end])
+        try:
+            assert torch.equal(read(path), image)
+        except ValueError:
+            refused += 1
+    assert refused >= 25
+
+
+# ------------------------------------------------------------------------------------------------------------- many files
+
+
+@pytest.fixture
+def twenty(tmp_path):
+    paths = [tmp_path / f"{i}.jpg" for i in range(20)]
+    for i, path in enumerate(paths):
+        noise(50 + 20 * (i % 3), 40, seed=i).save(path)
+    return paths
+
+
+def test_the_number_of_threads_changes_nothing(twenty, monkeypatch):
+    results = []
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(pictures, "num_cpus", lambda threads=threads: threads)
+        results.append(pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16)))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(results[0], torch.stack([read(path, 16) for path in twenty]))
+    places = list(reversed(range(20)))
+    assert torch.equal(pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16), places), results[0].flip(0))
+
+
+def test_of_several_broken_files_the_first_is_named(twenty, monkeypatch):
+    monkeypatch.setattr(pictures, "num_cpus", lambda: 7)
+    twenty[5].write_bytes(twenty[5].read_bytes()[:-20])  # found out late
+    twenty[6].unlink()
+    twenty[9].write_bytes(b"")
+    for _ in range(5):
+        with pytest.raises(ValueError, match=r"/5.jpg cannot be read"):
+            pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16))
+
+
+def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):
+    pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16), title="reading 20 pictures")
+    assert capsys.readouterr() == ("reading 20 pictures\n", "")
+    pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16))
+    assert capsys.readouterr() == ("", "")
