@@ -68,6 +68,13 @@ def shaped_batch(num_images, size):
 
 
 @pytest.mark.parametrize("arguments", [BC, PLAIN])
+@pytest.mark.parametrize("size", [64, 96])
+def test_larger_images(arguments, size):
+    """As --image-size makes them."""
+    assert_equal_training(random_net(arguments), *batch(2, size))
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, -1e-9, -1.3])
 def test_any_gamma(arguments, gamma):
     net = random_net(arguments)

@@ -1,0 +1,181 @@
+"""A person's own pictures, from the folder to a classified picture, by the real programs."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, contents
+from PIL import Image
+from test_run_folder import assert_same_run
+
+import evaluate
+import train
+from checkpoint import load_checkpoint
+
+FLAGS = ["--dataset", "folder", "--depth", "10", "--growth-rate", "4", "--batch-size", "4", "--device", "cpu", "--no-plot"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Light and dark noise of 80 x 60: 8 of each to train on, 3 light and 1 dark to test."""
+    root, chance = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, low, tests in [("dark", 0, 1), ("light", 128, 3)]:
+        for part, number in [("train", 8), ("test", tests)]:
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = chance.integers(low, low + 128, (60, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def run(call_main, pictures):
+    def run(save, *flags, epochs=1):
+        return call_main(train, *FLAGS, "--data", pictures, "--epochs", epochs, "--save", save, *flags)
+
+    return run
+
+
+def test_the_checkpoint_knows_the_size(call_main, run, pictures, tmp_path):
+    """Trained at 64, then exported, evaluated, a picture classified and training begun anew, without a flag."""
+    status, out, errors = run(tmp_path / "run", "--image-size", 64, epochs=2)
+    assert status == 0, errors
+    assert out.splitlines()[:4] == [
+        f"reading 16 pictures in {pictures / 'train'}",
+        f"reading 4 pictures in {pictures / 'test'}",
+        "  dark         8 training       1 test images",
+        "  light        8 training       3 test images",
+    ]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["image_size"] == 64
+    checkpoint, net = tmp_path / "run" / "latest.pth", tmp_path / "net.pth"
+    assert load_checkpoint(checkpoint)["args"]["image_size"] == 64
+    assert call_main(evaluate, checkpoint, "--export", net)[0] == 0
+    last = pd.read_csv(tmp_path / "run" / "test.csv").iloc[-1]
+    for weights in (checkpoint, net):
+        status, out, errors = call_main(evaluate, weights, "--out", tmp_path)
+        assert f"test loss {last['loss']:.2f}   test error {last['error']:.2f} %" in out, errors
+    shares = [[int(number) for number in row] for row in re.findall(r"\((\d+) of (\d+) wrong\)", out)]
+    mean = 100 * np.mean([wrong / total for wrong, total in shares])
+    assert f"mean of the classes' errors {mean:.2f} %\n" in out
+    status, out, errors = call_main(evaluate, net, "--image", pictures / "test" / "dark" / "0.jpg")
+    assert (status, out.count(" %")) == (0, 2), errors
+    status, _, errors = run(tmp_path / "more", "--init", net)
+    assert status == 0, errors
+    assert json.loads((tmp_path / "more" / "args.json").read_text())["image_size"] == 64
+    status, _, errors = run(tmp_path / "smaller", "--init", net, "--image-size", 8)
+    assert status == 0, errors
+    assert json.loads((tmp_path / "smaller" / "args.json").read_text())["image_size"] == 8
+
+
+def test_another_size_is_another_run(run, tmp_path):
+    assert run(tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["image_size"] == 32
+    before = contents(tmp_path / "run")
+    status, _, errors = run(tmp_path / "run", "--resume", "--image-size", 64)
+    assert (status, "begun with image_size 32 and not 64" in errors) == (2, True)
+    assert contents(tmp_path / "run") == before
+
+
+def forget_the_size(save):
+    """Makes of a run one that was begun before there was a size to choose."""
+    facts = json.loads((save / "args.json").read_text())
+    del facts["image_size"]
+    (save / "args.json").write_text(json.dumps(facts))
+    checkpoint = torch.load(save / "latest.pth", weights_only=True)
+    del checkpoint["args"]["image_size"]
+    torch.save(checkpoint, save / "latest.pth")
+
+
+def test_a_run_that_is_older_than_the_choice_goes_on_with_the_same_pixels(call_main, run, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "args.json").write_text(json.dumps({"epochs": 4}))
+    assert run(tmp_path / "whole", "--resume", epochs=4)[0] == 0  # from the start, as an old run
+    squeezed = load_checkpoint(tmp_path / "whole" / "latest.pth")
+    assert squeezed["args"]["image_size"] is None
+    assert run(tmp_path / "new")[0] == 0
+    assert load_checkpoint(tmp_path / "new" / "latest.pth")["std"] != squeezed["std"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    assert run(tmp_path / "parts", "--force")[0] == 0
+    (tmp_path / "parts" / "latest.pth").unlink()
+    (tmp_path / "parts" / "args.json").write_text(json.dumps({"epochs": 1}))
+    assert run(tmp_path / "parts", "--resume")[0] == 0
+    forget_the_size(tmp_path / "parts")
+    status, _, errors = run(tmp_path / "parts", "--resume", "--image-size", 32, epochs=4)
+    assert (status, "was begun without --image-size 32: resume it with the same arguments" in errors) == (2, True)
+    status, out, errors = run(tmp_path / "parts", "--resume", epochs=4)
+    assert (status, "continuing after epoch 1" in out) == (0, True), errors
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    forget_the_size(tmp_path / "parts")
+    last = pd.read_csv(tmp_path / "whole" / "test.csv").iloc[-1]
+    _, out, errors = call_main(evaluate, tmp_path / "parts" / "latest.pth", "--out", tmp_path)
+    assert f"test loss {last['loss']:.2f}   test error {last['error']:.2f} %" in out, errors
+
+
+def test_own_pictures_are_read_rightly_by_a_net_that_is_older_than_the_choice(call_main, run, tmp_path):
+    """A picture stored turned, and one of 16 bits, get the answers of the upright one and of 8 bits."""
+    assert run(tmp_path / "run")[0] == 0
+    forget_the_size(tmp_path / "run")
+    upright, exif = Image.linear_gradient("L").resize((60, 40)).convert("RGB"), Image.Exif()
+    exif[0x0112] = 3
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.asarray(upright)[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    paths = [tmp_path / f"{name}.png" for name in ("upright", "turned", "deep")]
+    status, out, errors = call_main(evaluate, tmp_path / "run" / "latest.pth", "--image", *paths)
+    assert status == 0, errors
+    assert len({line.split(": ")[1] for line in out.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-size", 30], "--image-size: 30 is out of range: it must be a multiple of 4, from 8"),
+        (["--image-size", 4], "--image-size: 4 is out of range"),
+        (["--image-size", -32], "--image-size: -32 is out of range"),
+        (["--image-size", "large"], "--image-size: invalid"),
+        (["--image-size", 64, "--dataset", "digits"], "--image-size is for --dataset folder: the images of digits are 32 x 32"),
+        (["--image-size", 32, "--dataset", "cifar10"], "--image-size is for --dataset folder"),
+        (["--image-size", 40_000], "GB of memory are free: choose a smaller --image-size"),
+    ],
+)
+def test_bad_sizes_are_one_sentence_and_nothing_is_written(run, tmp_path, flags, message):
+    status, out, errors = run(tmp_path / "run", *flags)
+    assert (status, out) == (2, "")
+    assert len(errors.splitlines()) == 2
+    assert message in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_before_it_begins(call_main, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "set")
+    Image.new("F", (40, 40), 0.5).save(tmp_path / "set" / "train" / "dark" / "depth.tif")
+    status, _, errors = call_main(train, *FLAGS, "--data", tmp_path / "set", "--save", tmp_path / "run")
+    assert status == 2
+    assert "train/dark/depth.tif cannot be read as an image" in errors.splitlines()[1]
+    assert len(errors.splitlines()) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_while_pictures_are_read(tmp_path):
+    """The same large picture five thousand times, which would take minutes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.png", compress_level=1)
+    for part, number in [("train", 5000), ("test", 1)]:
+        for name in ("one", "two"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(number):
+                (tmp_path / part / name / f"{i}.png").symlink_to(tmp_path / "large.png")
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--data", str(tmp_path), "--save", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == f"reading 10,000 pictures in {tmp_path / 'train'}\n"
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors) == (130, "", "train.py: stopped before the run began\n")
+    assert not (tmp_path / "run").exists()
