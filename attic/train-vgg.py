@@ -39,7 +39,8 @@ def main():
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
         keep_freed_memory(device)
-        dataset = data.load(args.dataset, args.data, device, args.val, args.limit)
+        args.image_size = args.image_size or data.IMAGE_SIZE
+        dataset = data.load(args.dataset, args.data, device, args.val, args.limit, args.image_size)
         _lock, checkpoint = train.open_run(args, device, dataset, World())  # the lock is held to the end
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
@@ -71,3 +72,14 @@ def tiny_run(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     (save / "stdout").write_text(done.stdout)
     return save
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder data set: red and blue pictures of 40 x 50, six to train on and one to test of each class."""
+    for part, count in [("train", 6), ("test", 1)]:
+        for name, color in [("blue", (0, 0, 255)), ("red", (255, 0, 0))]:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 50), color).save(tmp_path / part / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return tmp_path

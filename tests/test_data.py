@@ -5,7 +5,6 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-import torchvision.transforms.functional as F
 from PIL import Image
 
 import data
@@ -156,17 +155,6 @@ def test_svhn_is_train_and_extra_divided_by_255(tmp_path, monkeypatch):
     )
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder data set: red and blue pictures of 40 x 50, six to train on and one to test of each class."""
-    for part, count in [("train", 6), ("test", 1)]:
-        for name, color in [("blue", (0, 0, 255)), ("red", (255, 0, 0))]:
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (40, 50), color).save(tmp_path / part / name / f"{i}.{'png' if i % 2 else 'jpg'}")
-    return tmp_path
-
-
 def test_folder_is_read_and_resized(pictures):
     dataset = data.load("folder", pictures, CPU)
     assert dataset.classes == ["blue", "red"]
@@ -184,94 +172,6 @@ def test_a_folder_at_another_size(pictures):
     assert dataset.train.images.shape == (12, 3, 64, 64)
     images, _, _ = next(data.training_batches(dataset.train, 5, dataset.mean, dataset.std, True, generator()))
     assert images.shape == (5, 3, 64, 64)
-
-
-def spoil_like_a_macintosh(root):
-    for part in ("train", "test"):
-        (root / part / ".DS_Store").write_bytes(b"\0")
-        (root / part / "red" / "._0.png").write_bytes(b"\0\5\x16\7")
-
-
-def spoil_like_a_notebook(root):
-    for folder in (root / "train", root / "train" / "red", root / "test" / "blue"):
-        (folder / ".ipynb_checkpoints").mkdir()
-        shutil.copy(root / "train" / "red" / "1.png", folder / ".ipynb_checkpoints" / "1-checkpoint.png")
-
-
-def add_an_empty_hidden_class(root):
-    (root / "train" / ".git").mkdir()
-
-
-def add_other_files(root):
-    (root / "train" / "red" / "Thumbs.db").write_bytes(b"1")
-    (root / "test" / "notes.txt").write_text("of last summer")
-
-
-@pytest.mark.parametrize("spoil", [spoil_like_a_macintosh, spoil_like_a_notebook, add_an_empty_hidden_class, add_other_files])
-def test_hidden_and_other_files_are_no_data(pictures, spoil):
-    expected = data.load("folder", pictures, CPU)
-    spoil(pictures)
-    dataset = data.load("folder", pictures, CPU)
-    assert dataset.classes == expected.classes == ["blue", "red"]
-    for one, other in [(dataset.train, expected.train), (dataset.test, expected.test)]:
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-
-
-def test_a_data_set_may_lie_in_a_hidden_folder(pictures, tmp_path):
-    shutil.copytree(pictures / "train", tmp_path / ".cache" / "set" / "train")
-    shutil.copytree(pictures / "test", tmp_path / ".cache" / "set" / "test")
-    assert len(data.load("folder", tmp_path / ".cache" / "set", CPU).train) == 12
-
-
-def test_extensions_in_any_case_and_links_are_followed(pictures, tmp_path):
-    red = pictures / "train" / "red"
-    (red / "1.png").rename(red / "1.PNG")
-    (red / "2.jpg").rename(red / "2.JpEg")
-    (red / "more").mkdir()
-    (red / "3.png").rename(red / "more" / "3.GIF")
-    (tmp_path / "elsewhere").mkdir()
-    (red / "4.jpg").rename(tmp_path / "elsewhere" / "4.jpg")
-    (red / "far").symlink_to(tmp_path / "elsewhere")
-    (red / "again.png").symlink_to(red / "1.PNG")
-    assert data.load("folder", pictures, CPU).train.labels.bincount().tolist() == [6, 7]
-
-
-def test_links_that_lead_in_a_circle_end(pictures):
-    red, blue = pictures / "train" / "red", pictures / "train" / "blue"
-    (red / "up").symlink_to(pictures / "train" / "red")
-    (red / "more").mkdir()
-    (red / "more" / "back").symlink_to(red)
-    (blue / "other").symlink_to(red)  # red is read once more as blue, and in it nothing twice
-    assert data.load("folder", pictures, CPU).train.labels.bincount().tolist() == [12, 6]
-
-
-def test_files_are_in_the_order_of_torchvision(pictures):
-    for name in ("b-c/1.png", "b/c/2.png", "b/3.png", "a.png", "Z.png", "10.png", "9.png"):
-        path = pictures / "train" / "red" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pictures / "train" / "red" / "1.png", path)
-    theirs = torchvision.datasets.ImageFolder(pictures / "train")
-    ours = data.list_classes(pictures / "train")
-    assert [str(path) for paths in ours.values() for path in paths] == [path for path, _ in theirs.samples]
-    assert list(ours) == theirs.classes
-
-
-def test_without_a_size_a_folder_is_read_as_before_there_was_one(pictures):
-    """Byte for byte what torchvision's ImageFolder and resize give, turned and transparent pictures included."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.effect_mandelbrot((50, 70), (-2, -1, 1, 1), 20).save(pictures / "train" / "red" / "turned.jpg", exif=exif)
-    Image.linear_gradient("L").convert("LA").save(pictures / "train" / "blue" / "alpha.png")
-    dataset = data.load("folder", pictures, CPU, image_size=None)
-    theirs = torchvision.datasets.ImageFolder(pictures / "train")
-    images = torch.stack([F.pil_to_tensor(F.resize(picture, [32, 32])) for picture, _ in theirs])
-    order = torch.randperm(len(theirs), generator=generator())
-    assert torch.equal(dataset.train.images, images[order])
-    assert torch.equal(dataset.train.labels, torch.tensor(theirs.targets)[order])
-    std, mean = torch.std_mean(images[order].float(), dim=(0, 2, 3), correction=0)
-    assert torch.equal(dataset.mean.flatten(), mean)
-    assert torch.equal(dataset.std.flatten(), std)
 
 
 @pytest.mark.parametrize("values", [1, 3 * 64 * 7, 2**40])
