@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import flush_to_disk, load_checkpoint, replace_file, save_checkpoint
+from data import IMAGE_SIZE
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -51,6 +52,20 @@ def read_arguments(save):
     """What args.json says of the run in the folder; nothing where there is none."""
     path = save / "args.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def image_size(args):
+    """The size that a run's pictures get: --image-size, or that of the net of --init, or the usual one.
+
+    None, which is as pictures were read then, for a run that was begun before there was a choice and is now resumed.
+    """
+    begun = read_arguments(args.save) if args.resume else {}
+    if begun and begun.get("image_size") is None:
+        if args.image_size:
+            raise ValueError(f"{args.save} was begun without --image-size {args.image_size}: resume it with the same arguments")
+        return None
+    init = load_checkpoint(Path(args.init))["args"] if args.init and args.dataset == "folder" else {}
+    return args.image_size or init.get("image_size") or IMAGE_SIZE
 
 
 def begin(save, facts, has_val):

@@ -49,7 +49,7 @@ def main():
         device = distributed.join(world, choose_device(args.device))
         keep_freed_memory(device)
         check_arguments(args, device)
-        args.image_size = distributed.share_object(choose_image_size(args) if world.rank == 0 else None, world)
+        args.image_size = distributed.share_object(run_folder.image_size(args) if world.rank == 0 else None, world)
         with distributed.first_rank_first(world):
             quiet = world.rank > 0
             dataset = data.load(args.dataset, args.data, device, args.val, args.limit, args.image_size, quiet)
@@ -104,20 +104,6 @@ def check_arguments(args, device):
         raise ValueError("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
-
-
-def choose_image_size(args):
-    """The size that a run's pictures get: --image-size, or that of the net of --init, or the usual one.
-
-    None, which is as pictures were read then, for a run that was begun before there was a choice and is now resumed.
-    """
-    begun = run_folder.read_arguments(args.save) if args.resume else {}
-    if begun and begun.get("image_size") is None:
-        if args.image_size:
-            raise ValueError(f"{args.save} was begun without --image-size {args.image_size}: resume it with the same arguments")
-        return None
-    init = load_checkpoint(Path(args.init))["args"] if args.init and args.dataset == "folder" else {}
-    return args.image_size or init.get("image_size") or data.IMAGE_SIZE
 
 
 def make_net(args, num_classes, device):
