@@ -43,7 +43,7 @@ def read_pictures(paths, size, prepare, places=None, title=None):
     """
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
-    with only_bombs_warn(), progress_bar(title, len(paths)) as bar:
+    with no_warnings(), progress_bar(title, len(paths)) as bar:
         try:
             pictures = pool.map(partial(read_picture, prepare=prepare), paths)
             for place, picture in zip(places or range(len(paths)), pictures, strict=True):
@@ -62,11 +62,10 @@ def progress_bar(title, total):
 
 
 @contextlib.contextmanager
-def only_bombs_warn():
-    """Pillow's warnings say nothing here, but for that of far too many pixels, which becomes an error."""
+def no_warnings():
+    """What Pillow warns of is told by an error too, or harmless: so is a photograph of a hundred million pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
@@ -80,8 +79,8 @@ def read_picture(path, prepare):
             raise FileNotFoundError("there is no file of this name")
         with Image.open(path) as picture:
             return pil_to_tensor(prepare(picture))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+    except Image.DecompressionBombError as error:
+        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise ValueError(f"{path} cannot be read as an image ({limit}): make it smaller or remove it") from error
     except NoMeaning as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
