@@ -93,7 +93,11 @@ def load_cifar100(root):
 
 def load_cifar(dataset_class, root, mean, std):
     files = [(Path(dataset_class.base_folder, name), md5) for name, md5 in dataset_class.train_list + dataset_class.test_list]
+    if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
+        root = root.resolve().parent  # it is the folder of the batches that was named
     refuse_damaged(root, files)
+    if not all((root / name).exists() for name, _ in files):  # then the archive is what they come from
+        refuse_damaged(root, [(dataset_class.filename, dataset_class.tgz_md5)])
     train, test = (download(dataset_class, root, dataset_class.filename, train=train) for train in (True, False))
     splits = (Split(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in (train, test))
     return *splits, mean, std, train.classes

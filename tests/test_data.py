@@ -128,6 +128,26 @@ def test_damaged_cifar_file_is_refused_and_kept(cifar, tmp_path):
     assert damaged.read_bytes() == content
 
 
+@pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")])
+def test_an_archive_that_was_cut_off_is_named_as_damaged_and_kept(name, archive, tmp_path):
+    (tmp_path / archive).write_bytes(b"\x1f\x8b half of an archive")
+    with pytest.raises(ValueError, match=rf"{tmp_path / archive} is damaged \(wrong checksum\): delete it"):
+        data.load(name, tmp_path, CPU)
+    assert (tmp_path / archive).exists()
+
+
+def test_a_damaged_archive_beside_whole_files_does_not_matter(cifar, tmp_path):
+    (tmp_path / "cifar-10-batches-py").symlink_to(cifar / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
+    assert len(data.load("cifar10", tmp_path, CPU).train) == 50_000
+
+
+def test_the_folder_of_the_batches_may_be_named_itself(cifar, monkeypatch):
+    assert len(data.load("cifar10", cifar / "cifar-10-batches-py", CPU).train) == 50_000
+    monkeypatch.chdir(cifar / "cifar-10-batches-py")
+    assert len(data.load("cifar10", ".", CPU).test) == 10_000
+
+
 @pytest.mark.parametrize(
     ("name", "archive"),
     [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("svhn", "train_32x32.mat")],
