@@ -11,12 +11,17 @@ Thin lines are the training loss and error of each step, smoothed over one epoch
 
 import argparse
 import io
+import itertools
+import math
 import os
+import signal
+import warnings
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator
 
 FORMATS = ("png", "pdf", "svg")
@@ -29,6 +34,7 @@ def main():
     args = parser.parse_args()
     try:
         runs = {label: read_run(folder, args.smooth) for label, folder in name_runs(args.runs).items()}
+        check_since(runs, args.since)
         out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
         for path, columns in figures(out, args.format).items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,21 +50,39 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s DIR [DIR ...] [options], which --help lists",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=named, metavar="DIR", help="folder of a run")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=named,
         metavar="DIR|FILE",
         help="their folder, or the file of one figure (default: the run, or what holds all)",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="(%(default)s)")
     parser.add_argument(
-        "--smooth", type=float, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
+        "--smooth", type=not_negative, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
     )
     parser.add_argument("--linear", action="store_true", help="linear instead of logarithmic loss axis")
     parser.add_argument("--title", help="text above the figure")
-    parser.add_argument("--since", type=float, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
+    parser.add_argument(
+        "--since", type=not_negative, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)"
+    )
     return parser
+
+
+def named(text):
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: give one, or leave out the flag")
+    return Path(text)
+
+
+def not_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be 0 or more, and finite")
+    return value
+
+
+not_negative.__name__ = "float"  # argparse names it where the text is no number
 
 
 def figures(out, suffix):
@@ -90,32 +114,43 @@ def read_run(folder, smooth):
     return train, test
 
 
+def check_since(runs, since):
+    """ValueError if there is nothing that late to be drawn."""
+    last = max(table["epoch"].max() for tables in runs.values() for table in tables if not table.empty)
+    if since > last:
+        raise ValueError(f"--since {since:g} is behind the last epoch that there is, {last:g}: choose less")
+
+
 def read_csv(path):
-    """The rows of a CSV but for a last one that is only half written. ValueError if it is missing or has other columns."""
+    """The rows of a CSV but for a last one that is only half written. ValueError if it is missing, damaged or another."""
     if not path.exists():
         raise ValueError(f"{path} does not exist: name the folder of a run of train.py")
-    text = path.read_text()
     try:
+        text = path.read_text()
         table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"), dtype=float)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no table of numbers ({str(error).strip()}): it was not written by train.py") from error
-    if not {"epoch", "loss", "error"} <= set(table.columns):
+    if not {"epoch", "loss", "error"} <= set(table.columns) or not isinstance(table.index, pd.RangeIndex):  # a column too many
         raise ValueError(f"{path} has no columns epoch, loss, error: it was not written by train.py")
+    epochs = [0, *table["epoch"], math.inf]
+    if not all(one < other for one, other in itertools.pairwise(epochs)):
+        raise ValueError(f"{path} is damaged, its epochs do not rise from row to row: put back a whole one")
     return table
 
 
 def moving_average(train, epochs):
     """Averages each row over the steps of the `epochs` epochs before it, and keeps a few thousand of the rows to be drawn."""
     steps_per_epoch = 1 / train["epoch"].iloc[0]  # the first row stands at the end of the first step
-    window = max(1, round(epochs * steps_per_epoch))
+    window = max(1, round(min(epochs * steps_per_epoch, len(train))))
     smooth = train[["loss", "error"]].rolling(window, min_periods=1).mean().assign(epoch=train["epoch"])
     every = max(1, len(smooth) // MAX_POINTS)
     return smooth[(len(smooth) - 1) % every :: every]  # the last row among them
 
 
 def draw(runs, columns, path, title, since, linear):
-    """One figure with a panel for each of `columns`."""
+    """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
     figure = Figure(figsize=(1.2 + 5.3 * len(columns), 4.3), layout="constrained")
+    families = font_families("".join([*runs, title or ""]))
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for color, (label, tables) in enumerate(runs.items()):
             draw_run(axes, column, label, f"C{color}", *(table[table["epoch"] >= since] for table in tables))
@@ -126,11 +161,28 @@ def draw(runs, columns, path, title, since, linear):
         if column == "error":
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        lines = axes.get_lines()
+        for text in axes.legend(lines, [as_text(line.get_label()) for line in lines]).get_texts():
+            text.set(parse_math=False, fontfamily=families)
     if title:
-        figure.suptitle(title)
-    with matplotlib.rc_context({"axes.formatter.min_exponent": 3}):  # 0.01 and not 10^-2 on the logarithmic axis
+        figure.suptitle(as_text(title), parse_math=False, fontfamily=families)
+    with matplotlib.rc_context({"axes.formatter.min_exponent": 3}), warnings.catch_warnings():  # 0.01 and not 10^-2
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has that letter
         figure.savefig(path, dpi=150)
+
+
+def font_families(text):
+    """The usual fonts, and behind them those installed that have some of the letters that these lack."""
+    lacking = {ord(letter) for letter in text if letter.isprintable()} - get_font(
+        findfont(FontProperties())
+    ).get_charmap().keys()
+    others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
+    return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
+
+
+def as_text(name):
+    """A name as fonts can have it: the bytes of a file's name that are no UTF-8 become question marks."""
+    return name.encode(errors="replace").decode()
 
 
 def draw_run(axes, column, label, color, train, test):
@@ -140,4 +192,5 @@ def draw_run(axes, column, label, color, train, test):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that leaves ends it quietly, as it ends other programs
     main()

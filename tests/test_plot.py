@@ -1,8 +1,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
+import evaluate
 import plot
 
 
@@ -119,6 +124,27 @@ def header_only(run):
         (run / f"{part}.csv").write_text("epoch,loss,error\n")
 
 
+def no_text(run):
+    (run / "train.csv").write_bytes(b"\xff\x00\xff\n")
+
+
+def a_folder(run):
+    (run / "test.csv").unlink()
+    (run / "test.csv").mkdir()
+
+
+def falling_epochs(run):
+    (run / "train.csv").write_text("epoch,loss,error\n0.5,1,1\n0.25,1,1\n")
+
+
+def no_epoch(run):
+    (run / "train.csv").write_text("epoch,loss,error\n0,1,1\n")
+
+
+def a_column_too_many(run):
+    (run / "train.csv").write_text("epoch,loss,error\n0.5,1,1,1\n")
+
+
 def other_columns(run):
     (run / "train.csv").write_text("a,b\n1,2\n")
 
@@ -135,6 +161,11 @@ def text_in_cells(run):
         (header_only, "holds no figures yet"),
         (other_columns, "has no columns epoch, loss, error"),
         (text_in_cells, "train.csv"),
+        (no_text, "train.csv is no table of numbers"),
+        (a_folder, "test.csv is no table of numbers"),
+        (falling_epochs, "train.csv is damaged, its epochs do not rise"),
+        (no_epoch, "train.csv is damaged, its epochs do not rise"),
+        (a_column_too_many, "train.csv has no columns epoch, loss, error"),
     ],
 )
 def test_wrong_csvs_are_one_sentence_and_status_2(call_main, tmp_path, spoil, message):
@@ -151,3 +182,104 @@ def test_a_run_named_twice(call_main, tmp_path):
     run = write_run(tmp_path / "run")
     status, _, errors = call_main(plot, run, run)
     assert (status, "is named twice" in errors) == (2, True)
+
+
+# ---------------------------------------------------------------------------------------------------------- names as text
+
+
+NAMES = ["_try", "_", "lr$0.1$b", r"$\frac{$", r"a\$b\$", "x^2_3", "two\nlines", "<b>&--x"]
+
+
+def texts(figure):
+    """{text: whether it would be typeset as a formula} of all legends and the title of a figure."""
+    found = [text for axes in figure.axes for text in axes.get_legend().get_texts()]
+    return {text.get_text(): text.get_parse_math() for text in [*found, *filter(None, [figure._suptitle])]}
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that were saved."""
+    figures = []
+    savefig = Figure.savefig
+
+    def record(figure, *arguments, **options):
+        figures.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_titles_are_text_and_no_markup(call_main, saved, tmp_path, name):
+    run = write_run(tmp_path / name)
+    status, _, errors = call_main(plot, run, "--title", name)
+    assert (status, errors) == (0, "")
+    assert [texts(figure) for figure in saved] == [{f"{name}, train": False, f"{name}, test": False, name: False}] * 3
+
+
+def test_a_name_that_is_no_text(call_main, saved, tmp_path):
+    status, _, errors = call_main(plot, write_run(tmp_path / "bad\udcff"), "--out", tmp_path / "one.png")
+    assert (status, errors) == (0, "")
+    assert "bad?, test" in texts(saved[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_no_font_has_are_boxes_without_a_warning(call_main, tmp_path):
+    status, _, errors = call_main(plot, write_run(tmp_path / "\u4e2d\u6587"), "--title", "\U0001f642")
+    assert (status, errors) == (0, "")
+
+
+@pytest.fixture
+def chinese_font(tmp_path):
+    """An installed font with one letter, a black square at the place of U+4E2D, and no other."""
+    builder = FontBuilder(1000, isTTF=True)
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in [(0, 900), (900, 900), (900, 0)]:
+        pen.lineTo(corner)
+    pen.closePath()
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({0x4E2D: "square"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=0)
+    builder.setupNameTable({"familyName": "One Square", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "square.ttf")
+    before = list(fontManager.ttflist)
+    fontManager.addfont(tmp_path / "square.ttf")
+    yield "One Square"
+    fontManager.ttflist[:] = before
+
+
+def test_an_installed_font_that_has_the_letters_is_used(chinese_font, saved, call_main, tmp_path):
+    assert plot.font_families("abc") == evaluate.font_families("abc") == ["sans-serif"]
+    assert plot.font_families("a\u4e2d") == evaluate.font_families("a\u4e2d") == ["sans-serif", chinese_font]
+    run = write_run(tmp_path / "run")
+    pictures = []
+    for title in ("\u4e2d" * 20, "\u6587" * 20):  # squares, and boxes with a sign in them
+        assert call_main(plot, run, "--title", title, "--out", tmp_path / "one.png")[0] == 0
+        pictures.append(np.asarray(Image.open(tmp_path / "one.png").convert("L"))[:50])
+    squares, boxes = ((picture < 40).mean() for picture in pictures)
+    assert squares > 1.5 * boxes > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("since", ["99", "4.5"])
+def test_since_an_epoch_that_is_not_there_yet(call_main, tmp_path, since):
+    run = write_run(tmp_path / "run")
+    status, _, errors = call_main(plot, run, "--since", since)
+    assert (status, f"--since {since} is behind the last epoch that there is, 4: choose less" in errors) == (2, True)
+    assert not list(run.glob("*.png"))
+    assert call_main(plot, run, "--since", 4)[0] == 0
+
+
+def test_a_smoothing_that_is_longer_than_the_run_is_one_over_all(tmp_path):
+    folder = write_run(tmp_path / "run")
+    smooth, _ = plot.read_run(folder, smooth=1e300)
+    assert smooth["loss"].iloc[-1] == pytest.approx(pd.read_csv(folder / "train.csv")["loss"].mean())
