@@ -44,10 +44,20 @@ from tqdm import tqdm
 
 import data
 import dense_block
+import endings
 from attic.torchvision_weights import torchvision_net
 from densenet import DenseNet, layers_per_block
 from distributed import World
-from flags import USAGE, add_device_flag, add_machine_flags, add_optimisation_flags, at_least, default_values
+from flags import (
+    LARGEST,
+    USAGE,
+    add_device_flag,
+    add_machine_flags,
+    add_optimisation_flags,
+    at_least,
+    default_values,
+    named,
+)
 from machine import DTYPES, choose_device, describe, keep_freed_memory, make_repeatable
 from train import make_optimizer, prepare, training_step
 
@@ -84,17 +94,17 @@ VARIANTS |= {f"{name}, bf16": variant._replace(precision="bf16") for name, varia
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    try:
+    asked = f"batches of {args.batch_size} and L={args.depth}, k={args.growth_rate}"
+    with endings.before_training(parser, asked, "a smaller --batch-size, --depth or --growth-rate"):
         device = choose_device(args.device)
         layers_per_block(args.depth, bottleneck=True)
         measure, show = choose_task(args)
         report = measure(args, device)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"{describe(device)}, torch {torch.__version__}, {args.rounds} rounds, batch {args.batch_size}\n")
-    show(report)
-    if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "hardware": describe(device), **report}, indent=2) + "\n")
+        print(f"{describe(device)}, torch {torch.__version__}, {args.rounds} rounds, batch {args.batch_size}\n")
+        show(report)
+        if args.json:
+            facts = {"torch": torch.__version__, "hardware": describe(device), **report}
+            args.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def choose_task(args):
@@ -110,21 +120,25 @@ def choose_task(args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
-    parser.add_argument("--depth", type=int, default=100, help="L of the DenseNet-BC (%(default)s)")
-    parser.add_argument("--growth-rate", type=at_least(1), default=12, help="k (%(default)s)")
+    parser.add_argument("--depth", type=at_least(1, high=LARGEST), default=100, help="L of the DenseNet-BC (%(default)s)")
+    parser.add_argument("--growth-rate", type=at_least(1, high=LARGEST), default=12, help="k (%(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="(%(default)s)")
     parser.add_argument("--image-size", type=at_least(4), default=32, help="height and width (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", default=FIRST, help=f"of {list(VARIANTS)}")
     add_device_flag(parser)
-    parser.add_argument("--data", metavar="DIR", help="measure the data pipeline on the CIFAR-10 in this folder instead")
+    parser.add_argument(
+        "--data", metavar="DIR", type=named(str), help="measure the data pipeline on the CIFAR-10 in this folder instead"
+    )
     parser.add_argument(
         "--count", action="store_true", help="count a step's bytes, operations and kernel launches on a GPU instead"
     )
-    parser.add_argument("--bandwidth", metavar="GB/S", type=float, default=1000, help="for the floor of --count (%(default)s)")
-    parser.add_argument("--rate", metavar="TFLOP/S", type=float, default=20, help="for the floor of --count (%(default)s)")
-    parser.add_argument("--scaling", metavar="PNG", type=Path, help="draw memory and time against the depth instead")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file, too")
+    for flag, unit, default in [("--bandwidth", "GB/S", 1000), ("--rate", "TFLOP/S", 20)]:
+        parser.add_argument(
+            flag, metavar=unit, type=at_least(1e-6, float), default=default, help="for the floor of --count (%(default)s)"
+        )
+    parser.add_argument("--scaling", metavar="PNG", type=named(Path), help="draw memory and time against the depth instead")
+    parser.add_argument("--json", metavar="FILE", type=named(Path), help="write the figures to this file, too")
     return parser
 
 

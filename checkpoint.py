@@ -49,6 +49,13 @@ def restore(checkpoint, net, optimizer, scaler):
     return checkpoint["epoch"]
 
 
+def check_fit(checkpoint, net, path):
+    """ValueError if a checkpoint is not of that net, or not one that a run can go on from."""
+    ours, theirs = ({key: value.shape for key, value in state.items()} for state in (net.state_dict(), checkpoint["net"]))
+    if ours != theirs or not {"optimizer", "scaler"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not of this run, or of another version of this program: put back its own")
+
+
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, in evaluation mode. ValueError if the weights are not those of such a net."""
     try:
@@ -85,9 +92,24 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
     if is_state_dict(checkpoint):
         checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
-    if not isinstance(checkpoint, dict) or not {"net", *CARD} <= checkpoint.keys():
+    if not is_checkpoint(checkpoint):
         raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
     return checkpoint
+
+
+def is_checkpoint(values):
+    """Whether it is a dictionary with the weights of a net and its card, each entry of the right kind."""
+    kinds = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}
+    return (
+        isinstance(values, dict)
+        and {"net", *CARD} <= values.keys()
+        and is_state_dict(values["net"])
+        and all(isinstance(values[name], kind) for name, kind in kinds.items())
+        and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
+        and all(isinstance(name, str) for name in values["classes"])
+        and all(isinstance(values["args"].get(name), str) for name in ("dataset", "data"))
+        and isinstance(values["args"].get("image_size"), int | None)
+    )
 
 
 def is_state_dict(values):

@@ -38,6 +38,8 @@ def join(world, device):
     """Meets the other ranks and returns this one's device. ValueError if they cannot be met, or there is no GPU for it."""
     if world.size == 1:
         return device
+    if device.index is not None:
+        raise ValueError(f"--device {device} is one for all processes, and each has its own: choose --device {device.type}")
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -62,6 +64,11 @@ def open_store(world):
     """
     store, _rank, _size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     return dist.PrefixStore(f"attempt {world.attempt}", store)
+
+
+def lost_peer(error):
+    """Whether it is the error of a process that waited for another one, and that one is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def leave(world):

@@ -10,6 +10,7 @@ beside it, or into --out DIR: one row for each true class, one column for each p
 """
 
 import argparse
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 import data
+import endings
 from checkpoint import build_net, export, load_checkpoint, normalization
-from flags import add_device_flag
+from flags import add_device_flag, named
 from machine import choose_device, keep_freed_memory
 from metrics import confusion_matrix, loss_and_error_sums, mean_class_error, predict
 from pictures import SQUEEZED_SIZE, middle, read_pictures, squeezed
@@ -27,7 +29,7 @@ from pictures import SQUEEZED_SIZE, middle, read_pictures, squeezed
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    try:
+    with endings.before_training(parser, "the net and its images", "--device cpu, or a machine that has more"):
         checkpoint = load_checkpoint(args.checkpoint)
         device = choose_device(args.device)
         keep_freed_memory(device)
@@ -39,8 +41,6 @@ def main():
             classify(net, checkpoint, args.image, device)
         else:
             evaluate(net, checkpoint, args.data, args.out or args.checkpoint.parent, device)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 def build_parser():
@@ -49,22 +49,31 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s CHECKPOINT [options], which --help lists",
     )
-    parser.add_argument("checkpoint", type=Path, help="latest.pth of a run, or weights of --export")
+    parser.add_argument("checkpoint", type=named(Path), help="latest.pth of a run, or weights of --export")
     add_device_flag(parser)
-    parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one the run was trained on)")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder for confusion.csv and confusion.png (default: beside the checkpoint)"
+        "--data", metavar="DIR", type=named(str), help="folder of the data set (default: the one the run was trained on)"
     )
     parser.add_argument(
-        "--export", metavar="FILE", type=Path, help="write the bare weights to this .pth file instead, and a .json"
+        "--out",
+        metavar="DIR",
+        type=named(Path),
+        help="folder for confusion.csv and confusion.png (default: beside the checkpoint)",
     )
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="name the most likely classes of these pictures instead")
+    parser.add_argument(
+        "--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json"
+    )
+    parser.add_argument(
+        "--image", nargs="+", metavar="FILE", type=named(str), help="name the most likely classes of these pictures instead"
+    )
     return parser
 
 
 def evaluate(net, checkpoint, root, out, device):
     """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
     args = checkpoint["args"]
+    if args["dataset"] not in data.LOADERS:
+        raise ValueError(f"the net was trained on {args['dataset']}, which this version of the program does not know")
     size = args.get("image_size")  # None, as pictures were read then, if the run is older than the choice
     dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"), image_size=size)
     if dataset.classes != checkpoint["classes"]:
@@ -100,7 +109,10 @@ def write_csv(confusion, classes, path):
 
 
 def draw(confusion, classes, path):
-    """The share of each true class that was taken for each class, in percent, numbers written where they fit."""
+    """The share of each true class that was taken for each class, in percent, numbers written where they fit.
+
+    The names of classes are text: $ is a letter in them.
+    """
     from matplotlib.figure import Figure
 
     size = max(4.5, min(0.62 * len(classes), 14))
@@ -109,16 +121,30 @@ def draw(confusion, classes, path):
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
-    font = 9 if len(classes) <= 20 else 4
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=font)
-    axes.set_yticks(range(len(classes)), classes, fontsize=font)
+    names = [name.encode(errors="replace").decode() for name in classes]  # a folder's name may have bytes that are no UTF-8
+    text = dict(parse_math=False, fontfamily=font_families("".join(names)), fontsize=9 if len(classes) <= 20 else 4)
+    axes.set_xticks(range(len(classes)), names, rotation=90, **text)
+    axes.set_yticks(range(len(classes)), names, **text)
     axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test set")
     if len(classes) <= 20:
         for (row, column), value in np.ndenumerate(percent):
             axes.text(
                 column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 50 else "black"
             )
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has that letter
+        figure.savefig(path, dpi=150)
+
+
+def font_families(text):
+    """The usual fonts, and behind them those installed that have some of the letters that these lack; plot.py's own, too."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    lacking = {ord(letter) for letter in text if letter.isprintable()} - get_font(
+        findfont(FontProperties())
+    ).get_charmap().keys()
+    others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
+    return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
 
 
 def classify(net, checkpoint, paths, device):

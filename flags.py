@@ -1,21 +1,32 @@
 """The flags that several programs share, and their defaults, each of which is stated here and nowhere else."""
 
 import argparse
-import math
 from pathlib import Path
 
+import torch
+
 from data import IMAGE_SIZE, LOADERS
-from machine import DTYPES
+from machine import DEVICE_NAME, DTYPES
 
 USAGE = "%(prog)s [options], which --help lists"
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
 
+# Beyond these a number is a slip of the hand, and what PyTorch, a clock or a day has room for is not reached.
+HIGHEST = {int: 10**9, float: torch.finfo(torch.float32).max}
+LARGEST = 10**4  # layers of a net, channels that a layer adds, pixels of a picture's side
+
 
 def add_data_flags(group):
     group.add_argument("--dataset", choices=sorted(LOADERS), default="cifar10")
-    group.add_argument("--data", metavar="DIR", default="data", help="where the data set is, or is downloaded to (%(default)s)")
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        type=named(str),
+        default="data",
+        help="where the data set is, or is downloaded to (%(default)s)",
+    )
     group.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
@@ -33,12 +44,15 @@ def add_data_flags(group):
 
 
 def add_model_flags(group, depth=100):
-    group.add_argument("--depth", type=int, default=depth, help="L, the layers with weights (%(default)s)")
-    group.add_argument("--growth-rate", type=int, default=12, help="k, the feature maps a layer adds (%(default)s)")
-    group.add_argument("--reduction", type=float, help="share of the channels a transition keeps (0.5; plain net 1.0)")
+    size = at_least(0, high=LARGEST)  # what DenseNet makes of 0, it says itself
+    group.add_argument("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
+    group.add_argument("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
+    group.add_argument(
+        "--reduction", type=at_least(0, float), help="share of the channels a transition keeps (0.5; plain net 1.0)"
+    )
     group.add_argument("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
-    group.add_argument("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
-    group.add_argument("--init-channels", type=int, help="output of the first convolution (2k; plain net 16)")
+    group.add_argument("--drop-rate", type=at_least(0, float), help="dropout (0 with augmentation, else 0.2)")
+    group.add_argument("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
     group.add_argument(
         "--efficient", action=argparse.BooleanOptionalAction, default=False, help="dense blocks in linear memory (no)"
     )
@@ -56,7 +70,7 @@ def add_optimisation_flags(group):
     group.add_argument("--momentum", type=at_least(0, float), default=0.9, help="of sgd (%(default)s)")
     group.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="on all parameters (%(default)s)")
     group.add_argument("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
-    group.add_argument("--seed", type=at_least(0), default=1, help="(%(default)s)")
+    group.add_argument("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
     group.add_argument("--deterministic", action="store_true", help="only deterministic kernels: slower on a GPU, repeatable")
 
 
@@ -72,23 +86,29 @@ def add_machine_flags(group):
 
 
 def add_device_flag(group):
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(%(default)s)")
+    group.add_argument(
+        "--device",
+        type=device_name,
+        default="auto",
+        help="auto, cpu, cuda, cuda:N (the GPU of that number) or mps (%(default)s)",
+    )
 
 
 def add_run_flags(group):
-    group.add_argument("--save", metavar="DIR", type=Path, help="the run's folder (work/<dataset>.base)")
+    group.add_argument("--save", metavar="DIR", type=named(Path), help="the run's folder (work/<dataset>.base)")
     group.add_argument("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
     group.add_argument("--force", action="store_true", help="replace the run that the folder holds")
     group.add_argument("--no-plot", dest="plot", action="store_false", help="draw no figures")
 
 
-def at_least(low, kind=int):
-    """An argparse type: a number of that kind, not below low."""
+def at_least(low, kind=int, high=None):
+    """An argparse type: a number of that kind, not below low and not above high, or HIGHEST."""
+    high = HIGHEST[kind] if high is None else high
 
     def parse(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more, {high:g} at most")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -98,9 +118,26 @@ def at_least(low, kind=int):
 def image_size(text):
     """An argparse type: a side that the net's two poolings halve twice without a rest."""
     size = int(text)
-    if size < 8 or size % 4:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8")
+    if size % 4 or not 8 <= size <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {LARGEST}")
     return size
+
+
+def named(kind):
+    """An argparse type: the name of a file or a folder, as a str or a Path."""
+
+    def parse(text):
+        if not text:
+            raise argparse.ArgumentTypeError("the name is empty: give one, or leave out the flag")
+        return kind(text)
+
+    return parse
+
+
+def device_name(text):
+    if not DEVICE_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: choose auto, cpu, cuda, cuda:N or mps")
+    return text
 
 
 # -------------------------------------------------------------------------------------------------------- what they say
@@ -127,6 +164,18 @@ def default_values(*groups):
     for add_flags in groups:
         add_flags(parser)
     return parser.parse_args([])
+
+
+def memory_advice(args):
+    """What a run needs memory for, and what needs less: the flags that are not used yet."""
+    gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    remedies = ["--efficient"] * (args.efficient is False) + ["--precision bf16"] * (gpu and args.precision == "fp32")
+    remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
+    asked = f"batches of {args.batch_size}"
+    if args.depth is not None:  # the control experiment has a net of its own
+        asked += f" and a net of L={args.depth}, k={args.growth_rate}"
+        remedies += ["a smaller net (--depth, --growth-rate)"]
+    return asked, " or ".join(remedies)
 
 
 def model_arguments(args):

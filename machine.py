@@ -1,6 +1,7 @@
-"""The machine that a net runs on: which device and what it is called; kernels repeatable or fast; memory free and kept."""
+"""The machine that a net runs on: its devices by name; kernels repeatable or fast; memory that is free, kept, or ran out."""
 
 import ctypes
+import errno
 import math
 import os
 import platform
@@ -12,16 +13,34 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CGROUP_FILES = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]  # versions 2 and 1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
+DEVICE_NAME = re.compile(r"auto|(cpu|cuda|mps)(:(0|[1-9]\d{0,99}))?", re.ASCII)
+
+# What is said where there is no exception for it: by PyTorch's allocators, oneDNN, cuBLAS, the C++ library, the system.
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator|not enough memory|out of memory|cannot allocate memory|can't allocate memory|bad_alloc|"
+    r"_ALLOC_FAILED|could not (create|execute) a (memory|primitive)",
+    re.IGNORECASE,
+)
+SIZE = re.compile(r"allocate ([\d.]+) (bytes|[KMGTP]i?B)", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------------------- the device
 
 
 def choose_device(name):
     """The torch.device of --device; auto is the GPU if there is one. ValueError if the device is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
+        name = next(kind for kind, count in counts.items() if count)
+    kind, _, index = name.partition(":")
+    if not counts[kind]:
         raise ValueError(f"--device {name}: this machine has none that PyTorch can use: choose --device cpu")
-    return torch.device(name)
+    if int(index or 0) >= counts[kind]:  # not asked of torch.device, which takes cuda:256 for cuda:0
+        raise ValueError(f"--device {name}: the machine has {counts[kind]} of them, counted from 0: choose a lower number")
+    device = torch.device(name)
+    if kind == "cuda" and index:
+        torch.cuda.set_device(device)  # for what is said to "cuda" without a number, such as to wait for it
+    return device
 
 
 def describe(device):
@@ -37,6 +56,9 @@ def make_repeatable(deterministic):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
+
+
+# ---------------------------------------------------------------------------------------------------------- its memory
 
 
 def keep_freed_memory(device):
@@ -81,3 +103,23 @@ def free_in_group(folder, limit, usage):
     except (OSError, ValueError, IndexError):  # no such group, or one without a limit
         return math.inf
     return limit - usage + int(cached[-1])  # version 1 has the total of the groups below it behind its own
+
+
+def out_of_memory(error):
+    """The exception that says that memory ran out, of a GPU or of the machine: error or what it came from; None without."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+        if full or told or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def size_asked_for(error):
+    """The words for how much was asked for, or none, as far as the exception tells."""
+    found = SIZE.search(str(error))
+    if found is None:
+        return ""
+    number, unit = found.groups()
+    return f", {f'{int(number) / 1e6:.1f} MB' if unit == 'bytes' else f'{number} {unit}'} more were asked for"

@@ -15,33 +15,37 @@ import graphviz
 import torch
 import torchviz
 
+import endings
 from densenet import DenseNet
-from flags import USAGE, add_model_flags, model_arguments
+from flags import USAGE, add_model_flags, model_arguments, named
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
     args.drop_rate = args.drop_rate or 0.0
-    try:
+    with endings.before_training(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         net = DenseNet(**model_arguments(args))
         print(write_dot(net, args.out))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    try:
-        for kind in ("png", "svg"):
-            print(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
-    except graphviz.ExecutableNotFound:
-        print(
-            "The program dot, which makes pictures of it, is not installed: get Graphviz, for instance by apt install graphviz."
-        )
+        try:
+            for kind in ("png", "svg"):
+                print(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
+        except graphviz.ExecutableNotFound:
+            print(
+                "The program dot, which makes pictures of it, is not installed: "
+                "get Graphviz, for instance by apt install graphviz."
+            )
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
     add_model_flags(parser, depth=10)
     parser.add_argument(
-        "--out", metavar="NAME", default="graph", help="the files' name, without .dot, .png, .svg (%(default)s)"
+        "--out",
+        metavar="NAME",
+        type=named(str),
+        default="graph",
+        help="the files' name, without .dot, .png, .svg (%(default)s)",
     )
     return parser
 

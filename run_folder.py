@@ -4,15 +4,19 @@ Rows of the CSVs reach the disk before the checkpoint that they belong to. Those
 run is resumed.
 """
 
-import fcntl
+import contextlib
+import errno
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import flush_to_disk, load_checkpoint, replace_file, save_checkpoint
+from checkpoint import check_fit, flush_to_disk, load_checkpoint, replace_file, save_checkpoint
 from data import IMAGE_SIZE
 
 HERE = Path(__file__).resolve().parent
@@ -21,6 +25,9 @@ FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "
 # What args.json holds that does not change what a run computes; all else must be the same when it is resumed.
 FREE = {"data", "device", "compile", "efficient", "deterministic", "save", "resume", "force", "plot"}
 FREE |= {"epochs", "torch", "hardware", "commit"}  # epochs have a check of their own; the others are no arguments
+REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def refuse_to_replace(save, resume, force):
@@ -32,30 +39,47 @@ def refuse_to_replace(save, resume, force):
 
 
 def lock(save):
-    """An open file that must be kept: as long as it is open, no other process gets it. It dies with its holder.
+    """A lock that must be kept: until it is closed, no other process gets it. It dies with its holder.
 
-    ValueError if another process has it, or the folder cannot be written.
+    ValueError if another process has it, or the folder cannot be written. Where the file system has no locks, the run goes on
+    without one and says so; a file that stands for a lock would outlive a killed run, and block what resumes it.
     """
+    held = contextlib.ExitStack()
     try:
         save.mkdir(parents=True, exist_ok=True)
-        file = (save / ".lock").open("w")
     except OSError as error:
         raise ValueError(f"--save {save} cannot be written ({error.strerror}): choose another folder") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        held.enter_context(FileLock(save / ".lock", blocking=False, fallback_to_soft=False))
+    except Timeout as error:
         raise ValueError(f"another process is training in {save}: wait for it, or choose another --save") from error
-    return file
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise ValueError(f"{save / '.lock'} cannot be written ({error.strerror}): choose another --save") from error
+        print(f"{save}: its file system has no locks; see to it that no other process trains there")
+    return held
+
+
+def has_checkpoint(save):
+    return (save / "latest.pth").exists()
 
 
 def read_arguments(save):
-    """What args.json says of the run in the folder; nothing where there is none."""
+    """What args.json says of the run in the folder; nothing where there is none. ValueError if it is damaged."""
     path = save / "args.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from error
+    if not isinstance(facts, dict) or type(facts.get("epochs")) is not int:
+        raise ValueError(f"{path} is damaged or not from this program: {REMEDY}")
+    return facts
 
 
 def image_size(args):
-    """The size that a run's pictures get: --image-size, or that of the net of --init, or the usual one.
+    """The size that a run's pictures get: --image-size, or that of the net it begins or goes on with, or the usual one.
 
     None, which is as pictures were read then, for a run that was begun before there was a choice and is now resumed.
     """
@@ -64,26 +88,38 @@ def image_size(args):
         if args.image_size:
             raise ValueError(f"{args.save} was begun without --image-size {args.image_size}: resume it with the same arguments")
         return None
-    init = load_checkpoint(Path(args.init))["args"] if args.init and args.dataset == "folder" else {}
+    init = {}
+    if args.init and args.dataset == "folder":
+        resumed = args.resume and has_checkpoint(args.save)  # then the file of --init may be gone
+        init = load_checkpoint(args.save / "latest.pth" if resumed else Path(args.init))["args"]
     return args.image_size or init.get("image_size") or IMAGE_SIZE
 
 
 def begin(save, facts, has_val):
     """Removes the files of a run that was there, and writes args.json and the CSVs with their header lines."""
+    refuse_folders(save)
     for name in FILES:
-        (save / name).unlink(missing_ok=True)
-    replace_file(save / "args.json", (json.dumps(facts, indent=2) + "\n").encode())
-    (save / "train.csv").write_text("epoch,loss,error\n")
-    (save / "test.csv").write_text("epoch,loss,error" + (",val_loss,val_error" if has_val else "") + "\n")
+        if not (save / name).is_dir():  # where a figure should be: drawing it will fail, and say so
+            (save / name).unlink(missing_ok=True)
+    replace_file(save / "args.json", encode(facts))
+    for name, header in headers(has_val).items():
+        (save / name).write_text(header)
 
 
-def resume(save, facts, unchanged):
+def headers(has_val):
+    """{CSV: its first line}."""
+    columns = "epoch,loss,error"
+    return {"train.csv": f"{columns}\n", "test.csv": columns + ",val_loss,val_error" * has_val + "\n"}
+
+
+def resume(save, facts, net, unchanged):
     """The checkpoint of the run in the folder, its CSVs cut off behind it; None where there is none yet.
 
     unchanged(old_epochs, new_epochs, epochs_done) tells whether the schedule so far is the same with another --epochs.
-    ValueError, and nothing is touched, if the checkpoint is damaged or belongs to a run with other arguments.
+    ValueError, and nothing is touched, if a file is missing or damaged or belongs to another net or other arguments.
     """
-    checkpoint = load_checkpoint(save / "latest.pth") if (save / "latest.pth").exists() else None
+    refuse_folders(save)
+    checkpoint = load_checkpoint(save / "latest.pth") if has_checkpoint(save) else None
     begun = read_arguments(save)
     if not begun:
         if checkpoint is None:
@@ -92,30 +128,77 @@ def resume(save, facts, unchanged):
     epochs_done = checkpoint["epoch"] if checkpoint else 0
     compare(begun, facts, epochs_done, unchanged)
     if checkpoint:
-        replace_file(save / "args.json", (json.dumps(facts, indent=2) + "\n").encode())
+        check_fit(checkpoint, net, save / "latest.pth")
+        compare_arguments(checkpoint["args"], facts)
+        steps = -(-facts["train_images"] // facts["batch_size"])
+        for name, header in headers(facts["val"] > 0).items():
+            check_rows(save / name, header, epochs_done, steps if name == "train.csv" else 1)
+        replace_file(save / "args.json", encode(facts))
         for name in ("train.csv", "test.csv"):
             cut_rows(save / name, epochs_done)
     return checkpoint
 
 
+def refuse_folders(save):
+    """ValueError if there is a folder where a file of the run should be, but for the figures."""
+    for name in FILES:
+        if not name.endswith(".png") and (save / name).is_dir():
+            raise ValueError(f"{save / name} is a folder, and a run has a file there: remove it, or choose another --save")
+
+
+def encode(facts):
+    return (json.dumps(facts, indent=2) + "\n").encode()
+
+
 def compare(old, new, epochs_done, unchanged):
     """ValueError names the first argument that would change the result of the run."""
-    for name in old:
-        if name in new and name not in FREE and old[name] != new[name]:
-            raise ValueError(
-                f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments"
-            )
+    compare_arguments(old, new)
     if not unchanged(old["epochs"], new["epochs"], epochs_done):
         raise ValueError(
             f"--epochs {new['epochs']} instead of {old['epochs']} changes the schedule of the {epochs_done} epochs already done"
         )
 
 
+def compare_arguments(old, new):
+    for name in old:
+        if name in new and name not in FREE and old[name] != new[name]:
+            raise ValueError(
+                f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments"
+            )
+
+
+def check_rows(path, header, epochs_done, steps):
+    """ValueError unless a CSV has its header and all rows of the epochs that are done, `steps` for each."""
+    try:
+        found, *rows = rows_until(path, epochs_done)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
+    if found.decode(errors="replace") != header:
+        raise ValueError(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
+    expected = [epoch + step / steps for epoch in range(epochs_done) for step in range(1, steps + 1)]
+    epochs = [epoch_of(row, columns=header.count(",") + 1) for row in rows]
+    if len(epochs) != len(expected) or not np.allclose(epochs, expected, rtol=0, atol=2e-6):  # the file has 6 digits of them
+        raise ValueError(f"{path} is damaged, it has not the {steps} rows of each of the {epochs_done} epochs: {REMEDY}")
+
+
+def rows_until(path, epochs_done):
+    """The lines of a CSV: its header and the rows up to the end of epoch `epochs_done`, without what is no whole row."""
+    header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
+    return [header, *(row for row in rows if epoch_of(row) <= epochs_done)]
+
+
+def epoch_of(row, columns=None):
+    """The epoch of a CSV's row, of so many columns; infinity where it is no whole row of numbers."""
+    try:
+        values = [float(value) for value in row.decode().split(",")]
+    except ValueError:
+        return math.inf
+    return values[0] if row.endswith(b"\n") and columns in (None, len(values)) else math.inf
+
+
 def cut_rows(path, epochs_done):
     """Keeps the header and the rows up to the end of epoch `epochs_done` of a CSV whose last row may be half written."""
-    header, *rows = path.read_bytes().splitlines(keepends=True)
-    whole = [row for row in rows if row.endswith(b"\n") and float(row.split(b",")[0]) <= epochs_done]
-    replace_file(path, b"".join([header, *whole]))
+    replace_file(path, b"".join(rows_until(path, epochs_done)))
 
 
 def append_rows(path, rows):

@@ -1,5 +1,6 @@
 """Signals that end a run: the first one after the step that is under way, a second one at once; and how to go on then."""
 
+import os
 import shlex
 import signal
 import sys
@@ -20,14 +21,30 @@ def resume_command(world):
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM, for the training loop to see; a second one ends the program at once."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP, for the training loop to see; a second one ends the program at once.
+
+    SIGHUP, a closed terminal, is left alone under nohup; and it is no second one, for the system and the shell both send it.
+    """
 
     def __init__(self):
         self.received = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
         self.received = signum
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for descriptor in self.terminals:
+            if not os.isatty(descriptor):  # it was closed: what is said there now would be an error
+                silence(descriptor)
+
+
+def silence(descriptor):
+    """What is written there from now on is dropped."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 import data
 import distributed
+import endings
 import flags
 import run_folder
 from checkpoint import load_checkpoint, make_card, make_checkpoint, restore
 from densenet import DenseNet
 from machine import DTYPES, choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
-from signals import Stopped, StopSignals, resume_command
+from signals import Stopped, StopSignals
 
 FLUSH_STEPS = 20  # the device is synchronised once in so many steps, to write their losses to train.csv
 
@@ -43,7 +44,8 @@ FLUSH_STEPS = 20  # the device is synchronised once in so many steps, to write t
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    try:
+    asked, remedy = flags.memory_advice(args)
+    with endings.before_training(parser, asked, f"{remedy}, or fewer images (--limit)", trains=True):
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = distributed.join(world, choose_device(args.device))
@@ -55,24 +57,10 @@ def main():
             dataset = data.load(args.dataset, args.data, device, args.val, args.limit, args.image_size, quiet)
         distributed.check_batches(world, args.batch_size, len(dataset.train))
         net = make_net(args, len(dataset.classes), device)
-        opened = open_run(args, device, dataset, world) if world.rank == 0 else (None, None)
+        opened = open_run(net, args, device, dataset, world) if world.rank == 0 else (None, None)
         _lock, checkpoint = opened  # the lock is held to the end
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(128 + signal.SIGINT, "train.py: stopped before the run began\n")
-    try:
+    with endings.training(parser.prog, world, asked, remedy):
         fit(net, dataset, args, device, world, distributed.share_object(checkpoint, world))
-    except Stopped as stopped:
-        if world.rank == 0:
-            print(f"{stopped}; this continues the run: {resume_command(world)}")
-        sys.exit(stopped.status)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
-    except OSError as error:
-        sys.exit(f"train.py: {error}; the last complete checkpoint is kept, --resume continues from it")
-    finally:
-        distributed.leave(world)
 
 
 def build_parser():
@@ -85,7 +73,10 @@ def build_parser():
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
     model_group.add_argument(
-        "--init", metavar="FILE", help="begin with these weights: a latest.pth, or what evaluate.py exported"
+        "--init",
+        metavar="FILE",
+        type=flags.named(str),
+        help="begin with these weights: a latest.pth, or what evaluate.py exported",
     )
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
@@ -107,10 +98,13 @@ def check_arguments(args, device):
 
 
 def make_net(args, num_classes, device):
-    """The net as the run begins with it. ValueError if the weights of --init are not there, or of a net that is another."""
+    """The net as the run begins with it. ValueError if the weights of --init are not there, or of a net that is another.
+
+    A run that is continued has weights of its own, and needs the file of --init no more.
+    """
     torch.manual_seed(args.seed)
     net = DenseNet(**flags.model_arguments(args), num_classes=num_classes)
-    if args.init:
+    if args.init and not (args.resume and run_folder.has_checkpoint(args.save)):
         try:
             net.load_state_dict(load_checkpoint(Path(args.init))["net"])
         except RuntimeError as error:
@@ -120,13 +114,13 @@ def make_net(args, num_classes, device):
     return net.to(device, memory_format=torch.channels_last)
 
 
-def open_run(args, device, dataset, world):
+def open_run(net, args, device, dataset, world):
     """Locks the run's folder and begins the run, or continues it with --resume. Returns the lock and a checkpoint or None."""
     lock = run_folder.lock(args.save)
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
-    checkpoint = run_folder.resume(args.save, facts, partial(same_schedule, args)) if args.resume else None
+    checkpoint = run_folder.resume(args.save, facts, net, partial(same_schedule, args)) if args.resume else None
     if checkpoint is None:
         run_folder.begin(args.save, facts, has_val=args.val > 0)
     if args.dataset == "folder":
@@ -179,6 +173,7 @@ def fit(net, dataset, args, device, world, checkpoint):
 
     FloatingPointError if the loss is no longer finite, Stopped on a signal, OSError if something cannot be written.
     """
+    stop = StopSignals()
     setproctitle(str(args.save))
     make_repeatable(args.deterministic)
     optimizer = make_optimizer(net, args)
@@ -186,7 +181,6 @@ def fit(net, dataset, args, device, world, checkpoint):
     autocast = torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
     first_epoch = restore(checkpoint, net, optimizer, scaler)
     model = prepare(net, args, device, world)
-    stop = StopSignals()
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     figures = run_folder.Figures(args.save, args.plot and world.rank == 0)
     with progress_bar(first_epoch, args.epochs, len(dataset.train), world) as bar:

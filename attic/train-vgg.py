@@ -19,13 +19,13 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import endings
 import flags
 import run_folder
 import train
 from densenet import init_weights
 from distributed import World
 from machine import choose_device, keep_freed_memory
-from signals import Stopped
 
 # Output channels of the convolutions, and the poolings.
 PLAN = [32, "pool", 64, 64, 64, "pool", 128, 128, 128, "pool", 256, 256]
@@ -35,21 +35,18 @@ BOUND = 12.0  # test error on CIFAR-10 in percent
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    try:
+    asked, remedy = flags.memory_advice(args)
+    with endings.before_training(parser, asked, remedy, trains=True):
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
         keep_freed_memory(device)
         args.image_size = args.image_size or data.IMAGE_SIZE
         dataset = data.load(args.dataset, args.data, device, args.val, args.limit, args.image_size)
-        _lock, checkpoint = train.open_run(args, device, dataset, World())  # the lock is held to the end
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    torch.manual_seed(args.seed)
-    net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
-    try:
+        torch.manual_seed(args.seed)
+        net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
+        _lock, checkpoint = train.open_run(net, args, device, dataset, World())  # the lock is held to the end
+    with endings.training(parser.prog, World(), asked, remedy):
         train.fit(net, dataset, args, device, World(), checkpoint)
-    except (Stopped, FloatingPointError, OSError) as stopped:
-        sys.exit(f"train-vgg.py: {stopped}")
     sys.exit(print_verdict(args))
 
 

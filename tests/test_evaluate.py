@@ -1,12 +1,18 @@
+import contextlib
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from test_run_folder import damage
 
 import evaluate
+from checkpoint import build_net, export, load_checkpoint, normalization
 
 
 def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path):
@@ -50,3 +56,53 @@ def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", tmp_path / "broken.png")
     assert (status, "broken.png cannot be read as an image" in errors) == (2, True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_classes_are_text_in_the_picture(monkeypatch, tmp_path):
+    names, figures, savefig = ["_x", "lr$0.1$b", r"$\frac{$", "\u4e2d\u6587", "bad\udcff"], [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), savefig(figure, *a, **k)])
+    evaluate.draw(np.eye(5, dtype=int), names, tmp_path / "confusion.png")
+    axes = figures[0].axes[0]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == [*names[:4], "bad?"]
+        assert not any(label.get_parse_math() for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [1.0]}, "is no checkpoint of train.py"),
+        ({"epoch": "1"}, "is no checkpoint of train.py"),
+        ({"classes": [0]}, "is no checkpoint of train.py"),
+        ({"args": {}}, "is no checkpoint of train.py"),
+        ({"args": {"dataset": "mnist", "data": "data"}}, "was trained on mnist, which this version"),
+    ],
+)
+def test_a_checkpoint_of_another_version(call_main, tiny_run, tmp_path, change, message):
+    checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
+    torch.save({**checkpoint, **change}, tmp_path / "latest.pth")
+    status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
+    assert (status, len(errors.splitlines()), message in errors) == (2, 2, True), errors
+
+
+@hypothesis.given(
+    position=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(["cut", "insert", "change"]), byte=st.integers(0, 255)
+)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_damaged_card_is_a_sentence_or_a_net(exported, position, kind, byte):
+    damaged = exported.with_name("damaged.pth")
+    damaged.write_bytes(exported.read_bytes())
+    damaged.with_suffix(".json").write_bytes(damage(exported.with_suffix(".json").read_bytes(), position, kind, byte))
+    with contextlib.suppress(ValueError):
+        checkpoint = load_checkpoint(damaged)
+        build_net(checkpoint)
+        normalization(checkpoint, "cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    """Bare weights, with their card beside them."""
+    path = tmp_path_factory.mktemp("exported") / "net.pth"
+    export(load_checkpoint(tiny_run / "latest.pth"), path)
+    return path

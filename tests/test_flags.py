@@ -1,6 +1,16 @@
+import argparse
+import importlib
+import importlib.util
+import math
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, TINY, contents
+
 import train
 from densenet import DenseNet
-from flags import model_arguments, parse_args
+from flags import memory_advice, model_arguments, parse_args
 
 
 def parse(*arguments):
@@ -17,3 +27,112 @@ def test_defaults_that_depend_on_others():
     plain = DenseNet(**model_arguments(parse("--no-bottleneck", "--depth", "40")))
     assert sum(p.numel() for p in plain.parameters()) == 1_019_722
     assert parse("--nEpochs", "7", "--batchSz", "8", "--no-cuda").device == "cpu"
+
+
+def test_memory_advice_names_what_is_not_used_yet():
+    asked, remedy = memory_advice(parse("--depth", "190", "--growth-rate", "40", "--device", "cuda"))
+    assert asked == "batches of 64 and a net of L=190, k=40"
+    assert remedy == "--efficient or --precision bf16 or a smaller --batch-size or a smaller net (--depth, --growth-rate)"
+    _, remedy = memory_advice(parse("--efficient", "--precision", "bf16", "--batch-size", "1", "--device", "cuda:1"))
+    assert remedy == "a smaller net (--depth, --growth-rate)"
+    assert "bf16" not in memory_advice(parse("--device", "cpu"))[1]
+
+
+# ------------------------------------------------------------------------------------- every flag of every program
+
+
+class Collected(Exception):
+    """The parser of a program, at the moment it would read its arguments."""
+
+
+def parser_of(path, monkeypatch):
+    """The argparse parser of a program, flags and all, or None if it reads no arguments that way."""
+
+    def parse_args(parser, *arguments):
+        raise Collected(parser)
+
+    spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    try:
+        module.main()
+    except Collected as collected:
+        return collected.args[0]
+    finally:
+        monkeypatch.undo()
+
+
+PROGRAMS = [
+    path
+    for folder in (ROOT, ROOT / "attic", ROOT / "images")
+    for path in sorted(folder.glob("*.py"))
+    if "argparse" in path.read_text() and path.read_text().startswith("#!")
+]
+HUGE = ["9" * 30, "-" + "9" * 30, "1e400", "1e999999", "9" * 5000]
+BAD_NUMBERS = ["nan", "inf", "-inf", "-1", "", " ", "one", "0x10", *HUGE]
+
+
+def verdict(action, text):
+    """The value that a flag makes of a text, or the sentence that refuses it."""
+    parser = argparse.ArgumentParser(prog="program", exit_on_error=False)
+    parser._add_action(action)
+    flag = action.option_strings[0] if action.option_strings else None
+    words = [f"{flag}={text}"] if flag else ["--", text]
+    try:
+        value = getattr(parser.parse_args(words), action.dest)
+    except argparse.ArgumentError as error:
+        return str(error)
+    return value[0] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_every_flag_takes_a_sensible_value_or_refuses_in_a_sentence(program, monkeypatch):
+    """The parsers themselves are walked: a flag that is added later is among them."""
+    parser = parser_of(program, monkeypatch)
+    for action in parser._actions:
+        if action.nargs == 0 or action.nargs == argparse.REMAINDER or isinstance(action, argparse._HelpAction):
+            continue
+        wrong = [action.dest, *action.option_strings]
+        for text in BAD_NUMBERS:
+            value = verdict(action, text)
+            if isinstance(value, (int, float)):
+                assert math.isfinite(value), (wrong, text)
+                assert 0 <= value <= 3.5e38, (wrong, text)
+                assert not isinstance(value, int) or value < 2**64, (wrong, text)
+        refused = verdict(action, "")
+        assert action.dest in ("title", "script") or (isinstance(refused, str) and refused.startswith("argument ")), wrong
+
+
+def test_the_programs_are_those_with_flags():
+    names = {path.name for path in PROGRAMS}
+    assert {"train.py", "plot.py", "evaluate.py", "bench.py", "make_graph.py", "train-vgg.py", "draw_err_table.py"} <= names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "9" * 23], "--seed: " + "9" * 23 + " is out of range: it must be 0 or more, "),
+        (["--epochs", "9" * 30], "is out of range: it must be 1 or more, 1e+09 at most"),
+        (["--depth", "1000000"], "--depth: 1000000 is out of range"),
+        (["--weight-decay", "inf"], "inf is out of range"),
+        (["--save", ""], "--save: the name is empty: give one, or leave out the flag"),
+        (["--device", "gpu"], "'gpu' is no device: choose auto, cpu, cuda, cuda:N or mps"),
+        (["--device", "meta"], "'meta' is no device"),
+        (["--device", "cuda:-1"], "'cuda:-1' is no device"),
+        (["--device", ""], "'' is no device"),
+    ],
+)
+def test_a_value_out_of_range_is_one_sentence_and_status_2(call_main, tmp_path, arguments, message):
+    status, _, errors = call_main(train, *TINY, "--save", tmp_path / "run", *arguments)
+    assert (status, len(errors.splitlines())) == (2, 2)
+    assert message in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_trains(call_main, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--save", save, "--force", "--seed", 2**64 - 1)
+    assert status == 0, errors
+    assert str(2**64 - 1) in contents(save)["args.json"].decode()

@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+import distributed
 import machine
 import train
+from distributed import World
+from machine import choose_device
 
 # Pages that the kernel must give for a tensor of 64 MB, when a slightly larger one was freed just before.
 FAULTS = """
@@ -41,8 +44,49 @@ def test_freed_memory_is_kept_on_a_cpu_unless_a_person_says_otherwise():
 def test_a_device_that_is_not_there(call_main, tmp_path, device):
     if getattr(torch, device).is_available():
         pytest.skip(f"{device} is there")
-    status, _, errors = call_main(train, "--dataset", "digits", "--device", device, "--save", tmp_path / "run")
-    assert (status, f"--device {device}: this machine has none" in errors) == (2, True)
+    for name in (device, f"{device}:1"):
+        status, _, errors = call_main(train, "--dataset", "digits", "--device", name, "--save", tmp_path / "run")
+        assert (status, f"--device {name}: this machine has none" in errors) == (2, True)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """A machine with four GPUs, as far as PyTorch is asked; the list of those that were chosen."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize("name", ["cuda:4", "cuda:44", "cuda:256", "cuda:99999999999"])
+def test_a_number_that_is_not_there(four_gpus, name):
+    """PyTorch itself takes cuda:256 for cuda:0."""
+    with pytest.raises(ValueError, match=f"--device {name}: the machine has 4 of them, counted from 0"):
+        choose_device(name)
+    assert not four_gpus
+
+
+def test_a_number_that_is_there_is_what_cuda_means_from_then_on(four_gpus):
+    assert choose_device("cuda:3") == torch.device("cuda", 3)
+    assert four_gpus == [torch.device("cuda", 3)]
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda")
+    assert len(four_gpus) == 1
+
+
+def test_one_cpu_has_the_number_0(call_main, tmp_path):
+    with pytest.raises(ValueError, match="--device cpu:1: the machine has 1 of them"):
+        choose_device("cpu:1")
+    flags = ["--dataset", "digits", "--depth", 10, "--growth-rate", 4, "--limit", 96, "--epochs", 1, "--no-plot"]
+    status, _, errors = call_main(train, *flags, "--device", "cpu:0", "--save", tmp_path / "run")
+    assert status == 0, errors
+    assert '"device": "cpu:0"' in (tmp_path / "run" / "args.json").read_text()
+
+
+def test_under_torchrun_a_number_is_refused():
+    with pytest.raises(
+        ValueError, match="--device cuda:1 is one for all processes, and each has its own: choose --device cuda"
+    ):
+        distributed.join(World(rank=0, size=2), torch.device("cuda", 1))
 
 
 def test_free_memory_is_the_least_of_the_machine_and_of_its_control_groups(tmp_path):

@@ -4,11 +4,15 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, contents
 
+import evaluate
+import plot
 import run_folder
 import train
 
@@ -143,6 +147,187 @@ def test_the_lock_dies_with_its_holder(tmp_path):
             run_folder.lock(tmp_path)
         holder.kill()
     run_folder.lock(tmp_path).close()
+
+
+LOCKLESS = """
+import errno, fcntl, sys, train
+number = getattr(errno, sys.argv.pop(1))
+def flock(*arguments):
+    raise OSError(number, "as on such a file system")
+fcntl.flock = flock
+sys.argv[0] = train.__file__
+train.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks(tiny_run, tmp_path, name):
+    """The run goes on, says so once, and leaves nothing that would stand in the way of the next."""
+    save = tmp_path / "run"
+    flags = [*TINY, "--epochs", "2", "--batch-size", "40", "--no-plot", "--save", str(save)]
+    for more in ([], ["--resume"]) if name == "ENOSYS" else ([],):
+        command = [sys.executable, "-c", LOCKLESS, name, *flags, *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count(f"{save}: its file system has no locks") == 1
+        assert_same_run(tiny_run, save)
+
+
+def test_a_lock_that_fails_otherwise_is_named(monkeypatch, tmp_path):
+    def flock(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '.lock'} cannot be written (Input/output error)")):
+        run_folder.lock(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- damaged folders
+
+
+def missing(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def no_text(path):
+    path.write_bytes(b"\xff\x00" * 20)
+
+
+def resume_tiny(call_main, save):
+    return call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save, "--resume")
+
+
+@pytest.mark.parametrize("spoil", [missing, empty, cut_off, folder, no_text])
+@pytest.mark.parametrize("name", ["args.json", "train.csv", "test.csv", "latest.pth"])
+def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tiny_run, tmp_path, name, spoil):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    spoil(save / name)
+    before = contents(save)
+    status, _, errors = resume_tiny(call_main, save)
+    if (name, spoil) == ("latest.pth", missing):
+        assert status == 0, errors  # the run had not come so far: it begins again
+        return
+    assert (status, len(errors.splitlines())) == (2, 2)
+    assert name in errors
+    assert str(save) in errors
+    assert any(way in errors for way in ("put back", "put it back", "remove it", "name the latest.pth"))
+    assert contents(save) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "latest.pth.tmp"])
+def test_a_folder_where_a_file_should_be(call_main, tiny_run, tmp_path, name):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    (save / name).unlink(missing_ok=True)
+    (save / name).mkdir()
+    before = contents(save)
+    for way in ("--resume", "--force"):
+        status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, way)
+        assert (status, len(errors.splitlines()), str(save / name) in errors) == (2, 2, True)
+        assert contents(save) == before
+
+
+def of_another_net(checkpoint):
+    checkpoint["net"] = {**checkpoint["net"], "fc.bias": torch.zeros(11)}
+
+
+def without_optimizer(checkpoint):
+    del checkpoint["optimizer"]
+
+
+def of_another_run(checkpoint):
+    checkpoint["args"] = {**checkpoint["args"], "opt": "adam"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_another_net, "latest.pth is not of this run"),
+        (without_optimizer, "latest.pth is not of this run, or of another version"),
+        (of_another_run, "the run was begun with opt adam and not sgd"),
+    ],
+)
+def test_a_checkpoint_that_is_whole_and_not_of_this_run(call_main, tiny_run, tmp_path, change, message):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    checkpoint = torch.load(save / "latest.pth", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, save / "latest.pth")
+    before = contents(save)
+    status, _, errors = resume_tiny(call_main, save)
+    assert (status, message in errors) == (2, True), errors
+    assert contents(save) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "other"),
+    [
+        ("train.csv", 3, None),  # a row that is gone
+        ("train.csv", 3, "1,2\n"),
+        ("train.csv", 3, "0.5,2,3\n"),
+        ("test.csv", 1, "3,1,1\n"),
+        ("test.csv", 0, "epoch,error,loss\n"),
+    ],
+)
+def test_a_damaged_row_in_the_middle_does_not_survive(call_main, tiny_run, tmp_path, name, row, other):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    lines = (save / name).read_text().splitlines(keepends=True)
+    lines[row : row + 1] = [other] if other else []
+    (save / name).write_text("".join(lines))
+    before = contents(save)
+    status, _, errors = resume_tiny(call_main, save)
+    assert (status, f"{save / name} is damaged" in errors) == (2, True), errors
+    assert contents(save) == before
+
+
+def damage(content, position, kind, byte):
+    """The content with a byte changed, a byte inserted, or all cut off, at a place between 0 and 1."""
+    at = int(position * len(content))
+    return content[:at] + (b"" if kind == "cut" else bytes([byte]) + content[at + (kind == "change") :])
+
+
+@pytest.mark.parametrize("name", ["args.json", "train.csv", "test.csv", "latest.pth"])
+@hypothesis.given(
+    position=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(["cut", "insert", "change"]), byte=st.integers(0, 255)
+)
+@hypothesis.settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_damage_anywhere_is_a_sentence_or_a_run_that_is_right(
+    call_main, tiny_run, tmp_path_factory, name, position, kind, byte
+):
+    """What no file tells is a digit of a loss, or what args.json says of the machine: then the rest of the run is right."""
+    save = shutil.copytree(tiny_run, tmp_path_factory.mktemp("damaged") / "run")
+    (save / name).write_bytes(damage((save / name).read_bytes(), position, kind, byte))
+    before = contents(save)
+    if name != "args.json":
+        reader = [evaluate, save / "latest.pth"] if name == "latest.pth" else [plot, save]
+        status, _, errors = call_main(*reader, "--out", save / "new" / "figure.png")
+        assert (status, len(errors.splitlines())) in [(0, 0), (2, 2)], errors
+    status, _, errors = resume_tiny(call_main, save)
+    if status == 2:
+        assert len(errors.splitlines()) == 2
+        assert contents(save) == before
+        return
+    assert status == 0, errors
+    ours, theirs = weights(save), weights(tiny_run)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for part in ("train.csv", "test.csv"):
+        assert pd.read_csv(save / part)["epoch"].tolist() == pd.read_csv(tiny_run / part)["epoch"].tolist()
 
 
 def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_path, capsys):

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, contents
 from PIL import Image
 from test_flags import parse
+from test_run_folder import assert_same_run
 from torch._dynamo.utils import counters
 
 import data
@@ -207,6 +208,22 @@ def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_ru
     assert status == 2
     assert f"--init {tiny_run / 'latest.pth'} is not of this net: give the model flags" in errors.splitlines()[1]
     assert (run / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
+
+
+def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_run, tmp_path):
+    weights, flags = tmp_path / "net.pth", [*TINY, "--no-plot", "--opt", "adam", "--init", tmp_path / "net.pth"]
+    shutil.copy(tiny_run / "latest.pth", weights)
+    for save, epochs in [("whole", 2), ("parts", 1)]:
+        assert call_main(train, *flags, "--epochs", epochs, "--save", tmp_path / save)[0] == 0
+    weights.unlink()
+    status, out, errors = call_main(train, *flags, "--epochs", 2, "--save", tmp_path / "parts", "--resume")
+    assert (status, "continuing after epoch 1" in out) == (0, True), errors
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "latest.pth").unlink()
+    before = contents(tmp_path / "parts")
+    status, _, errors = call_main(train, *flags, "--epochs", 2, "--save", tmp_path / "parts", "--resume")
+    assert (status, f"{weights} does not exist" in errors) == (2, True)
+    assert contents(tmp_path / "parts") == before
 
 
 def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(tmp_path):

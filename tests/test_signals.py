@@ -1,0 +1,100 @@
+"""A terminal that is closed, for real: a run on a pseudo-terminal, whose other end goes away."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import ROOT, TINY
+from test_run_folder import assert_same_run
+
+import train
+
+# A run that says when its third step is under way, and waits there until a byte comes by the pipe whose number is in argv.
+WAITING = """
+import os, sys, train
+ready, go = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+sys.argv[0] = train.__file__
+def training_steps(*arguments, real=train.training_steps):
+    for number, figures in enumerate(real(*arguments)):
+        if number == 2:
+            os.write(ready, b"1")
+            os.read(go, 1)
+        yield figures
+train.training_steps = training_steps
+train.main()
+"""
+FLAGS = [*TINY, "--batch-size", "8", "--epochs", "2", "--no-plot"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    save = tmp_path_factory.mktemp("runs") / "undisturbed"
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *FLAGS, "--save", str(save)], check=True, capture_output=True)
+    return save
+
+
+class Run:
+    """A run that waits in its third step; before is a program that starts it, such as nohup."""
+
+    def __init__(self, save, before=(), **options):
+        self.ready, ready = os.pipe()
+        go, self.go = os.pipe()
+        command = [*before, sys.executable, "-c", WAITING, str(ready), str(go), *FLAGS, "--save", str(save)]
+        self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=(ready, go), text=True, **options)
+        os.close(ready)
+        os.close(go)
+        assert os.read(self.ready, 1), "the run ended before its third step"
+
+    def finish(self):
+        os.write(self.go, b"1" * 100)
+        outputs = self.process.communicate(timeout=100)
+        os.close(self.ready)
+        os.close(self.go)
+        return outputs
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
+def test_the_step_is_finished_and_the_command_that_goes_on_is_told(call_main, undisturbed, tmp_path, signum):
+    run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.process.send_signal(signum)
+    out, errors = run.finish()
+    assert (run.process.returncode, errors) == (128 + signum, "")
+    assert out.startswith(f"stopped by {signum.name}; this continues the run: {sys.executable} -c ")
+    assert out.endswith(f"{tmp_path / 'run'} --resume\n")
+    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 3
+    assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_closed_terminal_stops_after_the_step(call_main, undisturbed, tmp_path):
+    """Its messages and its bar go to the terminal, which is there no more; the shell says it once again."""
+    master, slave = pty.openpty()
+    script = ["setsid", "--ctty", "--wait"]  # the terminal is its own, so that the system tells it
+    run = Run(tmp_path / "run", script, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    os.close(master)
+    run.finish()
+    assert run.process.returncode == 128 + signal.SIGHUP
+    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 3
+    assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_second_hangup_is_no_second_signal(tmp_path):
+    run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for signum in (signal.SIGHUP, signal.SIGHUP):
+        run.process.send_signal(signum)
+    run.finish()
+    assert run.process.returncode == 128 + signal.SIGHUP
+
+
+def test_under_nohup_the_run_goes_on(undisturbed, tmp_path):
+    run = Run(tmp_path / "run", ["nohup"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.process.send_signal(signal.SIGHUP)
+    run.finish()
+    assert run.process.returncode == 0
+    assert_same_run(undisturbed, tmp_path / "run")
