@@ -22,7 +22,7 @@ def before_training(parser, asked, remedy, trains=False):
     """
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)  # a reader that has left is noticed here, and not when the interpreter ends
     except KeyboardInterrupt:
         parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped" + " before the run began" * trains + "\n")
     except BrokenPipeError:
@@ -46,7 +46,7 @@ def training(program, world, asked, remedy):
         yield
     except Stopped as stopped:
         if world.rank == 0:
-            print(f"{stopped}; this continues the run: {resume_command(world)}")
+            tell(f"{stopped}; this continues the run: {resume_command(world)}", sys.stdout, sys.stderr)
         sys.exit(stopped.status)
     except FloatingPointError as error:
         sys.exit(f"{program}: {error}")
@@ -66,10 +66,17 @@ def training(program, world, asked, remedy):
         leave(world)
 
 
+def tell(sentence, *streams):
+    """Prints it where the first of the streams takes it: Ctrl-C ends what reads a pipe, too."""
+    for stream in streams:
+        with contextlib.suppress(OSError):
+            print(sentence, file=stream, flush=True)
+            return
+
+
 def exit_without_reader(sentence):
-    """Ends the program as SIGPIPE would, but for a sentence on stderr, which nobody may read, either."""
-    with contextlib.suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
+    """Ends the program as SIGPIPE would, but for a sentence."""
+    tell(sentence, sys.stderr)
     sys.exit(128 + signal.SIGPIPE)
 
 

@@ -98,3 +98,15 @@ def test_under_nohup_the_run_goes_on(undisturbed, tmp_path):
     run.finish()
     assert run.process.returncode == 0
     assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_the_command_is_told_where_somebody_still_reads(tmp_path):
+    """As with `train.py | tee log`: Ctrl-C has ended the reader before the run has finished its step."""
+    run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.process.stdout.close()
+    run.process.send_signal(signal.SIGINT)
+    run.process.stdout = None
+    _, errors = run.finish()
+    assert run.process.returncode == 128 + signal.SIGINT
+    assert errors.startswith("stopped by SIGINT; this continues the run: ")
+    assert "Traceback" not in errors
