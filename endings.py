@@ -22,7 +22,8 @@ def before_training(parser, asked, remedy, trains=False):
     """
     try:
         yield
-        print(end="", flush=True)  # a reader that has left is noticed here, and not when the interpreter ends
+        if sys.stdout is not None:  # None where it is closed from the beginning
+            sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends
     except KeyboardInterrupt:
         parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped" + " before the run began" * trains + "\n")
     except BrokenPipeError:

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from densenet import DenseNet
-from flags import named
 
 COLUMNS = ["", "depth L", "k", "parameters", "C10", "C10+", "C100", "C100+", "SVHN"]
 PAPER = [  # Table 2 of the paper; + is augmentation by crops and flips
@@ -32,7 +31,7 @@ MEASURED = "#c0392b"  # colour of a figure that a run of this code has given
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=named(Path), metavar="DIR", help="folder of a finished run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a finished run")
     args = parser.parse_args()
     try:
         rows = PAPER + [row_of(folder) for folder in args.runs]
