@@ -15,7 +15,7 @@ PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(au
 
 # Beyond these a number is a slip of the hand, and what PyTorch, a clock or a day has room for is not reached.
 HIGHEST = {int: 10**9, float: torch.finfo(torch.float32).max}
-LARGEST = 10**4  # layers of a net, channels that a layer adds, pixels of a picture's side
+LARGEST = 10**4  # layers of a net, or channels that a layer adds
 
 
 def add_data_flags(group):
@@ -118,8 +118,8 @@ def at_least(low, kind=int, high=None):
 def image_size(text):
     """An argparse type: a side that the net's two poolings halve twice without a rest."""
     size = int(text)
-    if size % 4 or not 8 <= size <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {LARGEST}")
+    if size % 4 or not 8 <= size <= HIGHEST[int]:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {HIGHEST[int]:g}")
     return size
 
 
