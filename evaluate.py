@@ -29,7 +29,8 @@ from pictures import SQUEEZED_SIZE, middle, read_pictures, squeezed
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with endings.before_training(parser, "the net and its images", "--device cpu, or a machine that has more"):
+    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine that has more"
+    with endings.before_training(parser, "the net and its images", remedy):
         checkpoint = load_checkpoint(args.checkpoint)
         device = choose_device(args.device)
         keep_freed_memory(device)
