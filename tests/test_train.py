@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import termios
+import weakref
 from functools import partial
 
 import numpy as np
@@ -106,6 +107,20 @@ def test_a_whole_step_runs_on_the_meta_device():
     assert [r.shape for r in results] == [(2,), (2,)]
     assert {r.device.type for r in results} == {"meta"}
     assert {p.grad.device.type for p in net.parameters()} == {"meta"}
+
+
+def test_nothing_of_a_step_outlives_it():
+    """As the memory of a CUDA graph needs it: no gradient when the next forward pass begins, and no output."""
+    torch.manual_seed(0)
+    net = DenseNet(depth=10, growth_rate=4)
+    gradients, outputs = [], []
+    net.register_forward_pre_hook(lambda module, inputs: gradients.extend(p.grad for p in net.parameters()))
+    net.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)), 1.0) for _ in range(3)]
+    for _ in train.training_steps(net, train.make_optimizer(net, parse()), *no_scaling(), batches, World()):
+        assert outputs[-1]() is None
+    assert len(outputs) == 3
+    assert all(gradient is None for gradient in gradients)
 
 
 # --------------------------------------------------------------------------------------------------------- a whole run
