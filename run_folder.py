@@ -118,7 +118,7 @@ def resume(save, facts, net, unchanged):
     ValueError, and nothing is touched, if a file is missing or damaged or belongs to another net or other arguments.
     """
     refuse_folders(save)
-    checkpoint = load_checkpoint(save / "latest.pth") if has_checkpoint(save) else None
+    checkpoint = load_checkpoint(save / "latest.pth") if has_checkpoint(save) else refuse_lost_checkpoint(save)
     begun = read_arguments(save)
     if not begun:
         if checkpoint is None:
@@ -136,6 +136,14 @@ def resume(save, facts, net, unchanged):
         for name in ("train.csv", "test.csv"):
             cut_rows(save / name, epochs_done)
     return checkpoint
+
+
+def refuse_lost_checkpoint(save):
+    """ValueError if the CSVs go on behind the first epoch: a checkpoint was written at its end, and is gone."""
+    for path in (save / "train.csv", save / "test.csv"):
+        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if any(1 < epoch_of(row) < math.inf for row in rows):
+            raise ValueError(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 
 
 def refuse_folders(save):

@@ -65,6 +65,30 @@ def test_resume_begins_where_there_is_nothing_yet_and_says_so(call_main, tmp_pat
         assert len(pd.read_csv(tmp_path / folder / "train.csv")) == 3
 
 
+@pytest.mark.parametrize("also_gone", [[], ["args.json"], ["test.csv"], ["args.json", "train.csv"]])
+def test_a_run_whose_checkpoint_is_gone_is_not_begun_anew(call_main, tiny_run, tmp_path, also_gone):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    for name in ("latest.pth", *also_gone):
+        (save / name).unlink()
+    before = contents(save)
+    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save, "--resume")
+    assert (status, len(errors.splitlines())) == (2, 2)
+    assert f"{save / 'latest.pth'} is missing, and {save}" in errors
+    assert contents(save) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_main, tiny_run, tmp_path):
+    """The first epoch's rows are there, and its checkpoint was not written."""
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    (save / "latest.pth").unlink()
+    for name in ("train.csv", "test.csv"):
+        run_folder.cut_rows(save / name, 1)
+    flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--no-plot"]
+    status, out, errors = call_main(train, *flags, "--save", save, "--resume")
+    assert (status, "from the start" in out) == (0, True), errors
+    assert_same_run(tiny_run, save)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -217,9 +241,6 @@ def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tin
     spoil(save / name)
     before = contents(save)
     status, _, errors = resume_tiny(call_main, save)
-    if (name, spoil) == ("latest.pth", missing):
-        assert status == 0, errors  # the run had not come so far: it begins again
-        return
     assert (status, len(errors.splitlines())) == (2, 2)
     assert name in errors
     assert str(save) in errors
