@@ -17,7 +17,7 @@ dependencies = ["torch"]
 
 def densenet_bc_40_12(pretrained=False, **arguments):
     """DenseNet-BC, L=40, k=12; pretrained on CIFAR-10 with SGD. Further arguments are those of densenet.DenseNet."""
-    return _make("bc-40-12-sgd-restart", pretrained, arguments)
+    return _make("bc-40-12", pretrained, arguments)
 
 
 def densenet_bc_40_12_adam(pretrained=False, **arguments):

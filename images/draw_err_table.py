@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the paper's error table with what was measured here, images/densenet-err-table.png.
 
-    images/draw_err_table.py work/bc-40-12-sgd work/bc-40-12-sgd-restart work/bc-40-12-adam
+    images/draw_err_table.py work/bc-40-12 work/bc-40-12-sgd work/bc-40-12-adam
 
 Each folder is a finished run of train.py on CIFAR-10 with augmentation; its figure is the test error after the last epoch.
 """
@@ -26,6 +26,7 @@ PAPER = [  # Table 2 of the paper; + is augmentation by crops and flips
     ["DenseNet-BC", 250, 24, "15.3M", "5.19", "3.62", "19.64", "17.60", "1.74"],
     ["DenseNet-BC", 190, 40, "25.6M", "", "3.46", "", "17.18", ""],
 ]
+OPTIMISERS = {"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop"}
 MEASURED = "#c0392b"  # colour of a figure that a run of this code has given
 
 
@@ -55,8 +56,8 @@ def row_of(folder):
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     kind = "DenseNet-BC" if args["bottleneck"] else "DenseNet"
     more = " more" if args.get("init") else ""  # args.json of a run from before --init does not name it
-    name = f"{kind}, {args['epochs']}{more} epochs of {args['opt'].upper()}, here"
-    return [name, args["depth"], args["growth_rate"], f"{millions:.2g}M", "", f"{float(last['error']):.2f}", "", "", ""]
+    name = f"{kind}, {args['epochs']}{more} epochs of {OPTIMISERS[args['opt']]}, here"
+    return [name, args["depth"], args["growth_rate"], f"{millions:.1f}M", "", f"{float(last['error']):.2f}", "", "", ""]
 
 
 def draw(rows, path):

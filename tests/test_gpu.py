@@ -162,10 +162,10 @@ WAYS = [
 @pytest.mark.parametrize(("device", "flags"), WAYS)
 def test_the_digits_are_learned_and_the_net_answers_the_same_on_cpu_and_gpu(device, flags, run, tmp_path):
     """1,437 images in batches of 32: the last one of an epoch has 29."""
-    run("train.py", *DIGITS, "--device", device, *flags, "--epochs", 4, "--save", tmp_path)
+    run("train.py", *DIGITS, "--device", device, *flags, "--epochs", 8, "--save", tmp_path)
     trained = load_checkpoint(tmp_path / "latest.pth")
     here, there = (answers(trained, torch.device(name)) for name in ("cpu", device))
-    assert pd.read_csv(tmp_path / "test.csv")["error"].iloc[-1] < 40  # of chance, 90
+    assert pd.read_csv(tmp_path / "test.csv")["error"].iloc[-1] < 25  # 3 to 10 with ten seeds; of chance, 90
     assert (here - there).abs().max() / here.abs().max() < 0.02  # the convolutions of a GPU may use TF32
     labels = data.load("digits", ".", torch.device("cpu")).test.labels
     wrong_here, wrong_there = (loss_and_error_sums(logits, labels)[1] for logits in (here, there))
