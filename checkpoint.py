@@ -11,9 +11,12 @@ import zipfile
 
 import torch
 
-from densenet import DenseNet
+from densenet import ArgumentError, DenseNet
+from endings import Refused, naming
 
-CARD = ("model", "args", "epoch", "mean", "std", "classes")  # what --export writes beside the weights
+CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
+MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
+MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
 
 
 # ------------------------------------------------------------------------------------------------------ what is in it
@@ -50,21 +53,28 @@ def restore(checkpoint, net, optimizer, scaler):
 
 
 def check_fit(checkpoint, net, path):
-    """ValueError if a checkpoint is not of that net, or not one that a run can go on from."""
-    ours, theirs = ({key: value.shape for key, value in state.items()} for state in (net.state_dict(), checkpoint["net"]))
-    if ours != theirs or not {"optimizer", "scaler"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not of this run, or of another version of this program: put back its own")
+    """Refused if a checkpoint is not of that net, or not one that a run can go on from."""
+    if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
+        raise Refused(f"{path} is not of this run, or of another version of this program: put back its own")
+
+
+def fits(state, net):
+    """Whether a state dict has the names and shapes of the net's."""
+    ours, theirs = ({name: values.shape for name, values in each.items()} for each in (net.state_dict(), state))
+    return ours == theirs
 
 
 def build_net(checkpoint):
-    """The trained DenseNet of a checkpoint, in evaluation mode. ValueError if the weights are not those of such a net."""
+    """The trained DenseNet of a checkpoint, in evaluation mode. Refused if the weights are not those of such a net."""
     try:
-        net = DenseNet(**checkpoint["model"])
-        net.load_state_dict(checkpoint["net"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            "the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py"
-        ) from error
+        with torch.device("meta"):
+            shape = DenseNet(**checkpoint["model"])
+    except ArgumentError as error:
+        raise Refused(f"the checkpoint names a DenseNet that cannot be ({error}): it is damaged") from error
+    if not fits(checkpoint["net"], shape):
+        raise Refused("the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py")
+    net = DenseNet(**checkpoint["model"])
+    net.load_state_dict(checkpoint["net"])
     return net.eval()
 
 
@@ -77,34 +87,34 @@ def normalization(checkpoint, device):
 
 
 def load_checkpoint(path):
-    """The dictionary that make_checkpoint made, on the CPU. ValueError if the file is something else or damaged.
+    """The dictionary that make_checkpoint made, on the CPU. Refused if the file is something else or damaged.
 
     Only tensors and plain values are read, never code; PyTorch's own reader does not look at the checksums, hence testzip.
     """
+    if not path.is_file():
+        raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: name the latest.pth of a run") from error
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
+        raise Refused(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
     if is_state_dict(checkpoint):
         checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
     if not is_checkpoint(checkpoint):
-        raise ValueError(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
+        raise Refused(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
     return checkpoint
 
 
 def is_checkpoint(values):
     """Whether it is a dictionary with the weights of a net and its card, each entry of the right kind."""
-    kinds = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}
     return (
         isinstance(values, dict)
         and {"net", *CARD} <= values.keys()
         and is_state_dict(values["net"])
-        and all(isinstance(values[name], kind) for name, kind in kinds.items())
+        and all(isinstance(values[name], kind) for name, kind in CARD.items())
+        and all(isinstance(value, MODEL.get(name, ())) for name, value in values["model"].items())
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
         and all(isinstance(values["args"].get(name), str) for name in ("dataset", "data"))
@@ -117,11 +127,11 @@ def is_state_dict(values):
 
 
 def read_card(path):
-    """What --export wrote beside the weights. ValueError if it is not there or something else."""
+    """What --export wrote beside the weights. Refused if it is not there or something else."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"bare weights need {path}, which --export writes beside them: {error}") from error
+        raise Refused(f"bare weights need {path}, which --export writes beside them: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -129,22 +139,27 @@ def read_card(path):
 
 def save_checkpoint(checkpoint, path):
     """Writes the checkpoint, or replaces the one that is there."""
+    replace_file(path, encoded(checkpoint))
+
+
+def encoded(values):
+    """The bytes of a file of torch.save, which in a file of its own would say of a full disk only that it failed."""
     content = io.BytesIO()
-    torch.save(checkpoint, content)
-    replace_file(path, content.getbuffer())
+    torch.save(values, content)
+    return content.getbuffer()
 
 
 def export(checkpoint, path):
     """Writes the state dict, which torch.load reads anywhere, and the rest of the card as JSON, whose path it returns."""
     card = path.with_suffix(".json")
     if card == path:
-        raise ValueError(f"{path} is where the description goes: name a .pth file")
+        raise Refused(f"{path} is where the description goes: name a .pth file")
     for file in (path, card):
         if file.exists():
-            raise ValueError(f"{file} exists already: name another file, or remove it")
+            raise Refused(f"{file} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint["net"], path)
-    card.write_text(json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n")
+    replace_file(path, encoded(checkpoint["net"]))
+    replace_file(card, (json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n").encode())
     return card
 
 
@@ -152,13 +167,14 @@ def replace_file(path, content):
     """Writes a file so that its name stands, at every instant, for the whole old content or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-        flush_to_disk(path.parent)
-    except OSError as error:
+        with naming(path):
+            temporary.write_bytes(content)
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+            flush_to_disk(path.parent)
+    except OSError:
         temporary.unlink(missing_ok=True)  # on a full disk, room for what else is to be written
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def flush_to_disk(path):

@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from dense_block import dense_block
 
 
+class ArgumentError(ValueError):
+    """A value that no DenseNet can have; the sentence names it and what would fit."""
+
+
 class Bottleneck(nn.Module):
     """BN-ReLU-Conv1x1(4k)-BN-ReLU-Conv3x3(k), its output concatenated to its input (paper, section 3, "Bottleneck layers").
 
@@ -62,8 +66,6 @@ class Transition(nn.Module):
 
     def __init__(self, in_channels, out_channels, drop_rate=0.0):
         super().__init__()
-        if out_channels < 1:
-            raise ValueError(f"a transition would keep none of its {in_channels} channels: choose a larger reduction")
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
         self.dropout = nn.Dropout(drop_rate)
@@ -88,7 +90,7 @@ class DenseNet(nn.Module):
         efficient: train the dense blocks in linear memory; never changes a result beyond rounding.
 
     Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
-    A value out of its range raises ValueError.
+    A value out of its range raises ArgumentError, a ValueError.
     """
 
     def __init__(
@@ -110,21 +112,15 @@ class DenseNet(nn.Module):
         check_arguments(growth_rate, reduction, num_classes, drop_rate, init_channels)
         num_layers = layers_per_block(depth, bottleneck)
         layer = Bottleneck if bottleneck else SingleLayer
-
-        channels = init_channels
-        self.conv1 = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False)
-        self.dense1 = DenseBlock(layer, num_layers, channels, growth_rate, drop_rate, efficient)
-        channels += num_layers * growth_rate
-        self.trans1 = Transition(channels, math.floor(reduction * channels), drop_rate)
-        channels = math.floor(reduction * channels)
-        self.dense2 = DenseBlock(layer, num_layers, channels, growth_rate, drop_rate, efficient)
-        channels += num_layers * growth_rate
-        self.trans2 = Transition(channels, math.floor(reduction * channels), drop_rate)
-        channels = math.floor(reduction * channels)
-        self.dense3 = DenseBlock(layer, num_layers, channels, growth_rate, drop_rate, efficient)
-        channels += num_layers * growth_rate
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, num_classes)
+        (in1, out1), (in2, out2), (in3, out3) = block_channels(init_channels, num_layers * growth_rate, reduction)
+        self.conv1 = nn.Conv2d(3, in1, kernel_size=3, padding=1, bias=False)
+        self.dense1 = DenseBlock(layer, num_layers, in1, growth_rate, drop_rate, efficient)
+        self.trans1 = Transition(out1, in2, drop_rate)
+        self.dense2 = DenseBlock(layer, num_layers, in2, growth_rate, drop_rate, efficient)
+        self.trans2 = Transition(out2, in3, drop_rate)
+        self.dense3 = DenseBlock(layer, num_layers, in3, growth_rate, drop_rate, efficient)
+        self.bn1 = nn.BatchNorm2d(out3)
+        self.fc = nn.Linear(out3, num_classes)
         self.apply(init_weights)
 
     def forward(self, x):
@@ -151,26 +147,37 @@ class DenseBlock(nn.Sequential):
 
 
 def layers_per_block(depth, bottleneck):
-    """n of the paper: (depth - 4) / 6 with bottlenecks, (depth - 4) / 3 without. ValueError names the nearest depths."""
+    """n of the paper: (depth - 4) / 6 with bottlenecks, (depth - 4) / 3 without. ArgumentError names the nearest depths."""
     step = 6 if bottleneck else 3
     num_layers, rest = divmod(depth - 4, step)
     if num_layers < 1:
-        raise ValueError(f"depth {depth} is too small: the two smallest that fit are {4 + step} and {4 + 2 * step}")
+        raise ArgumentError(f"depth {depth} is too small: the two smallest that fit are {4 + step} and {4 + 2 * step}")
     if rest:
         below, above = depth - rest, depth - rest + step
-        raise ValueError(f"depth {depth} does not fit: depth - 4 must divide by {step}, the nearest are {below} and {above}")
+        raise ArgumentError(f"depth {depth} does not fit: depth - 4 must divide by {step}, the nearest are {below} and {above}")
     return num_layers
 
 
+def block_channels(channels, added, reduction):
+    """(channels of the input, of the output) of each block; added is what the layers of a block add."""
+    blocks = []
+    for _ in range(3):
+        if channels < 1:
+            raise ArgumentError(f"a transition would keep none of its {blocks[-1][1]} channels: choose a larger reduction")
+        blocks.append((channels, channels + added))
+        channels = math.floor(reduction * (channels + added))
+    return blocks
+
+
 def check_arguments(growth_rate, reduction, num_classes, drop_rate, init_channels):
-    """Raises ValueError, naming the value and its range, if one is out of range."""
+    """ArgumentError if a value is out of its range."""
     for name, value in [("growth_rate", growth_rate), ("num_classes", num_classes), ("init_channels", init_channels)]:
         if value < 1:
-            raise ValueError(f"{name} {value} is too small: it must be 1 or more")
+            raise ArgumentError(f"{name} {value} is too small: it must be 1 or more")
     if not 0 < reduction <= 1:
-        raise ValueError(f"reduction {reduction} is out of range: it must be in (0, 1]")
+        raise ArgumentError(f"reduction {reduction} is out of range: it must be in (0, 1]")
     if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate {drop_rate} is out of range: it must be in [0, 1)")
+        raise ArgumentError(f"drop_rate {drop_rate} is out of range: it must be in [0, 1)")
 
 
 def init_weights(module):

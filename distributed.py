@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from endings import Refused
+
 TIMEOUT = timedelta(minutes=30)  # for meeting at the rendezvous, and for ranks that wait while one downloads the data
 
 
@@ -24,38 +26,54 @@ class World(NamedTuple):
 
 
 def read_world(environment):
-    """The world that torchrun describes in the environment; World() without torchrun. ValueError if half of it is missing."""
+    """The world that torchrun describes in the environment; World() without torchrun."""
     if "WORLD_SIZE" not in environment:
         return World()
     try:
         here = [int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-    except KeyError as missing:
-        raise ValueError(f"WORLD_SIZE is set and {missing} is not: start several processes with torchrun") from None
+    except (KeyError, ValueError) as error:
+        raise Refused(
+            f"WORLD_SIZE is set, RANK or LOCAL_RANK is not right ({error}): start several processes with torchrun"
+        ) from error
     return World(*here, attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
-def join(world, device):
-    """Meets the other ranks and returns this one's device. ValueError if they cannot be met, or there is no GPU for it."""
+@contextlib.contextmanager
+def joined(world, device):
+    """Within it the ranks are connected. Yields this one's device. Refused if they cannot meet, or a rank has no GPU."""
     if world.size == 1:
-        return device
+        yield device
+        return
+    device = own_device(world, device)
+    meet(world, device)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(world, device):
+    """The rank's own GPU, or the CPU."""
     if device.index is not None:
-        raise ValueError(f"--device {device} is one for all processes, and each has its own: choose --device {device.type}")
+        raise Refused(f"--device {device} is one for all processes, and each has its own: choose --device {device.type}")
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise Refused(
                 f"no GPU is left for process {world.local_rank}: --nproc-per-node {torch.cuda.device_count()} at most"
             )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+    return device
+
+
+def meet(world, device):
+    """Connects this rank with the others."""
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=open_store(world), rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port"
-        ) from error
-    return device
+        raise Refused(f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port") from error
 
 
 def open_store(world):
@@ -66,27 +84,17 @@ def open_store(world):
     return dist.PrefixStore(f"attempt {world.attempt}", store)
 
 
-def lost_peer(error):
-    """Whether it is the error of a process that waited for another one, and that one is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def leave(world):
-    if world.size > 1:
-        dist.destroy_process_group()
-
-
 def check_batches(world, batch_size, num_images):
-    """ValueError unless every rank has an image of every batch, the last one included, and the same number of a whole one."""
+    """Refused unless every rank has an image of every batch, the last one included, and the same number of a whole one."""
     if batch_size % world.size:
         below = batch_size - batch_size % world.size
         fitting = f"{below} or {below + world.size}" if below else f"{world.size}"
-        raise ValueError(
+        raise Refused(
             f"--batch-size {batch_size} is the whole batch and does not divide by {world.size} processes: choose {fitting}"
         )
     last = num_images % batch_size or batch_size
     if last < world.size:
-        raise ValueError(f"the last batch has {last} images for {world.size} processes: choose another --batch-size")
+        raise Refused(f"the last batch has {last} images for {world.size} processes: choose another --batch-size")
 
 
 @contextlib.contextmanager
@@ -106,7 +114,7 @@ def wrap(net, world, device):
     if world.size == 1:
         return net
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def share_buffers(net, world):
@@ -150,7 +158,7 @@ class AllReduce(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of the whole batch, over all ranks. torch.nn.SyncBatchNorm is for GPUs only."""
+    """Batch norm with the statistics of the whole batch, over all ranks, for CPUs; torch.nn.SyncBatchNorm is for GPUs only."""
 
     def forward(self, x):
         if not self.training:
@@ -168,8 +176,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
-def synchronise_batch_norm(net):
-    """Makes every BatchNorm2d of the net a SyncBatchNorm, in place; parameters, buffers and their names stay."""
+def synchronise_batch_norm(net, device):
+    """Makes every BatchNorm2d of the net a synchronised one, in place; parameters, buffers and their names stay."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm

@@ -1,103 +1,221 @@
-"""How a program ends that cannot go on: in one sentence that says the way out, with its exit status; a bug with its traceback.
+"""How a program ends that cannot go on: a person's mistake in one sentence, a bug with its traceback; and signals.
 
-Status 2 is for what was asked wrongly, 1 for what went wrong later, 128 and more for a signal or a reader that has left.
+    with worded(parser, "batches of 64", "a smaller --batch-size") as ending:
+        ...                                 # Refused("--lr -1 is too small: ...") ends the program with status 2
+        ending.resume = resume_command(1)   # a run has begun: whatever ends it now, the person is told how to go on
+
+Exit status: 2 for what was asked wrongly, 1 for what failed later and for a bug, 128 and more for a signal or a lost reader.
 """
 
 import contextlib
+import errno
+import os
+import re
+import shlex
 import signal
 import sys
 
-from distributed import leave, lost_peer
-from machine import out_of_memory, size_asked_for
-from signals import Stopped, resume_command, silence
-
 KEPT = "the last complete checkpoint is kept, --resume continues from it"
 
+# How PyTorch's allocators, oneDNN, cuBLAS, the C++ library and the system say it where they have no exception for it.
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator|not enough memory|out of memory|cannot allocate memory|can't allocate memory|bad_alloc|"
+    r"_ALLOC_FAILED|could not create a memory",
+    re.IGNORECASE,
+)
+SIZE = re.compile(r"allocate ([\d.]+) (bytes|[KMGTP]i?B)", re.IGNORECASE)
+
+
+class Refused(Exception):
+    """A person's mistake, in one sentence that names the bad value and the way out."""
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
+
+
+class Stopped(Exception):
+    """A signal ends the run; status is the exit status that a shell expects then."""
+
+    def __init__(self, signum):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.status = 128 + signum
+
+
+# ------------------------------------------------------------------------------------------------------- the last words
+
+
+class Ending:
+    """What the last words of a program depend on. One that trains sets resume, and its rank, once the run has begun."""
+
+    def __init__(self, needs, remedy):
+        self.needs = needs  # what memory is needed for
+        self.remedy = remedy  # what needs less
+        self.resume = None  # the command that continues the run
+        self.rank = 0
+
 
 @contextlib.contextmanager
-def before_training(parser, asked, remedy, trains=False):
-    """Around what a program does before it trains, or, if it trains nothing, around all that it does.
-
-    asked is what the memory is needed for, and remedy what needs less.
-    """
+def worded(parser, needs, remedy):
+    """Around all that a program does. Yields an Ending; ends the program with its last words, or a bug's traceback."""
+    ending = Ending(needs, remedy)
     try:
-        yield
-        if sys.stdout is not None:  # None where it is closed from the beginning
-            sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends
-    except KeyboardInterrupt:
-        parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped" + " before the run began" * trains + "\n")
-    except BrokenPipeError:
-        exit_without_reader(f"{parser.prog}: nobody reads its output" + f"; {KEPT}" * trains)
-    except Exception as error:
-        exit_without_memory(parser.prog, error, asked, remedy)
-        exit_without_peers(parser.prog, error)
-        if isinstance(error, (ValueError, OSError)):
-            parser.error(str(error))
-        if trains:
-            error.add_note(f"{parser.prog}: this is a bug; {KEPT}")
-        raise
+        yield ending
+        flush_output()
+    except (Exception, KeyboardInterrupt) as error:
+        words = last_words(error, ending)
+        if words is None:
+            resume = f"; the last checkpoint is kept, and this continues the run: {ending.resume}" if ending.resume else ""
+            error.add_note(f"{parser.prog}: this is a bug{resume}")
+            raise
+        status, sentence = words
+        if isinstance(error, Stopped):
+            tell(sentence if ending.rank == 0 else "", sys.stdout, sys.stderr)
+        elif status == 2:
+            parser.error(sentence)
+        else:
+            tell(f"{parser.prog}: {sentence}\n", sys.stderr)
+        sys.exit(status)
     finally:
         silence_broken_streams()
 
 
-@contextlib.contextmanager
-def training(program, world, asked, remedy):
-    """Around the training, which ends with the status that tells why, and says how to go on."""
-    try:
-        yield
-    except Stopped as stopped:
-        if world.rank == 0:
-            tell(f"{stopped}; this continues the run: {resume_command(world)}", sys.stdout, sys.stderr)
-        sys.exit(stopped.status)
-    except FloatingPointError as error:
-        sys.exit(f"{program}: {error}")
-    except BrokenPipeError:
-        exit_without_reader(f"{program}: nobody reads its output; this continues the run: {resume_command(world)}")
-    except Exception as error:
-        exit_without_memory(program, error, asked, f"{remedy}; {KEPT}")
-        exit_without_peers(program, error)
-        if isinstance(error, OSError):
-            sys.exit(f"{program}: {error}; {KEPT}")
-        error.add_note(
-            f"{program}: this is a bug; the last checkpoint is kept, and this continues the run: {resume_command(world)}"
-        )
-        raise
-    finally:
-        silence_broken_streams()
-        leave(world)
+def last_words(error, ending):
+    """(exit status, sentence), or None for a bug."""
+    go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
+    kept = f"; {KEPT}" if ending.resume else ""
+    full = out_of_memory(error)
+    if full:
+        return 1, f"memory ran out for {ending.needs}{size_asked_for(full)}: choose {ending.remedy}{kept}"
+    if lost_peer(error):
+        return 1, f"another process of this run has ended, see what it says{kept}"
+    if isinstance(error, Stopped):
+        return error.status, f"{error}{go_on}\n"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "stopped" + go_on
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, "nobody reads its output" + go_on
+    if isinstance(error, Refused):
+        return 2, str(error)
+    if isinstance(error, Diverged):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 1 if ending.resume else 2, f"{error.filename}: {error.strerror}{kept}"
+    return None
 
 
-def tell(sentence, *streams):
-    """Prints it where the first of the streams takes it: Ctrl-C ends what reads a pipe, too."""
+def tell(text, *streams):
+    """Writes it where the first of the streams takes it: Ctrl-C ends the reader of a pipe, too."""
     for stream in streams:
         with contextlib.suppress(OSError):
-            print(sentence, file=stream, flush=True)
+            stream.write(text)
+            stream.flush()
             return
 
 
-def exit_without_reader(sentence):
-    """Ends the program as SIGPIPE would, but for a sentence."""
-    tell(sentence, sys.stderr)
-    sys.exit(128 + signal.SIGPIPE)
+@contextlib.contextmanager
+def naming(path):
+    """An OSError inside is one of this file: the system does not name a file that it fails to write to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def exit_without_memory(program, error, asked, remedy):
-    """Ends the program if it is memory that ran out."""
-    found = out_of_memory(error)
-    if found:
-        sys.exit(f"{program}: memory ran out for {asked}{size_asked_for(found)}: choose {remedy}")
-
-
-def exit_without_peers(program, error):
-    """Ends the program if it waited for another process that is gone, whose own words say why."""
-    if lost_peer(error):
-        sys.exit(f"{program}: another process of this run has ended, see what it says; {KEPT}")
+def flush_output():
+    """Notices now, and not when the interpreter ends, that a reader has left or the disk of a log is full."""
+    if sys.stdout is not None:  # None where it was closed from the start
+        with naming("standard output"):
+            sys.stdout.flush()
 
 
 def silence_broken_streams():
-    """Gives up what stdout and stderr hold and nobody takes, so that the interpreter does not complain of it at its end."""
+    """Drops what stdout and stderr hold and nobody takes: the interpreter would complain of it at its end."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
             silence(stream.fileno())
+
+
+def silence(descriptor):
+    """Drops what is written there from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+# ------------------------------------------------------------------------------------------------- what an error stands for
+
+
+def memory_advice(args, gpu):
+    """(what a run needs memory for, the flags not yet in use that need less); gpu: whether there is one."""
+    remedies = ["--efficient"] * (args.efficient is False)
+    remedies += ["--precision bf16"] * (gpu and not args.device.startswith("cpu") and args.precision == "fp32")
+    remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
+    needs = f"batches of {args.batch_size}"
+    if args.depth is not None:  # the control experiment has a net of its own
+        needs += f" and a net of L={args.depth}, k={args.growth_rate}"
+        remedies += ["a smaller net (--depth, --growth-rate)"]
+    return needs, " or ".join([*remedies, "fewer images (--limit)"])
+
+
+def out_of_memory(error):
+    """The error, or the one it came from, that says that a GPU or the machine has no memory left; None without."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
+        if full or told or isinstance(error, MemoryError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def size_asked_for(error):
+    """How much memory was asked for, in words, if the error tells."""
+    found = SIZE.search(str(error))
+    if found is None:
+        return ""
+    number, unit = found.groups()
+    return f", {f'{int(number) / 1e6:.1f} MB' if unit == 'bytes' else f'{number} {unit}'} more were asked for"
+
+
+def lost_peer(error):
+    """Whether another process of the run is gone, for which this one waited."""
+    dist = sys.modules.get("torch.distributed")  # not imported here: plot.py needs no torch
+    return dist is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def resume_command(num_processes):
+    """The command that continues this run."""
+    if num_processes > 1:
+        return "the same torchrun command with --resume"
+    return shlex.join([word for word in sys.orig_argv if word not in ("--resume", "--force")] + ["--resume"])
+
+
+class StopSignals:
+    """Notes the first SIGINT, SIGTERM or SIGHUP, for the training loop to see; a second one ends the program at once.
+
+    SIGHUP, a closed terminal, is ignored under nohup. It is never a second signal: the system and the shell both send it.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        self.received = signum
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for descriptor in self.terminals:
+            if not os.isatty(descriptor):  # the terminal was closed: to write to it would be an error
+                silence(descriptor)

@@ -10,8 +10,6 @@ beside it, or into --out DIR: one row for each true class, one column for each p
 """
 
 import argparse
-import warnings
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +18,24 @@ import torch
 import data
 import endings
 from checkpoint import build_net, export, load_checkpoint, normalization
+from endings import Refused, naming
 from flags import add_device_flag, named
 from machine import choose_device, keep_freed_memory
 from metrics import confusion_matrix, loss_and_error_sums, mean_class_error, predict
-from pictures import SQUEEZED_SIZE, middle, read_pictures, squeezed
+from pictures import read_pictures
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
     remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine that has more"
-    with endings.before_training(parser, "the net and its images", remedy):
+    with endings.worded(parser, "the net and its images", remedy):
         checkpoint = load_checkpoint(args.checkpoint)
-        device = choose_device(args.device)
-        keep_freed_memory(device)
         if args.export:
             print(f"wrote {args.export} and {export(checkpoint, args.export)}")
             return
+        device = choose_device(args.device)
+        keep_freed_memory(device)
         net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
         if args.image:
             classify(net, checkpoint, args.image, device)
@@ -71,28 +70,31 @@ def build_parser():
 
 
 def evaluate(net, checkpoint, root, out, device):
-    """Prints the figures of the test set and writes the confusion matrix into the folder `out`."""
+    """Prints loss and error of the test set and writes the confusion matrix into the folder `out`."""
     args = checkpoint["args"]
-    if args["dataset"] not in data.LOADERS:
-        raise ValueError(f"the net was trained on {args['dataset']}, which this version of the program does not know")
-    size = args.get("image_size")  # None, as pictures were read then, if the run is older than the choice
-    dataset = data.load(args["dataset"], root or args["data"], torch.device("cpu"), image_size=size)
-    if dataset.classes != checkpoint["classes"]:
-        raise ValueError(
+    if args["dataset"] not in data.SOURCES:
+        raise Refused(f"the net was trained on {args['dataset']}, which this version of the program does not know")
+    split, classes = data.read_part(args["dataset"], root or args["data"], "test", image_size_of(checkpoint))
+    if classes != checkpoint["classes"]:
+        raise Refused(
             f"the classes in {root or args['data']} are not those that the net was trained on: name its data with --data"
         )
-    logits = predict(net, dataset.test.images.to(device), *normalization(checkpoint, device))
-    labels = dataset.test.labels
-    loss, error = (loss_and_error_sums(logits, labels) / len(labels)).tolist()
-    confusion = confusion_matrix(logits.argmax(dim=1), labels, len(dataset.classes))
-    print(f"{args['dataset']}, {len(dataset.test)} test images, epoch {checkpoint['epoch']}")
+    print(f"{args['dataset']}, {len(split)} test images, epoch {checkpoint['epoch']}", flush=True)
+    logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title="test images")
+    loss, error = (loss_and_error_sums(logits, split.labels) / len(split)).tolist()
+    confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
     print(f"test loss {loss:.2f}   test error {100 * error:.2f} %")
     print(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %")
-    print_classes(confusion, dataset.classes)
+    print_classes(confusion, classes)
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(confusion, dataset.classes, out / "confusion.csv")
-    draw(confusion, dataset.classes, out / "confusion.png")
+    write_csv(confusion, classes, out / "confusion.csv")
+    draw(confusion, classes, out / "confusion.png")
     print(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
+
+
+def image_size_of(checkpoint):
+    """The size that the net's pictures had."""
+    return checkpoint["args"].get("image_size") or data.IMAGE_SIZE
 
 
 def print_classes(confusion, classes):
@@ -106,15 +108,15 @@ def print_classes(confusion, classes):
 def write_csv(confusion, classes, path):
     import pandas as pd
 
-    pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv(path)
+    with naming(path):
+        pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv(path)
 
 
 def draw(confusion, classes, path):
-    """The share of each true class that was taken for each class, in percent, numbers written where they fit.
-
-    The names of classes are text: $ is a letter in them.
-    """
+    """The share of each true class that was taken for each class, in percent, numbers written where they fit."""
     from matplotlib.figure import Figure
+
+    import drawing
 
     size = max(4.5, min(0.62 * len(classes), 14))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
@@ -122,37 +124,22 @@ def draw(confusion, classes, path):
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
-    names = [name.encode(errors="replace").decode() for name in classes]  # a folder's name may have bytes that are no UTF-8
-    text = dict(parse_math=False, fontfamily=font_families("".join(names)), fontsize=9 if len(classes) <= 20 else 4)
-    axes.set_xticks(range(len(classes)), names, rotation=90, **text)
-    axes.set_yticks(range(len(classes)), names, **text)
+    names, style = drawing.as_text(classes)
+    style["fontsize"] = 9 if len(classes) <= 20 else 4
+    axes.set_xticks(range(len(classes)), names, rotation=90, **style)
+    axes.set_yticks(range(len(classes)), names, **style)
     axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test set")
     if len(classes) <= 20:
         for (row, column), value in np.ndenumerate(percent):
             axes.text(
                 column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 50 else "black"
             )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has that letter
-        figure.savefig(path, dpi=150)
-
-
-def font_families(text):
-    """The usual fonts, and behind them those installed that have some of the letters that these lack; plot.py's own, too."""
-    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-
-    lacking = {ord(letter) for letter in text if letter.isprintable()} - get_font(
-        findfont(FontProperties())
-    ).get_charmap().keys()
-    others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
-    return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
+    drawing.save(figure, path)
 
 
 def classify(net, checkpoint, paths, device):
     """Prints the three most likely classes of each picture."""
-    size = checkpoint["args"].get("image_size")
-    prepare = partial(middle, size=size) if size else squeezed
-    images = read_pictures(paths, size or SQUEEZED_SIZE, prepare)
+    images = read_pictures(paths, image_size_of(checkpoint))
     logits = predict(net, images.to(device), *normalization(checkpoint, device))
     classes = checkpoint["classes"]
     for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):

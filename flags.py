@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-from data import IMAGE_SIZE, LOADERS
+from data import IMAGE_SIZE, SOURCES
+from densenet import ArgumentError, DenseNet
+from endings import Refused
 from machine import DEVICE_NAME, DTYPES
 
 USAGE = "%(prog)s [options], which --help lists"
@@ -13,13 +15,12 @@ USAGE = "%(prog)s [options], which --help lists"
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
 
-# Beyond these a number is a slip of the hand, and what PyTorch, a clock or a day has room for is not reached.
-HIGHEST = {int: 10**9, float: torch.finfo(torch.float32).max}
-LARGEST = 10**4  # layers of a net, or channels that a layer adds
+HIGHEST = {int: 10**7, float: torch.finfo(torch.float32).max}  # largest allowed values
+LARGEST = 10**4  # of what makes a net's size
 
 
 def add_data_flags(group):
-    group.add_argument("--dataset", choices=sorted(LOADERS), default="cifar10")
+    group.add_argument("--dataset", choices=sorted(SOURCES), default="cifar10")
     group.add_argument(
         "--data",
         metavar="DIR",
@@ -80,8 +81,13 @@ def add_machine_flags(group):
     group.add_argument(
         "--precision", choices=sorted(DTYPES), default="fp32", help="autocast of the training steps (%(default)s)"
     )
-    modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-    group.add_argument("--compile", choices=modes, nargs="?", const="default", help="torch.compile the training steps")
+    group.add_argument(
+        "--compile",
+        choices=["auto", "default", "reduce-overhead"],
+        nargs="?",
+        const="auto",
+        help="torch.compile the training steps; auto is reduce-overhead on a GPU, default elsewhere",
+    )
     group.add_argument("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
 
 
@@ -116,7 +122,7 @@ def at_least(low, kind=int, high=None):
 
 
 def image_size(text):
-    """An argparse type: a side that the net's two poolings halve twice without a rest."""
+    """An argparse type: a side that can be halved twice."""
     size = int(text)
     if size % 4 or not 8 <= size <= HIGHEST[int]:
         raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {HIGHEST[int]:g}")
@@ -166,22 +172,18 @@ def default_values(*groups):
     return parser.parse_args([])
 
 
-def memory_advice(args):
-    """What a run needs memory for, and what needs less: the flags that are not used yet."""
-    gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    remedies = ["--efficient"] * (args.efficient is False) + ["--precision bf16"] * (gpu and args.precision == "fp32")
-    remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
-    asked = f"batches of {args.batch_size}"
-    if args.depth is not None:  # the control experiment has a net of its own
-        asked += f" and a net of L={args.depth}, k={args.growth_rate}"
-        remedies += ["a smaller net (--depth, --growth-rate)"]
-    return asked, " or ".join(remedies)
-
-
 def model_arguments(args):
     """The keyword arguments of DenseNet, but for num_classes, that the model flags stand for."""
     names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "efficient"]
     return {name: getattr(args, name) for name in names}
+
+
+def make_net(args, num_classes=10):
+    """The DenseNet of the model flags. Refused if they do not make one."""
+    try:
+        return DenseNet(**model_arguments(args), num_classes=num_classes)
+    except ArgumentError as error:
+        raise Refused(str(error)) from error
 
 
 def plain_arguments(args):

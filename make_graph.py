@@ -16,17 +16,16 @@ import torch
 import torchviz
 
 import endings
-from densenet import DenseNet
-from flags import USAGE, add_model_flags, model_arguments, named
+from endings import naming
+from flags import USAGE, add_model_flags, make_net, named
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
     args.drop_rate = args.drop_rate or 0.0
-    with endings.before_training(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
-        net = DenseNet(**model_arguments(args))
-        print(write_dot(net, args.out))
+    with endings.worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
+        print(write_dot(make_net(args), args.out))
         try:
             for kind in ("png", "svg"):
                 print(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
@@ -55,7 +54,8 @@ def write_dot(net, name):
     logits = net(torch.zeros(2, 3, 32, 32))
     graph = torchviz.make_dot(logits, params=dict(net.named_parameters()))
     Path(name).parent.mkdir(parents=True, exist_ok=True)
-    return graph.save(f"{name}.dot")
+    with naming(f"{name}.dot"):
+        return graph.save(f"{name}.dot")
 
 
 if __name__ == "__main__":

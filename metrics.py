@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from data import normalize
 
@@ -9,11 +10,15 @@ BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net
 
 
 @torch.inference_mode()
-def predict(net, images, mean, std):
-    """Logits (M, num_classes), on the CPU in float64, of M uint8 images by the net in evaluation mode."""
+def predict(net, images, mean, std, title=None):
+    """Logits (M, num_classes), on the CPU in float64, of M uint8 images by the net in evaluation mode.
+
+    With a title, a terminal shows a bar.
+    """
     net.eval()
     batches = images.split(max(1, BATCH_PIXELS // images[0, 0].numel()))
-    return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
+    bar = tqdm(batches, desc=title, leave=False, dynamic_ncols=True, disable=None if title else True)
+    return torch.cat([net(normalize(batch, mean, std)) for batch in bar]).cpu().double()
 
 
 def loss_and_error_sums(logits, labels):

@@ -4,7 +4,7 @@ Telephones store a picture lying on its side and say so in its EXIF data, micros
 transparent: all of that is taken into account. What has no one right meaning in 8 bits is refused, never read as all white
 or black.
 
-    images = read_pictures(["cat.png", "dog.jpg"], 64, partial(middle, size=64))     (2, 3, 64, 64) uint8
+    images = read_pictures(["cat.png", "dog.jpg"], 64)     (2, 3, 64, 64) uint8
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from endings import Refused
 from machine import num_cpus
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
-SQUEEZED_SIZE = 32  # of squeezed and as_before
 
 # Modes of Pillow's that it converts to RGB rightly, or to RGBA where something is transparent.
 MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBA", "RGBa"}
@@ -34,31 +34,26 @@ SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 # ----------------------------------------------------------------------------------------------------------- many files
 
 
-def read_pictures(paths, size, prepare, places=None, title=None):
+def read_pictures(paths, size, places=None, title=None):
     """All pictures as one tensor (M, 3, size, size) uint8, the same whatever the number of threads.
 
-    prepare makes of an opened picture one of size x size in RGB; places are the indices that they get, if not 0, 1, 2, ….
-    With a title, a bar shows on a terminal how far it is; where there is no terminal, the title alone is printed.
-    ValueError names the first of the files that is no picture, or has no meaning as one.
+    places are the indices that they get, if not 0, 1, 2, …. With a title, a terminal shows a bar; elsewhere it is printed.
+    Refused, with the name of the first of the files that is no picture, or has no meaning as one.
     """
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
-    with no_warnings(), progress_bar(title, len(paths)) as bar:
+    bar = tqdm(desc=title, total=len(paths), unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
+    if title and bar.disable:
+        print(title, flush=True)
+    with no_warnings(), bar:
         try:
-            pictures = pool.map(partial(read_picture, prepare=prepare), paths)
+            pictures = pool.map(partial(read_picture, size=size), paths)
             for place, picture in zip(places or range(len(paths)), pictures, strict=True):
                 images[place] = picture
                 bar.update()
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
     return images
-
-
-def progress_bar(title, total):
-    bar = tqdm(desc=title, total=total, unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
-    if title and bar.disable:
-        print(title, flush=True)
-    return bar
 
 
 @contextlib.contextmanager
@@ -72,20 +67,38 @@ def no_warnings():
 # ------------------------------------------------------------------------------------------------------------- one file
 
 
-def read_picture(path, prepare):
-    """One picture file as a (3, N, N) uint8 tensor. ValueError, in one sentence, if that cannot be."""
+def read_picture(path, size):
+    """One picture file as a (3, size, size) uint8 tensor. Refused, in one sentence, if that cannot be.
+
+    The shorter side is resized to `size`, with antialiasing, and the middle cut out: nothing is squeezed.
+    """
+    picture, raw_mode = open_picture(path, size)
     try:
-        if not os.path.isfile(path):  # a pipe would be waited for
-            raise FileNotFoundError("there is no file of this name")
+        picture = to_rgb(picture, raw_mode)
+    except NoMeaning as error:
+        raise Refused(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
+    return pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
+
+
+def open_picture(path, size):
+    """(the picture, decoded and upright; the mode of its pixels in the file). Refused if Pillow cannot read it."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise Refused(f"{path} cannot be read as an image (there is no file of this name): repair or remove it")
+    try:
         with Image.open(path) as picture:
-            return pil_to_tensor(prepare(picture))
+            raw_mode = picture.tile[0].args if picture.tile else None
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more
+            # of the way is left to the antialiasing, and a photograph is read several times as fast.
+            picture.draft(None, (2 * size, 2 * size))
+            picture.load()
+            with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
+                ImageOps.exif_transpose(picture, in_place=True)
+            return picture, raw_mode
     except Image.DecompressionBombError as error:
         limit = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise ValueError(f"{path} cannot be read as an image ({limit}): make it smaller or remove it") from error
-    except NoMeaning as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
+        raise Refused(f"{path} cannot be read as an image ({limit}): make it smaller or remove it") from error
     except Exception as error:  # Pillow raises nearly anything for a broken file
-        raise ValueError(f"{path} cannot be read as an image ({reason(error)}): repair or remove it") from error
+        raise Refused(f"{path} cannot be read as an image ({reason(error)}): repair or remove it") from error
 
 
 class NoMeaning(Exception):
@@ -103,30 +116,9 @@ def reason(error):
 # ------------------------------------------------------------------------------------------------- an opened picture
 
 
-def middle(picture, size):
-    """The shorter side resized to `size`, with antialiasing, and the middle cut out: nothing is squeezed."""
-    # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more of the
-    # way is left to the antialiasing below, and a photograph is read several times as fast.
-    picture.draft(None, (2 * size, 2 * size))
-    return ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.BILINEAR)
-
-
-def squeezed(picture):
-    """As a net was fed that is older than the choice of a size."""
-    return to_rgb(picture).resize((SQUEEZED_SIZE, SQUEEZED_SIZE), Image.Resampling.BILINEAR)
-
-
-def as_before(picture):
-    """As the data set of such a net was read: neither EXIF nor transparency nor 16 bits were taken into account."""
-    return picture.convert("RGB").resize((SQUEEZED_SIZE, SQUEEZED_SIZE), Image.Resampling.BILINEAR)
-
-
-def to_rgb(picture):
-    """The first frame, upright, in RGB, on white where it is transparent. NoMeaning if there is no one way to do so."""
-    check_transparent_colour(picture)
-    picture.load()
-    with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
-        ImageOps.exif_transpose(picture, in_place=True)
+def to_rgb(picture, raw_mode):
+    """The first frame in RGB, on white where it is transparent. NoMeaning if there is no one way to do so."""
+    settle_transparent_colour(picture, raw_mode)
     if picture.mode in SIXTEEN_BITS or (picture.mode, picture.format) == ("I", "PPM"):
         picture = to_8_bits(picture)
     if picture.mode not in MODES or signed(picture):
@@ -139,13 +131,12 @@ def to_rgb(picture):
     return white
 
 
-def check_transparent_colour(picture):
-    """Brings a PNG's transparent colour to 8 bits, as the pixels will be; NoMeaning if it has 16, which Pillow has lost."""
+def settle_transparent_colour(picture, raw_mode):
+    """Brings a PNG's transparent colour to 8 bits, as the pixels are; NoMeaning if it has 16, which Pillow has lost."""
     key = picture.info.get("transparency")
-    raw_mode = picture.tile[0].args if key is not None and picture.tile else None
-    if raw_mode == "RGB;16B":
+    if key is not None and raw_mode == "RGB;16B":
         raise NoMeaning("its transparent colour has 16 bits")
-    if raw_mode in TRANSPARENT_GREY_STEP:
+    if key is not None and raw_mode in TRANSPARENT_GREY_STEP:
         picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[raw_mode]
 
 

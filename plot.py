@@ -14,15 +14,15 @@ import io
 import itertools
 import math
 import os
-import signal
-import warnings
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator
+
+import drawing
+import endings
+from endings import Refused
 
 FORMATS = ("png", "pdf", "svg")
 MAX_POINTS = 3000
@@ -32,16 +32,15 @@ LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    try:
+    with endings.worded(parser, "the figures", "a larger --since"):
+        refuse_bad_values(args)
         runs = {label: read_run(folder, args.smooth) for label, folder in name_runs(args.runs).items()}
         check_since(runs, args.since)
-        out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
-        for path, columns in figures(out, args.format).items():
+        out = Path(args.out or os.path.commonpath([*map(os.path.realpath, args.runs)]))
+        for path, columns in panels(out, args.format).items():
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(runs, columns, path, args.title, args.since, args.linear)
             print(path)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 def build_parser():
@@ -50,42 +49,32 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s DIR [DIR ...] [options], which --help lists",
     )
-    parser.add_argument("runs", nargs="+", type=named, metavar="DIR", help="folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run")
     parser.add_argument(
         "--out",
-        type=named,
         metavar="DIR|FILE",
         help="their folder, or the file of one figure (default: the run, or what holds all)",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="(%(default)s)")
     parser.add_argument(
-        "--smooth", type=not_negative, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
+        "--smooth", type=float, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
     )
     parser.add_argument("--linear", action="store_true", help="linear instead of logarithmic loss axis")
     parser.add_argument("--title", help="text above the figure")
-    parser.add_argument(
-        "--since", type=not_negative, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)"
-    )
+    parser.add_argument("--since", type=float, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
     return parser
 
 
-def named(text):
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty: give one, or leave out the flag")
-    return Path(text)
+def refuse_bad_values(args):
+    """Refused if a number is negative or not finite, or a name empty."""
+    for flag, value in [("--smooth", args.smooth), ("--since", args.since)]:
+        if not 0 <= value < math.inf:
+            raise Refused(f"{flag} {value} is out of range: it must be 0 or more, and finite")
+    if "" in [*args.runs, args.out]:
+        raise Refused("a name is empty: name a folder")
 
 
-def not_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be 0 or more, and finite")
-    return value
-
-
-not_negative.__name__ = "float"  # argparse names it where the text is no number
-
-
-def figures(out, suffix):
+def panels(out, suffix):
     """{path: columns}: three figures in a folder, or one of both columns if out is a file."""
     if out.suffix.lstrip(".") in FORMATS:
         return {out: ["loss", "error"]}
@@ -93,11 +82,11 @@ def figures(out, suffix):
 
 
 def name_runs(folders):
-    """{label: folder}; a label is the shortest end of the path that tells the runs apart. ValueError if one is named twice."""
-    paths = [folder.resolve() for folder in folders]
+    """{label: folder}; a label is the shortest end of the path that tells the runs apart. Refused if one is named twice."""
+    paths = [Path(folder).resolve() for folder in folders]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
-        raise ValueError(f"{twice} is named twice: name each run once")
+        raise Refused(f"{twice} is named twice: name each run once")
     length = 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
@@ -105,36 +94,36 @@ def name_runs(folders):
 
 
 def read_run(folder, smooth):
-    """(train, test) of a run as data frames; train smoothed over `smooth` epochs. ValueError if both are empty."""
+    """(train, test) of a run as data frames; train smoothed over `smooth` epochs. Refused if both are empty."""
     train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
     if train.empty and test.empty:
-        raise ValueError(f"{folder} holds no figures yet: train.csv and test.csv have no row")
+        raise Refused(f"{folder} has nothing to draw yet: train.csv and test.csv have no row")
     if not train.empty:
         train = moving_average(train, smooth)
     return train, test
 
 
 def check_since(runs, since):
-    """ValueError if there is nothing that late to be drawn."""
+    """Refused if there is nothing that late to be drawn."""
     last = max(table["epoch"].max() for tables in runs.values() for table in tables if not table.empty)
     if since > last:
-        raise ValueError(f"--since {since:g} is behind the last epoch that there is, {last:g}: choose less")
+        raise Refused(f"--since {since:g} is behind the last epoch that there is, {last:g}: choose less")
 
 
 def read_csv(path):
-    """The rows of a CSV but for a last one that is only half written. ValueError if it is missing, damaged or another."""
+    """The rows of a CSV but for a last one that is only half written. Refused if it is missing, damaged or another."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist: name the folder of a run of train.py")
+        raise Refused(f"{path} does not exist: name the folder of a run of train.py")
     try:
         text = path.read_text()
         table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"), dtype=float)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no table of numbers ({str(error).strip()}): it was not written by train.py") from error
+        raise Refused(f"{path} is no table of numbers ({str(error).strip()}): it was not written by train.py") from error
     if not {"epoch", "loss", "error"} <= set(table.columns) or not isinstance(table.index, pd.RangeIndex):  # a column too many
-        raise ValueError(f"{path} has no columns epoch, loss, error: it was not written by train.py")
+        raise Refused(f"{path} has no columns epoch, loss, error: it was not written by train.py")
     epochs = [0, *table["epoch"], math.inf]
     if not all(one < other for one, other in itertools.pairwise(epochs)):
-        raise ValueError(f"{path} is damaged, its epochs do not rise from row to row: put back a whole one")
+        raise Refused(f"{path} is damaged, its epochs do not rise from row to row: put back a whole one")
     return table
 
 
@@ -150,7 +139,7 @@ def moving_average(train, epochs):
 def draw(runs, columns, path, title, since, linear):
     """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
     figure = Figure(figsize=(1.2 + 5.3 * len(columns), 4.3), layout="constrained")
-    families = font_families("".join([*runs, title or ""]))
+    (title, *_), style = drawing.as_text([title or "", *runs])
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for color, (label, tables) in enumerate(runs.items()):
             draw_run(axes, column, label, f"C{color}", *(table[table["epoch"] >= since] for table in tables))
@@ -162,27 +151,12 @@ def draw(runs, columns, path, title, since, linear):
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
         lines = axes.get_lines()
-        for text in axes.legend(lines, [as_text(line.get_label()) for line in lines]).get_texts():
-            text.set(parse_math=False, fontfamily=families)
+        labels, _ = drawing.as_text([line.get_label() for line in lines])
+        for text in axes.legend(lines, labels).get_texts():
+            text.set(**style)
     if title:
-        figure.suptitle(as_text(title), parse_math=False, fontfamily=families)
-    with matplotlib.rc_context({"axes.formatter.min_exponent": 3}), warnings.catch_warnings():  # 0.01 and not 10^-2
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has that letter
-        figure.savefig(path, dpi=150)
-
-
-def font_families(text):
-    """The usual fonts, and behind them those installed that have some of the letters that these lack."""
-    lacking = {ord(letter) for letter in text if letter.isprintable()} - get_font(
-        findfont(FontProperties())
-    ).get_charmap().keys()
-    others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
-    return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
-
-
-def as_text(name):
-    """A name as fonts can have it: the bytes of a file's name that are no UTF-8 become question marks."""
-    return name.encode(errors="replace").decode()
+        figure.suptitle(title, **style)
+    drawing.save(figure, path)
 
 
 def draw_run(axes, column, label, color, train, test):
@@ -192,5 +166,4 @@ def draw_run(axes, column, label, color, train, test):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that leaves ends it quietly, as it ends other programs
     main()

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import check_fit, flush_to_disk, load_checkpoint, replace_file, save_checkpoint
-from data import IMAGE_SIZE
+from endings import Refused, naming
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -26,72 +26,61 @@ FREE = {"data", "device", "compile", "efficient", "deterministic", "save", "resu
 FREE |= {"epochs", "torch", "hardware", "commit"}  # epochs have a check of their own; the others are no arguments
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 
+MAX_EPOCHS = 10**7  # more than a run can have
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def refuse_to_replace(save, resume, force):
-    """ValueError if the folder holds a run and neither flag says what shall become of it."""
+    """Refused if the folder holds a run and neither flag says what shall become of it."""
     if not (resume or force) and any((save / name).exists() for name in FILES):
-        raise ValueError(
+        raise Refused(
             f"{save} already holds a run: continue it with --resume, replace it with --force, or choose another --save"
         )
 
 
-def lock(save):
-    """A lock that must be kept: until it is closed, no other process gets it. It dies with its holder.
+@contextlib.contextmanager
+def locked(save):
+    """Within it no other process gets the lock of the folder, which is made. The lock dies with its holder.
 
-    ValueError if another process has it, or the folder cannot be written. Where the file system has no locks, the run goes on
+    Refused if another process has it, or the folder cannot be written. Where the file system has no locks, the run goes on
     without one and says so; a file that stands for a lock would outlive a killed run, and block what resumes it.
     """
-    held = contextlib.ExitStack()
     try:
         save.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--save {save} cannot be written ({error.strerror}): choose another folder") from error
+        raise Refused(f"--save {save} cannot be written ({error.strerror}): choose another folder") from error
+    lock = FileLock(save / ".lock", blocking=False, fallback_to_soft=False)
     try:
-        held.enter_context(FileLock(save / ".lock", blocking=False, fallback_to_soft=False))
+        lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another process is training in {save}: wait for it, or choose another --save") from error
+        raise Refused(f"another process is training in {save}: wait for it, or choose another --save") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise ValueError(f"{save / '.lock'} cannot be written ({error.strerror}): choose another --save") from error
+            raise Refused(f"{save / '.lock'} cannot be written ({error.strerror}): choose another --save") from error
         print(f"{save}: its file system has no locks; see to it that no other process trains there")
-    return held
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def has_checkpoint(save):
-    return (save / "latest.pth").exists()
+def continues(save, resume):
+    """Whether there is a checkpoint for a run with --resume to go on from."""
+    return resume and (save / "latest.pth").exists()
 
 
 def read_arguments(save):
-    """What args.json says of the run in the folder; nothing where there is none. ValueError if it is damaged."""
+    """What args.json says of the run in the folder; nothing where there is none. Refused if it is damaged."""
     path = save / "args.json"
     if not path.exists():
         return {}
     try:
         facts = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from error
-    if not isinstance(facts, dict) or type(facts.get("epochs")) is not int:
-        raise ValueError(f"{path} is damaged or not from this program: {REMEDY}")
+        raise Refused(f"{path} is damaged ({error}): {REMEDY}") from error
+    if not isinstance(facts, dict) or type(facts.get("epochs")) is not int or not 0 < facts["epochs"] <= MAX_EPOCHS:
+        raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
-
-
-def image_size(args):
-    """The size that a run's pictures get: --image-size, or that of the net it begins or goes on with, or the usual one.
-
-    None, which is as pictures were read then, for a run that was begun before there was a choice and is now resumed.
-    """
-    begun = read_arguments(args.save) if args.resume else {}
-    if begun and begun.get("image_size") is None:
-        if args.image_size:
-            raise ValueError(f"{args.save} was begun without --image-size {args.image_size}: resume it with the same arguments")
-        return None
-    init = {}
-    if args.init and args.dataset == "folder":
-        resumed = args.resume and has_checkpoint(args.save)  # then the file of --init may be gone
-        init = load_checkpoint(args.save / "latest.pth" if resumed else Path(args.init))["args"]
-    return args.image_size or init.get("image_size") or IMAGE_SIZE
 
 
 def begin(save, facts, has_val):
@@ -102,7 +91,7 @@ def begin(save, facts, has_val):
             (save / name).unlink(missing_ok=True)
     replace_file(save / "args.json", encode(facts))
     for name, header in headers(has_val).items():
-        (save / name).write_text(header)
+        replace_file(save / name, header.encode())
 
 
 def headers(has_val):
@@ -111,21 +100,24 @@ def headers(has_val):
     return {"train.csv": f"{columns}\n", "test.csv": columns + ",val_loss,val_error" * has_val + "\n"}
 
 
-def resume(save, facts, net, unchanged):
+def resume(save, facts, net, old_rates, new_rates):
     """The checkpoint of the run in the folder, its CSVs cut off behind it; None where there is none yet.
 
-    unchanged(old_epochs, new_epochs, epochs_done) tells whether the schedule so far is the same with another --epochs.
-    ValueError, and nothing is touched, if a file is missing or damaged or belongs to another net or other arguments.
+    The lists have the learning rate of each epoch, with the epochs the run was begun with and those it is to have now.
+    Refused, and nothing is touched, if a file is missing or damaged or belongs to another net or other arguments.
     """
     refuse_folders(save)
-    checkpoint = load_checkpoint(save / "latest.pth") if has_checkpoint(save) else refuse_lost_checkpoint(save)
+    checkpoint = load_checkpoint(save / "latest.pth") if continues(save, True) else refuse_lost_checkpoint(save)
     begun = read_arguments(save)
     if not begun:
         if checkpoint is None:
             return None
-        raise ValueError(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
+        raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
     epochs_done = checkpoint["epoch"] if checkpoint else 0
-    compare(begun, facts, epochs_done, unchanged)
+    compare_arguments(begun, facts)
+    if old_rates[:epochs_done] != new_rates[:epochs_done] or epochs_done > len(new_rates):
+        changed = f"--epochs {len(new_rates)} instead of {len(old_rates)}"
+        raise Refused(f"{changed} changes the schedule of the {epochs_done} epochs already done")
     if checkpoint:
         check_fit(checkpoint, net, save / "latest.pth")
         compare_arguments(checkpoint["args"], facts)
@@ -139,53 +131,43 @@ def resume(save, facts, net, unchanged):
 
 
 def refuse_lost_checkpoint(save):
-    """ValueError if the CSVs go on behind the first epoch: a checkpoint was written at its end, and is gone."""
+    """Refused if the CSVs go on behind the first epoch: a checkpoint was written at its end, and is gone."""
     for path in (save / "train.csv", save / "test.csv"):
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if any(1 < epoch_of(row) < math.inf for row in rows):
-            raise ValueError(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
+            raise Refused(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 
 
 def refuse_folders(save):
-    """ValueError if there is a folder where a file of the run should be, but for the figures."""
+    """Refused if there is a folder where a file of the run should be, but for the figures."""
     for name in FILES:
         if not name.endswith(".png") and (save / name).is_dir():
-            raise ValueError(f"{save / name} is a folder, and a run has a file there: remove it, or choose another --save")
+            raise Refused(f"{save / name} is a folder, and a run has a file there: remove it, or choose another --save")
 
 
 def encode(facts):
     return (json.dumps(facts, indent=2) + "\n").encode()
 
 
-def compare(old, new, epochs_done, unchanged):
-    """ValueError names the first argument that would change the result of the run."""
-    compare_arguments(old, new)
-    if not unchanged(old["epochs"], new["epochs"], epochs_done):
-        raise ValueError(
-            f"--epochs {new['epochs']} instead of {old['epochs']} changes the schedule of the {epochs_done} epochs already done"
-        )
-
-
 def compare_arguments(old, new):
+    """Refused, with the name of the first argument that would change the result of the run."""
     for name in old:
         if name in new and name not in FREE and old[name] != new[name]:
-            raise ValueError(
-                f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments"
-            )
+            raise Refused(f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments")
 
 
 def check_rows(path, header, epochs_done, steps):
-    """ValueError unless a CSV has its header and all rows of the epochs that are done, `steps` for each."""
+    """Refused unless a CSV has its header and all rows of the epochs that are done, `steps` for each."""
     try:
         found, *rows = rows_until(path, epochs_done)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
+        raise Refused(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
     if found.decode(errors="replace") != header:
-        raise ValueError(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
+        raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
     whole = all(epoch_of(row, columns=header.count(",") + 1) < math.inf for row in rows)
     if not whole or [row.decode().split(",")[0] for row in rows] != expected:
-        raise ValueError(f"{path} is damaged, it has not the {steps} rows of each of the {epochs_done} epochs: {REMEDY}")
+        raise Refused(f"{path} is damaged, it has not the {steps} rows of each of the {epochs_done} epochs: {REMEDY}")
 
 
 def rows_until(path, epochs_done):
@@ -210,24 +192,24 @@ def cut_rows(path, epochs_done):
 
 def append_rows(path, rows):
     """Adds rows, the epoch first, to a CSV."""
-    with path.open("a") as file:
-        for epoch, *values in rows:
-            file.write(",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) + "\n")
+    lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) for epoch, *values in rows]
+    with naming(path), path.open("a") as file:
+        file.write("".join(f"{line}\n" for line in lines))
 
 
 def epoch_text(epoch):
     return f"{epoch:.6f}".rstrip("0").rstrip(".")
 
 
-def end_epoch(save, figures, checkpoint):
+def end_epoch(save, result, checkpoint):
     """Adds the epoch's row to test.csv and replaces latest.pth, after the rows that belong to it have reached the disk."""
-    append_rows(save / "test.csv", [(checkpoint["epoch"], *figures)])
+    append_rows(save / "test.csv", [(checkpoint["epoch"], *result)])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
     save_checkpoint(checkpoint, save / "latest.pth")
 
 
-class Figures:
+class Plots:
     """Redraws a run's figures with plot.py in a process of its own, so that no epoch waits for them."""
 
     def __init__(self, save, enabled):

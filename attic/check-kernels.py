@@ -23,8 +23,8 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
-from densenet import DenseNet
-from flags import USAGE, add_device_flag, add_model_flags, model_arguments
+from endings import Refused, worded
+from flags import USAGE, add_device_flag, add_model_flags, make_net
 from machine import choose_device, describe
 
 # How far rounding may move a tensor, relative to its largest value. With the sides of the ReLUs fixed (see measure), nets of 7
@@ -49,21 +49,19 @@ class Row(NamedTuple):
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    if args.efficient:
-        parser.error("--efficient computes its ReLUs where this check cannot see them: leave it out")
     args.drop_rate = 0.0  # what dropout drops would differ from device to device
-    try:
+    with worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
+        if args.efficient:
+            raise Refused("--efficient computes its ReLUs where this check cannot see them: leave it out")
         device = choose_device(args.device)
         torch.manual_seed(0)
-        net = randomize(DenseNet(**model_arguments(args)), seed=0)
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"{describe(device)}, torch {torch.__version__}, {sum(p.numel() for p in net.parameters()):,} parameters\n")
-    images, labels = random_batch(8, num_classes=10, seed=1)
-    print(f"{'switch':16}{'precision':>9}{'bound':>8}{'error':>10}{'of logits':>11}{'ReLUs moved':>13}  verdict")
-    right = [check(row, net, images, labels, device) for row in rows(device, args.compile)]
-    print(f"\n{'every kernel tried is right' if all(right) else 'a kernel is WRONG: look at what its row switches'}")
-    sys.exit(not all(right))
+        net = randomize(make_net(args), seed=0)
+        print(f"{describe(device)}, torch {torch.__version__}, {sum(p.numel() for p in net.parameters()):,} parameters\n")
+        images, labels = random_batch(8, num_classes=10, seed=1)
+        print(f"{'switch':16}{'precision':>9}{'bound':>8}{'error':>10}{'of logits':>11}{'ReLUs moved':>13}  verdict")
+        right = [check(row, net, images, labels, device) for row in rows(device, args.compile)]
+        print(f"\n{'every kernel tried is right' if all(right) else 'a kernel is WRONG: look at what its row switches'}")
+        sys.exit(not all(right))
 
 
 def build_parser():

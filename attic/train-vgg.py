@@ -25,7 +25,7 @@ import run_folder
 import train
 from densenet import init_weights
 from distributed import World
-from machine import choose_device, keep_freed_memory
+from machine import choose_device
 
 # Output channels of the convolutions, and the poolings.
 PLAN = [32, "pool", 64, 64, 64, "pool", 128, 128, 128, "pool", 256, 256]
@@ -35,19 +35,17 @@ BOUND = 12.0  # test error on CIFAR-10 in percent
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    asked, remedy = flags.memory_advice(args)
-    with endings.before_training(parser, asked, remedy, trains=True):
+    with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
-        keep_freed_memory(device)
+        train.prepare_machine(args, device)
+        begins = not run_folder.continues(args.save, args.resume)
         args.image_size = args.image_size or data.IMAGE_SIZE
-        dataset = data.load(args.dataset, args.data, device, args.val, args.limit, args.image_size)
+        dataset = train.load_data(args, device, World())
         torch.manual_seed(args.seed)
         net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
-        _lock, checkpoint = train.open_run(net, args, device, dataset, World())  # the lock is held to the end
-    with endings.training(parser.prog, World(), asked, remedy):
-        train.fit(net, dataset, args, device, World(), checkpoint)
-    sys.exit(print_verdict(args))
+        train.run(net, dataset, args, World(), ending, begins)
+        sys.exit(print_verdict(args))
 
 
 def build_parser():

@@ -1,0 +1,121 @@
+"""A folder of a person's own images as a data set: root/train/<class>/ and root/test/<class>/ with pictures in them.
+
+images, labels, classes = read_part(Path("pets"), "train", image_size=64)
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from endings import Refused
+from pictures import EXTENSIONS, read_pictures
+
+MANY_CLASSES = 20  # more are not listed one by one
+
+
+def read_part(root, part, image_size, quiet=False):
+    """(images (M, 3, S, S) uint8, labels (M,) int64, names of the classes) of the part "train" or "test" of a folder.
+
+    The training images come in a fixed random order, so that the first few are of all classes; the test images class by class.
+    Refused, before any picture is read, if the folders do not make a data set, or do not fit the memory.
+    """
+    classes = list_classes(root / part)
+    if part == "train":
+        check_classes(root, classes, image_size)
+    files = [file for files in classes.values() for file in files]
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
+    order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
+    title = None if quiet else f"reading {len(files):,} pictures in {root / part}"
+    images = read_pictures(files, image_size, places=order.argsort().tolist(), title=title)
+    return images, labels[order], list(classes)
+
+
+def fixed_permutation(n):
+    """A permutation of range(n), the same every time."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def check_classes(root, train, image_size):
+    """Refused unless train and test have the same classes, two or more, and their images fit the memory."""
+    test = list_classes(root / "test")
+    if list(train) != list(test):
+        odd = min(set(train) ^ set(test))
+        raise Refused(f"{root}: the class {odd} is in only one of train and test: give it a folder in both")
+    if len(train) < 2:
+        raise Refused(f"{root / 'train'} holds one class only ({next(iter(train))}): add a folder for each further class")
+    number = sum(map(len, [*train.values(), *test.values()]))
+    needed, free = 3 * number * image_size**2, free_memory()
+    if needed > free:
+        raise Refused(
+            f"{root} holds {number:,} pictures, which are {needed / 1e9:.1f} GB at {image_size} x {image_size}, and "
+            f"{free / 1e9:.1f} GB of memory are free: choose a smaller --image-size, or put fewer pictures there"
+        )
+
+
+def free_memory():
+    """Bytes that the machine can still give, as Linux says; infinity on other systems."""
+    path = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
+
+
+# ------------------------------------------------------------------------------------------------------------- listing
+
+
+def list_classes(folder):
+    """{class: its picture files} of a folder that holds a folder for each class; names that begin with a dot are no data.
+
+    The order is that of torchvision's ImageFolder. Refused where a class or the folder holds nothing.
+    """
+    if not folder.is_dir():
+        raise Refused(
+            f"{folder} is not a folder: --dataset folder reads DIR/train/<class>/ and DIR/test/<class>/ of --data DIR"
+        )
+    folders = sorted(path for path in visible(folder) if path.is_dir())
+    if not folders:
+        raise Refused(f"{folder} holds no folder: make one for each class and put its pictures there")
+    classes = {path.name: sorted(list_pictures(path), key=lambda file: (str(file.parent), file.name)) for path in folders}
+    empty = next((name for name, files in classes.items() if not files), None)
+    if empty:
+        raise Refused(
+            f"{folder}: the class {empty} holds no picture ({', '.join(EXTENSIONS)}): put pictures into its folder or remove it"
+        )
+    return classes
+
+
+def list_pictures(folder, above=()):
+    """The picture files in the folder and below it; a link that leads back to a folder above it is not followed."""
+    here = folder.resolve()
+    for path in visible(folder) if here not in above else []:
+        if path.is_dir():
+            yield from list_pictures(path, (*above, here))
+        elif path.suffix.lower() in EXTENSIONS:
+            yield path
+
+
+def visible(folder):
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------------------------ what is told of it
+
+
+def describe_classes(names, train_labels, test_labels):
+    """Lines for a person: how many images each class has, and which has more than ten times those of another."""
+    width = max(map(len, names))
+    train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
+    if len(names) <= MANY_CLASSES:
+        lines = [f"  {name:{width}}  {a:7,} training {b:7,} test images" for name, a, b in zip(names, train, test, strict=True)]
+    else:
+        ranges = [f"{min(counts):,} to {max(counts):,}" for counts in (train, test)]
+        lines = [f"  {len(names)} classes, each of {ranges[0]} training and {ranges[1]} test images"]
+    few, many = min(train), max(train)
+    if many > 10 * few:
+        most, fewest = names[train.index(many)], names[train.index(few)]
+        lines.append(
+            f"  unbalanced: {most} has {many:,} training images, more than ten times the {few:,} of {fewest}: "
+            "look at the error of each class, which evaluate.py prints"
+        )
+    return lines

@@ -1,0 +1,100 @@
+"""How a net is trained on one batch: optimiser, schedule, precision, compilation, and the step itself.
+
+step = TrainingStep(net, args, device, world)
+for epoch in range(args.epochs):
+    step.begin_epoch(scheduled_rate(args, epoch, args.epochs))
+    for images, labels, share in batches:
+        loss, error = step(images, labels, share)
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import distributed
+from machine import DTYPES
+
+
+class TrainingStep:
+    """Trains a net on a batch whenever it is called; args are those of train.py."""
+
+    def __init__(self, net, args, device, world):
+        self.world = world
+        self.model = prepare(net, args, device, world)
+        self.optimizer = make_optimizer(net, args)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        exact = args.precision == "fp32"
+        self.autocast = contextlib.nullcontext() if exact else torch.autocast(device.type, DTYPES[args.precision])
+
+    def __call__(self, images, labels, share):
+        """This rank's part of (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch.
+
+        Gradients are freed before the forward pass, all else when this returns: nothing may outlive a step in a CUDA graph.
+        """
+        self.optimizer.zero_grad()
+        with self.autocast:
+            logits = self.model(images)  #                         (N, num_classes)
+            loss = share * F.cross_entropy(logits, labels)  #      (), summed over the ranks the mean of the batch
+        self.scaler.scale(self.world.size * loss).backward()  #    the ranks' gradients are averaged, not summed
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
+        return torch.stack([loss.detach(), error])  #              (2,)
+
+    def begin_epoch(self, rate):
+        """To be called before an epoch's first step. Sets the learning rate unless it is None; returns the one that holds."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] if rate is None else rate
+        return self.optimizer.param_groups[0]["lr"]
+
+
+# ------------------------------------------------------------------------------------------------------- what it is made of
+
+
+def make_optimizer(net, args):
+    """The paper's SGD, or Adam or RMSprop as PyTorch sets them; weight decay on all parameters."""
+    options = {"weight_decay": args.weight_decay} | ({} if args.lr is None else {"lr": args.lr})
+    if args.opt == "rmsprop":
+        return torch.optim.RMSprop(net.parameters(), **options)
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    if args.opt == "adam":
+        return torch.optim.Adam(net.parameters(), fused=fused, **options)
+    nesterov = args.nesterov and args.momentum > 0
+    return torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
+
+
+def learning_rate(epoch, epochs, initial):
+    """The paper's schedule: divided by 10 when 50 % and again when 75 % of the epochs are done; epoch counts from 0."""
+    return initial * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
+
+
+def scheduled_rate(args, epoch, epochs):
+    """The learning rate of SGD in an epoch; None for the other optimisers, which keep theirs."""
+    return learning_rate(epoch, epochs, args.lr) if args.opt == "sgd" else None
+
+
+def prepare(net, args, device, world):
+    """The net as it is trained; the bare net, whose parameters it shares, is what is saved and tested."""
+    if args.sync_bn and world.size > 1:
+        distributed.synchronise_batch_norm(net, device)
+    model = distributed.wrap(net, world, device)
+    if not args.compile:
+        return model
+    automatic = "reduce-overhead" if device.type == "cuda" else "default"
+    return WholeBatchesCompiled(model, automatic if args.compile == "auto" else args.compile, args.batch_size // world.size)
+
+
+class WholeBatchesCompiled(nn.Module):
+    """The model, compiled. A smaller batch, the last of an epoch, goes through the bare one: one graph, compiled once."""
+
+    def __init__(self, model, mode, batch_size):
+        super().__init__()
+        self.compiled = torch.compile(model, mode=mode)
+        self.model = model
+        self.batch_size = batch_size
+
+    def forward(self, images):
+        return (self.compiled if len(images) == self.batch_size else self.model)(images)
