@@ -7,6 +7,7 @@
 Exit status: 2 for what was asked wrongly, 1 for what failed later and for a bug, 128 and more for a signal or a lost reader.
 """
 
+import argparse
 import contextlib
 import errno
 import os
@@ -15,6 +16,7 @@ import shlex
 import signal
 import sys
 
+HIGHEST = {int: 10**7, float: 3.4e38}  # largest allowed values
 KEPT = "the last complete checkpoint is kept, --resume continues from it"
 
 # How PyTorch's allocators, oneDNN, cuBLAS, the C++ library and the system say it where they have no exception for it.
@@ -61,7 +63,7 @@ def worded(parser, needs, remedy):
     ending = Ending(needs, remedy)
     try:
         yield ending
-        flush_output()
+        say()
     except (Exception, KeyboardInterrupt) as error:
         words = last_words(error, ending)
         if words is None:
@@ -124,10 +126,12 @@ def naming(path):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def flush_output():
-    """Notices now, and not when the interpreter ends, that a reader has left or the disk of a log is full."""
+def say(*lines, write=print):
+    """Prints lines at once: a log is up to date, and a reader that left, or a full disk, is noticed now and not in the end."""
     if sys.stdout is not None:  # None where it was closed from the start
         with naming("standard output"):
+            for line in lines:
+                write(line)
             sys.stdout.flush()
 
 
@@ -145,6 +149,34 @@ def silence(descriptor):
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+# ------------------------------------------------------------------------------------------- arguments that are refused
+
+
+def at_least(low, kind=int, high=None):
+    """An argparse type: a number of that kind, not below low and not above high, or HIGHEST."""
+    high = HIGHEST[kind] if high is None else high
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more, {high:g} at most")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+def named(kind):
+    """An argparse type: the name of a file or a folder, as a str or a Path."""
+
+    def parse(text):
+        if not text:
+            raise argparse.ArgumentTypeError("the name is empty: give one, or leave out the flag")
+        return kind(text)
+
+    return parse
 
 
 # ------------------------------------------------------------------------------------------------- what an error stands for

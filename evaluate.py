@@ -18,7 +18,7 @@ import torch
 import data
 import endings
 from checkpoint import build_net, export, load_checkpoint, normalization
-from endings import Refused, naming
+from endings import Refused, naming, say
 from flags import add_device_flag, named
 from machine import choose_device, keep_freed_memory
 from metrics import confusion_matrix, loss_and_error_sums, mean_class_error, predict
@@ -32,7 +32,7 @@ def main():
     with endings.worded(parser, "the net and its images", remedy):
         checkpoint = load_checkpoint(args.checkpoint)
         if args.export:
-            print(f"wrote {args.export} and {export(checkpoint, args.export)}")
+            say(f"wrote {args.export} and {export(checkpoint, args.export)}")
             return
         device = choose_device(args.device)
         keep_freed_memory(device)
@@ -79,17 +79,16 @@ def evaluate(net, checkpoint, root, out, device):
         raise Refused(
             f"the classes in {root or args['data']} are not those that the net was trained on: name its data with --data"
         )
-    print(f"{args['dataset']}, {len(split)} test images, epoch {checkpoint['epoch']}", flush=True)
+    say(f"{args['dataset']}, {len(split):,} test images, epoch {checkpoint['epoch']}")
     logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title="test images")
     loss, error = (loss_and_error_sums(logits, split.labels) / len(split)).tolist()
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
-    print(f"test loss {loss:.2f}   test error {100 * error:.2f} %")
-    print(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %")
-    print_classes(confusion, classes)
+    say(f"test loss {loss:.2f}   test error {100 * error:.2f} %")
+    say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(confusion, classes, out / "confusion.csv")
     draw(confusion, classes, out / "confusion.png")
-    print(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
+    say(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
 
 
 def image_size_of(checkpoint):
@@ -97,12 +96,13 @@ def image_size_of(checkpoint):
     return checkpoint["args"].get("image_size") or data.IMAGE_SIZE
 
 
-def print_classes(confusion, classes):
+def class_lines(confusion, classes):
+    """A line for each class: its error, and the counts that make it."""
     width = max(map(len, classes))
     for name, row, right in zip(classes, confusion, confusion.diagonal(), strict=True):
         total = row.sum()
         error = f"{100 * (total - right) / total:6.2f} %" if total else "   no image"
-        print(f"  {name:{width}}  {error}  ({total - right} of {total} wrong)")
+        yield f"  {name:{width}}  {error}  ({total - right} of {total} wrong)"
 
 
 def write_csv(confusion, classes, path):
@@ -145,7 +145,7 @@ def classify(net, checkpoint, paths, device):
     for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):
         best = probabilities.topk(min(3, len(classes)))
         answers = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        print(f"{path}: {', '.join(answers)}")
+        say(f"{path}: {', '.join(answers)}")
 
 
 if __name__ == "__main__":

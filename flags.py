@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from data import IMAGE_SIZE, SOURCES
 from densenet import ArgumentError, DenseNet
-from endings import Refused
+from endings import HIGHEST, Refused, at_least, named
 from machine import DEVICE_NAME, DTYPES
 
 USAGE = "%(prog)s [options], which --help lists"
@@ -15,7 +13,6 @@ USAGE = "%(prog)s [options], which --help lists"
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
 
-HIGHEST = {int: 10**7, float: torch.finfo(torch.float32).max}  # largest allowed values
 LARGEST = 10**4  # of what makes a net's size
 
 
@@ -107,37 +104,12 @@ def add_run_flags(group):
     group.add_argument("--no-plot", dest="plot", action="store_false", help="draw no figures")
 
 
-def at_least(low, kind=int, high=None):
-    """An argparse type: a number of that kind, not below low and not above high, or HIGHEST."""
-    high = HIGHEST[kind] if high is None else high
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more, {high:g} at most")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
 def image_size(text):
     """An argparse type: a side that can be halved twice."""
     size = int(text)
     if size % 4 or not 8 <= size <= HIGHEST[int]:
         raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {HIGHEST[int]:g}")
     return size
-
-
-def named(kind):
-    """An argparse type: the name of a file or a folder, as a str or a Path."""
-
-    def parse(text):
-        if not text:
-            raise argparse.ArgumentTypeError("the name is empty: give one, or leave out the flag")
-        return kind(text)
-
-    return parse
 
 
 def device_name(text):

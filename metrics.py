@@ -1,5 +1,7 @@
 """What a net answers to a whole set of images, and its loss and error, exact over all of them."""
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -17,8 +19,9 @@ def predict(net, images, mean, std, title=None):
     """
     net.eval()
     batches = images.split(max(1, BATCH_PIXELS // images[0, 0].numel()))
-    bar = tqdm(batches, desc=title, leave=False, dynamic_ncols=True, disable=None if title else True)
-    return torch.cat([net(normalize(batch, mean, std)) for batch in bar]).cpu().double()
+    if title and sys.stderr.isatty():
+        batches = tqdm(batches, desc=title, leave=False, dynamic_ncols=True)
+    return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
 
 
 def loss_and_error_sums(logits, labels):

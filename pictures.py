@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from endings import Refused
+from endings import Refused, say
 from machine import num_cpus
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -44,7 +44,7 @@ def read_pictures(paths, size, places=None, title=None):
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     bar = tqdm(desc=title, total=len(paths), unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
     if title and bar.disable:
-        print(title, flush=True)
+        say(title)
     with no_warnings(), bar:
         try:
             pictures = pool.map(partial(read_picture, size=size), paths)

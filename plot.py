@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 import drawing
 import endings
-from endings import Refused
+from endings import Refused, at_least, named, say
 
 FORMATS = ("png", "pdf", "svg")
 MAX_POINTS = 3000
@@ -33,14 +33,13 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with endings.worded(parser, "the figures", "a larger --since"):
-        refuse_bad_values(args)
         runs = {label: read_run(folder, args.smooth) for label, folder in name_runs(args.runs).items()}
         check_since(runs, args.since)
-        out = Path(args.out or os.path.commonpath([*map(os.path.realpath, args.runs)]))
+        out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
         for path, columns in panels(out, args.format).items():
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(runs, columns, path, args.title, args.since, args.linear)
-            print(path)
+            say(path)
 
 
 def build_parser():
@@ -49,29 +48,23 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s DIR [DIR ...] [options], which --help lists",
     )
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=named(Path), metavar="DIR", help="folder of a run")
     parser.add_argument(
         "--out",
+        type=named(Path),
         metavar="DIR|FILE",
         help="their folder, or the file of one figure (default: the run, or what holds all)",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="(%(default)s)")
     parser.add_argument(
-        "--smooth", type=float, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
+        "--smooth", type=at_least(0, float), metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
     )
     parser.add_argument("--linear", action="store_true", help="linear instead of logarithmic loss axis")
     parser.add_argument("--title", help="text above the figure")
-    parser.add_argument("--since", type=float, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
+    parser.add_argument(
+        "--since", type=at_least(0, float), metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)"
+    )
     return parser
-
-
-def refuse_bad_values(args):
-    """Refused if a number is negative or not finite, or a name empty."""
-    for flag, value in [("--smooth", args.smooth), ("--since", args.since)]:
-        if not 0 <= value < math.inf:
-            raise Refused(f"{flag} {value} is out of range: it must be 0 or more, and finite")
-    if "" in [*args.runs, args.out]:
-        raise Refused("a name is empty: name a folder")
 
 
 def panels(out, suffix):
@@ -83,7 +76,7 @@ def panels(out, suffix):
 
 def name_runs(folders):
     """{label: folder}; a label is the shortest end of the path that tells the runs apart. Refused if one is named twice."""
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [folder.resolve() for folder in folders]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
         raise Refused(f"{twice} is named twice: name each run once")

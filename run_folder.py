@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import check_fit, flush_to_disk, load_checkpoint, replace_file, save_checkpoint
-from endings import Refused, naming
+from endings import Refused, naming, say
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -57,7 +57,7 @@ def locked(save):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise Refused(f"{save / '.lock'} cannot be written ({error.strerror}): choose another --save") from error
-        print(f"{save}: its file system has no locks; see to it that no other process trains there")
+        say(f"{save}: its file system has no locks; see to it that no other process trains there")
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ import endings
 import flags
 import run_folder
 from checkpoint import fits, load_checkpoint, make_card, make_checkpoint, restore
-from endings import Refused
+from endings import Refused, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
@@ -148,9 +148,9 @@ def open_run(net, dataset, args, world, begins):
     if checkpoint is None:
         run_folder.begin(args.save, facts, has_val=args.val > 0)
     if args.dataset == "folder":
-        print(*describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels), sep="\n")
+        say(*describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels))
     if args.resume:
-        print(f"{args.save}: continuing after epoch {checkpoint['epoch']}" if checkpoint else f"{args.save}: from the start")
+        say(f"{args.save}: continuing after epoch {checkpoint['epoch']}" if checkpoint else f"{args.save}: from the start")
     return checkpoint
 
 
@@ -279,12 +279,12 @@ def progress_bar(first_epoch, epochs, num_images, world):
 
 def print_epoch(epoch, train_result, test_result, rate, images_per_second, seconds_left):
     (train_loss, train_error), (test_loss, test_error, *_) = train_result, test_result
-    tqdm.write(
+    say(
         f"epoch {epoch}  train loss {train_loss:.4f} error {train_error:.2f} %  "
         f"test loss {test_loss:.4f} error {test_error:.2f} %  lr {rate:g}  "
-        f"{images_per_second:.0f} images/s  {timedelta(seconds=round(seconds_left))} left"
+        f"{images_per_second:.0f} images/s  {timedelta(seconds=round(seconds_left))} left",
+        write=tqdm.write,
     )
-    endings.flush_output()  # the line is of use now, also in a log file
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each folder is a finished run of train.py on CIFAR-10 with augmentation; its fig
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from densenet import DenseNet
+from endings import Refused, worded
+from run_folder import read_arguments
 
 COLUMNS = ["", "depth L", "k", "parameters", "C10", "C10+", "C100", "C100+", "SVHN"]
 PAPER = [  # Table 2 of the paper; + is augmentation by crops and flips
@@ -34,23 +35,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a finished run")
     args = parser.parse_args()
-    try:
-        rows = PAPER + [row_of(folder) for folder in args.runs]
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     path = Path(__file__).with_name("densenet-err-table.png")
-    draw(rows, path)
-    print(path)
+    with worded(parser, "the figure", "fewer runs"):
+        draw(PAPER + [row_of(folder) for folder in args.runs], path)
+        print(path)
 
 
 def row_of(folder):
-    """The table's row for a run. ValueError if the run is not finished, or of other data."""
-    args = json.loads((folder / "args.json").read_text())
-    *_, last = csv.DictReader((folder / "test.csv").open())
-    if (args["dataset"], args["augment"], args["limit"]) != ("cifar10", True, None):
-        raise ValueError(f"{folder} is no run on the whole of CIFAR-10 with augmentation: name one that is")
+    """The table's row for a run. Refused if the run is not finished, or of other data."""
+    args = read_arguments(folder)
+    if [args.get(name) for name in ("dataset", "augment", "limit")] != ["cifar10", True, None]:
+        raise Refused(f"{folder} is no run on the whole of CIFAR-10 with augmentation: name one that is")
+    last = [{"epoch": 0}, *csv.DictReader((folder / "test.csv").open())][-1]
     if float(last["epoch"]) != args["epochs"]:
-        raise ValueError(f"{folder} has {last['epoch']} of {args['epochs']} epochs: resume it first")
+        raise Refused(f"{folder} has {last['epoch']} of {args['epochs']} epochs: resume it first")
     names = ["growth_rate", "depth", "reduction", "bottleneck", "init_channels"]
     net = DenseNet(**{name: args[name] for name in names})
     millions = sum(p.numel() for p in net.parameters()) / 1e6

@@ -251,7 +251,7 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
 
 def test_what_it_cannot_do_is_said():
     net = DenseNet(**BC, efficient=True)
-    synchronise_batch_norm(net)
+    synchronise_batch_norm(net, torch.device("cpu"))
     with pytest.raises(ValueError, match="needs plain batch norms"):
         net(torch.zeros(2, 3, 8, 8))
     net = DenseNet(**BC, efficient=True)

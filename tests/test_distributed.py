@@ -1,6 +1,5 @@
 """Real processes, connected by gloo on this machine's loopback address."""
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -20,8 +19,10 @@ import train
 from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
+from endings import Refused
 from flags import parse_args
 from metrics import loss_and_error_sums, predict
+from step import TrainingStep
 
 FLAGS = [*TINY, "--no-plot"]
 
@@ -62,16 +63,13 @@ def gradients(world, *flags):
     torch.manual_seed(0)
     args = parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--lr", "0", *flags])
     net = DenseNet(depth=16, growth_rate=4, efficient=args.efficient).double()
-    dataset = data.load("digits", ".", device, limit=95)
+    dataset = data.load("digits", ".", limit=95)
     dataset = dataset._replace(mean=dataset.mean.double(), std=dataset.std.double())
-    model = train.prepare(net, args, device, world)
-    batches = train.epoch_batches(dataset, 0, args, device, world)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = TrainingStep(net, args, device, world)
+    step.begin_epoch(0)
     result = []
-    for figures in train.training_steps(
-        model, train.make_optimizer(net, args), scaler, contextlib.nullcontext(), batches, world
-    ):
-        result += [distributed.sum_over_ranks(figures, world), *(p.grad.clone() for p in net.parameters())]
+    for batch in train.epoch_batches(dataset, 0, args, world):
+        result += [distributed.sum_over_ranks(step(*batch), world), *(p.grad.clone() for p in net.parameters())]
     return result + [buffer.clone() for buffer in net.buffers()]
 
 
@@ -79,10 +77,9 @@ def one_rank(rank, port, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     world = distributed.read_world(os.environ)
-    distributed.join(world, torch.device("cpu"))
-    for flag in ("--sync-bn", "--efficient", "--no-efficient"):
-        torch.save(gradients(world, flag), folder / f"{flag}{rank}.pth")
-    distributed.leave(world)
+    with distributed.joined(world, torch.device("cpu")):
+        for flag in ("--sync-bn", "--efficient", "--no-efficient"):
+            torch.save(gradients(world, flag), folder / f"{flag}{rank}.pth")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +133,7 @@ def test_no_image_is_lost_or_counted_twice(two_rank_run):
 
 def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
     checkpoint = load_checkpoint(two_rank_run / "latest.pth")
-    dataset = data.load("digits", ".", torch.device("cpu"))
+    dataset = data.load("digits", ".")
     logits = predict(build_net(checkpoint), dataset.test.images, dataset.mean, dataset.std)
     loss, wrong = (loss_and_error_sums(logits, dataset.test.labels) / 360).tolist()
     last = pd.read_csv(two_rank_run / "test.csv").iloc[-1]
@@ -162,13 +159,11 @@ def test_two_machines_train_as_one(tmp_path):
 def test_batches_that_do_not_fit_the_world():
     check = partial(distributed.check_batches, World(0, 0, 4))
     check(64, 50_000)
-    with pytest.raises(
-        ValueError, match="--batch-size 62 is the whole batch and does not divide by 4 processes: choose 60 or 64"
-    ):
+    with pytest.raises(Refused, match="--batch-size 62 is the whole batch and does not divide by 4 processes: choose 60 or 64"):
         check(62, 50_000)
-    with pytest.raises(ValueError, match=r"--batch-size 3 .* choose 4"):
+    with pytest.raises(Refused, match=r"--batch-size 3 .* choose 4"):
         check(3, 50_000)
-    with pytest.raises(ValueError, match="the last batch has 2 images for 4 processes"):
+    with pytest.raises(Refused, match="the last batch has 2 images for 4 processes"):
         check(64, 130)
 
 
@@ -217,5 +212,5 @@ def test_half_an_environment_is_a_sentence():
     assert distributed.read_world({}) == World(0, 0, 1)
     second_attempt = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert distributed.read_world(second_attempt) == World(3, 1, 4, attempt=1)
-    with pytest.raises(ValueError, match="WORLD_SIZE is set and 'RANK' is not"):
+    with pytest.raises(Refused, match=r"WORLD_SIZE is set, RANK or LOCAL_RANK is not right \('RANK'\)"):
         distributed.read_world({"WORLD_SIZE": "2"})

@@ -10,7 +10,8 @@ from conftest import ROOT, TINY, contents
 
 import train
 from densenet import DenseNet
-from flags import memory_advice, model_arguments, parse_args
+from endings import memory_advice
+from flags import model_arguments, parse_args
 
 
 def parse(*arguments):
@@ -30,12 +31,14 @@ def test_defaults_that_depend_on_others():
 
 
 def test_memory_advice_names_what_is_not_used_yet():
-    asked, remedy = memory_advice(parse("--depth", "190", "--growth-rate", "40", "--device", "cuda"))
-    assert asked == "batches of 64 and a net of L=190, k=40"
-    assert remedy == "--efficient or --precision bf16 or a smaller --batch-size or a smaller net (--depth, --growth-rate)"
-    _, remedy = memory_advice(parse("--efficient", "--precision", "bf16", "--batch-size", "1", "--device", "cuda:1"))
-    assert remedy == "a smaller net (--depth, --growth-rate)"
-    assert "bf16" not in memory_advice(parse("--device", "cpu"))[1]
+    needs, remedy = memory_advice(parse("--depth", "190", "--growth-rate", "40"), gpu=True)
+    assert needs == "batches of 64 and a net of L=190, k=40"
+    smaller = "a smaller net (--depth, --growth-rate) or fewer images (--limit)"
+    assert remedy == f"--efficient or --precision bf16 or a smaller --batch-size or {smaller}"
+    _, remedy = memory_advice(parse("--efficient", "--precision", "bf16", "--batch-size", "1"), gpu=True)
+    assert remedy == smaller
+    for arguments, gpu in [(["--device", "cpu"], True), ([], False)]:
+        assert "bf16" not in memory_advice(parse(*arguments), gpu)[1]
 
 
 # ------------------------------------------------------------------------------------- every flag of every program
@@ -115,7 +118,7 @@ def test_the_programs_are_those_with_flags():
     ("arguments", "message"),
     [
         (["--seed", "9" * 23], "--seed: " + "9" * 23 + " is out of range: it must be 0 or more, "),
-        (["--epochs", "9" * 30], "is out of range: it must be 1 or more, 1e+09 at most"),
+        (["--epochs", "9" * 30], "is out of range: it must be 1 or more, 1e+07 at most"),
         (["--depth", "1000000"], "--depth: 1000000 is out of range"),
         (["--weight-decay", "inf"], "inf is out of range"),
         (["--save", ""], "--save: the name is empty: give one, or leave out the flag"),

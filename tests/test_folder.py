@@ -10,10 +10,8 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, contents
 from PIL import Image
-from test_run_folder import assert_same_run
 
 import evaluate
 import train
@@ -83,56 +81,6 @@ def test_another_size_is_another_run(run, tmp_path):
     assert contents(tmp_path / "run") == before
 
 
-def forget_the_size(save):
-    """Makes of a run one that was begun before there was a size to choose."""
-    facts = json.loads((save / "args.json").read_text())
-    del facts["image_size"]
-    (save / "args.json").write_text(json.dumps(facts))
-    checkpoint = torch.load(save / "latest.pth", weights_only=True)
-    del checkpoint["args"]["image_size"]
-    torch.save(checkpoint, save / "latest.pth")
-
-
-def test_a_run_that_is_older_than_the_choice_goes_on_with_the_same_pixels(call_main, run, tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "args.json").write_text(json.dumps({"epochs": 4}))
-    assert run(tmp_path / "whole", "--resume", epochs=4)[0] == 0  # from the start, as an old run
-    squeezed = load_checkpoint(tmp_path / "whole" / "latest.pth")
-    assert squeezed["args"]["image_size"] is None
-    assert run(tmp_path / "new")[0] == 0
-    assert load_checkpoint(tmp_path / "new" / "latest.pth")["std"] != squeezed["std"]
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    assert run(tmp_path / "parts", "--force")[0] == 0
-    (tmp_path / "parts" / "latest.pth").unlink()
-    (tmp_path / "parts" / "args.json").write_text(json.dumps({"epochs": 1}))
-    assert run(tmp_path / "parts", "--resume")[0] == 0
-    forget_the_size(tmp_path / "parts")
-    status, _, errors = run(tmp_path / "parts", "--resume", "--image-size", 32, epochs=4)
-    assert (status, "was begun without --image-size 32: resume it with the same arguments" in errors) == (2, True)
-    status, out, errors = run(tmp_path / "parts", "--resume", epochs=4)
-    assert (status, "continuing after epoch 1" in out) == (0, True), errors
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    forget_the_size(tmp_path / "parts")
-    last = pd.read_csv(tmp_path / "whole" / "test.csv").iloc[-1]
-    _, out, errors = call_main(evaluate, tmp_path / "parts" / "latest.pth", "--out", tmp_path)
-    assert f"test loss {last['loss']:.2f}   test error {last['error']:.2f} %" in out, errors
-
-
-def test_own_pictures_are_read_rightly_by_a_net_that_is_older_than_the_choice(call_main, run, tmp_path):
-    """A picture stored turned, and one of 16 bits, get the answers of the upright one and of 8 bits."""
-    assert run(tmp_path / "run")[0] == 0
-    forget_the_size(tmp_path / "run")
-    upright, exif = Image.linear_gradient("L").resize((60, 40)).convert("RGB"), Image.Exif()
-    exif[0x0112] = 3
-    upright.save(tmp_path / "upright.png")
-    upright.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
-    Image.fromarray(np.asarray(upright)[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    paths = [tmp_path / f"{name}.png" for name in ("upright", "turned", "deep")]
-    status, out, errors = call_main(evaluate, tmp_path / "run" / "latest.pth", "--image", *paths)
-    assert status == 0, errors
-    assert len({line.split(": ")[1] for line in out.splitlines()}) == 1
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -177,5 +125,5 @@ def test_ctrl_c_while_pictures_are_read(tmp_path):
         assert process.stdout.readline() == f"reading 2,000 pictures in {tmp_path / 'train'}\n"
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out, errors) == (130, "", "train.py: stopped before the run began\n")
+    assert (process.returncode, out, errors) == (130, "", "train.py: stopped\n")
     assert not (tmp_path / "run").exists()

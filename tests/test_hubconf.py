@@ -37,7 +37,7 @@ def test_the_weights_are_those_of_the_finished_run(name):
 
 @pytest.fixture(scope="module")
 def test_set(cifar):
-    return data.load("cifar10", cifar, torch.device("cpu")).test
+    return data.load("cifar10", cifar).test
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("densenet_bc_40_12", 75), ("densenet_bc_40_12_adam", 129)])

@@ -13,8 +13,8 @@ from PIL import Image
 def script(run_script, tmp_path):
     """Runs a copy of a script of images/, which therefore draws into the temporary folder."""
     (tmp_path / "images").mkdir()
-    for name in ("densenet.py", "dense_block.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
 
     def run(name, *arguments):
         shutil.copy(ROOT / "images" / name, tmp_path / "images")

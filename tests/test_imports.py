@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import subprocess
 import sys
 
 import pytest
@@ -41,5 +42,10 @@ def test_the_model_needs_torch_alone():
     assert needed - sys.stdlib_module_names == {"torch", "dense_block"}
 
 
-def test_plot_needs_none_of_the_others():
-    assert not imports(ROOT / "plot.py") & {path.stem for path in FILES}
+def test_plot_needs_pandas_and_matplotlib_alone():
+    loaded = "import sys, plot; print(*{'torch', 'torchvision', 'PIL.ImageShow', 'data'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+    ours = {path.stem for path in FILES}
+    assert imports(ROOT / "plot.py") & ours == {"drawing", "endings"}
+    assert not (imports(ROOT / "drawing.py") | imports(ROOT / "endings.py")) & (ours - {"endings"})

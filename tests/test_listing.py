@@ -1,16 +1,13 @@
-"""Which files of a folder are its pictures: names, links, order; hidden ones are none. And how a folder was read before."""
+"""Which files of a folder are its pictures: names, links, order; hidden ones are none."""
 
 import shutil
 
 import pytest
 import torch
 import torchvision
-import torchvision.transforms.functional as F
-from PIL import Image
 
 import data
-
-CPU = torch.device("cpu")
+import folder
 
 
 def spoil_like_a_macintosh(root):
@@ -20,9 +17,9 @@ def spoil_like_a_macintosh(root):
 
 
 def spoil_like_a_notebook(root):
-    for folder in (root / "train", root / "train" / "red", root / "test" / "blue"):
-        (folder / ".ipynb_checkpoints").mkdir()
-        shutil.copy(root / "train" / "red" / "1.png", folder / ".ipynb_checkpoints" / "1-checkpoint.png")
+    for place in (root / "train", root / "train" / "red", root / "test" / "blue"):
+        (place / ".ipynb_checkpoints").mkdir()
+        shutil.copy(root / "train" / "red" / "1.png", place / ".ipynb_checkpoints" / "1-checkpoint.png")
 
 
 def add_an_empty_hidden_class(root):
@@ -36,9 +33,9 @@ def add_other_files(root):
 
 @pytest.mark.parametrize("spoil", [spoil_like_a_macintosh, spoil_like_a_notebook, add_an_empty_hidden_class, add_other_files])
 def test_hidden_and_other_files_are_no_data(pictures, spoil):
-    expected = data.load("folder", pictures, CPU)
+    expected = data.load("folder", pictures)
     spoil(pictures)
-    dataset = data.load("folder", pictures, CPU)
+    dataset = data.load("folder", pictures)
     assert dataset.classes == expected.classes == ["blue", "red"]
     for one, other in [(dataset.train, expected.train), (dataset.test, expected.test)]:
         assert torch.equal(one.images, other.images)
@@ -48,7 +45,7 @@ def test_hidden_and_other_files_are_no_data(pictures, spoil):
 def test_a_data_set_may_lie_in_a_hidden_folder(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / ".cache" / "set" / "train")
     shutil.copytree(pictures / "test", tmp_path / ".cache" / "set" / "test")
-    assert len(data.load("folder", tmp_path / ".cache" / "set", CPU).train) == 12
+    assert len(data.load("folder", tmp_path / ".cache" / "set").train) == 12
 
 
 def test_extensions_in_any_case_and_links_are_followed(pictures, tmp_path):
@@ -61,7 +58,7 @@ def test_extensions_in_any_case_and_links_are_followed(pictures, tmp_path):
     (red / "4.jpg").rename(tmp_path / "elsewhere" / "4.jpg")
     (red / "far").symlink_to(tmp_path / "elsewhere")
     (red / "again.png").symlink_to(red / "1.PNG")
-    assert data.load("folder", pictures, CPU).train.labels.bincount().tolist() == [6, 7]
+    assert data.load("folder", pictures).train.labels.bincount().tolist() == [6, 7]
 
 
 def test_links_that_lead_in_a_circle_end(pictures):
@@ -70,7 +67,7 @@ def test_links_that_lead_in_a_circle_end(pictures):
     (red / "more").mkdir()
     (red / "more" / "back").symlink_to(red)
     (blue / "other").symlink_to(red)  # red is read once more as blue, and in it nothing twice
-    assert data.load("folder", pictures, CPU).train.labels.bincount().tolist() == [12, 6]
+    assert data.load("folder", pictures).train.labels.bincount().tolist() == [12, 6]
 
 
 def test_files_are_in_the_order_of_torchvision(pictures):
@@ -79,23 +76,6 @@ def test_files_are_in_the_order_of_torchvision(pictures):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(pictures / "train" / "red" / "1.png", path)
     theirs = torchvision.datasets.ImageFolder(pictures / "train")
-    ours = data.list_classes(pictures / "train")
+    ours = folder.list_classes(pictures / "train")
     assert [str(path) for paths in ours.values() for path in paths] == [path for path, _ in theirs.samples]
     assert list(ours) == theirs.classes
-
-
-def test_without_a_size_a_folder_is_read_as_before_there_was_one(pictures):
-    """Byte for byte what torchvision's ImageFolder and resize give, turned and transparent pictures included."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.effect_mandelbrot((50, 70), (-2, -1, 1, 1), 20).save(pictures / "train" / "red" / "turned.jpg", exif=exif)
-    Image.linear_gradient("L").convert("LA").save(pictures / "train" / "blue" / "alpha.png")
-    dataset = data.load("folder", pictures, CPU, image_size=None)
-    theirs = torchvision.datasets.ImageFolder(pictures / "train")
-    images = torch.stack([F.pil_to_tensor(F.resize(picture, [32, 32])) for picture, _ in theirs])
-    order = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(dataset.train.images, images[order])
-    assert torch.equal(dataset.train.labels, torch.tensor(theirs.targets)[order])
-    std, mean = torch.std_mean(images[order].float(), dim=(0, 2, 3), correction=0)
-    assert torch.equal(dataset.mean.flatten(), mean)
-    assert torch.equal(dataset.std.flatten(), std)

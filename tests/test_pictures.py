@@ -5,7 +5,6 @@ import os
 import shutil
 import struct
 import zlib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 import pictures
+from endings import Refused
 
 RAMP = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) % 256  # as 8 bits; times 257 it is the same picture in 16
 UNDO = {  # an upright picture is stored like this where its EXIF orientation is ...
@@ -27,12 +27,17 @@ UNDO = {  # an upright picture is stored like this where its EXIF orientation is
 
 
 def read(path, size=32):
-    return pictures.read_pictures([path], size, partial(pictures.middle, size=size))[0]
+    return pictures.read_pictures([path], size)[0]
 
 
 def colours(path):
     """The set of all colours of the picture, as it is read."""
     return {tuple(pixel) for pixel in read(path).flatten(1).t().tolist()}
+
+
+def row(path):
+    """The red values of the first row of the picture, not resized."""
+    return np.asarray(pictures.to_rgb(*pictures.open_picture(path, 32)))[0, :, 0].tolist()
 
 
 def noise(width, height, seed=0):
@@ -84,8 +89,7 @@ def test_12_bits_and_white_that_is_zero(tmp_path):
     tiff(tmp_path / "12.tif", 12, bytes([0xFF, 0xF0, 0x00]), width=2)
     tiff(tmp_path / "inverted.tif", 16, struct.pack("<HH", 0, 65535), width=2, photometric=0)
     for name, expected in [("12.tif", [255, 0]), ("inverted.tif", [255, 0])]:
-        with Image.open(tmp_path / name) as picture:
-            assert np.asarray(pictures.to_rgb(picture))[0, :, 0].tolist() == expected
+        assert row(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize(
@@ -93,8 +97,7 @@ def test_12_bits_and_white_that_is_zero(tmp_path):
 )
 def test_few_bits(tmp_path, depth, samples, expected):
     png(tmp_path / "few.png", depth, 0, samples, transparent=9)  # a colour that no pixel has
-    with Image.open(tmp_path / "few.png") as picture:
-        assert np.asarray(pictures.to_rgb(picture))[0, : len(expected), 0].tolist() == expected
+    assert row(tmp_path / "few.png")[: len(expected)] == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ orientation
@@ -174,8 +177,7 @@ def test_a_palette_with_transparency(tmp_path, transparency, kind):
 )
 def test_one_colour_of_a_png_is_transparent(tmp_path, depth, colour, samples, transparent, expected):
     png(tmp_path / "key.png", depth, colour, samples, transparent)
-    with Image.open(tmp_path / "key.png") as picture:
-        assert np.asarray(pictures.to_rgb(picture))[0, : len(expected), 0].tolist() == expected
+    assert row(tmp_path / "key.png")[: len(expected)] == expected
 
 
 def test_what_is_transparent_leaves_no_fringe(tmp_path):
@@ -285,7 +287,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     make, why, what_to_do = REFUSED[kind]
     path = tmp_path / "picture.png"
     make(path)
-    with pytest.raises(ValueError, match="cannot be read as an image") as refusal:
+    with pytest.raises(Refused, match="cannot be read as an image") as refusal:
         read(path)
     assert str(refusal.value).startswith(f"{path} cannot be read as an image ({why}")
     assert what_to_do in str(refusal.value)
@@ -304,7 +306,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused_or_whole(tmp_path, kind):
         path.write_bytes(content[:end])
         try:
             assert torch.equal(read(path), image)
-        except ValueError:
+        except Refused:
             refused += 1
     assert refused >= 25
 
@@ -324,11 +326,11 @@ def test_the_number_of_threads_changes_nothing(twenty, monkeypatch):
     results = []
     for threads in (1, 2, 7):
         monkeypatch.setattr(pictures, "num_cpus", lambda threads=threads: threads)
-        results.append(pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16)))
+        results.append(pictures.read_pictures(twenty, 16))
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(results[0], torch.stack([read(path, 16) for path in twenty]))
     places = list(reversed(range(20)))
-    assert torch.equal(pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16), places), results[0].flip(0))
+    assert torch.equal(pictures.read_pictures(twenty, 16, places), results[0].flip(0))
 
 
 def test_of_several_broken_files_the_first_is_named(twenty, monkeypatch):
@@ -337,12 +339,12 @@ def test_of_several_broken_files_the_first_is_named(twenty, monkeypatch):
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
     for _ in range(5):
-        with pytest.raises(ValueError, match=r"/5.jpg cannot be read"):
-            pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16))
+        with pytest.raises(Refused, match=r"/5.jpg cannot be read"):
+            pictures.read_pictures(twenty, 16)
 
 
 def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):
-    pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16), title="reading 20 pictures")
+    pictures.read_pictures(twenty, 16, title="reading 20 pictures")
     assert capsys.readouterr() == ("reading 20 pictures\n", "")
-    pictures.read_pictures(twenty, 16, partial(pictures.middle, size=16))
+    pictures.read_pictures(twenty, 16)
     assert capsys.readouterr() == ("", "")

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-import evaluate
+import drawing
 import plot
 
 
@@ -157,8 +157,8 @@ def text_in_cells(run):
     ("spoil", "message"),
     [
         (no_files, "train.csv does not exist"),
-        (empty_files, "holds no figures yet"),
-        (header_only, "holds no figures yet"),
+        (empty_files, "has nothing to draw yet"),
+        (header_only, "has nothing to draw yet"),
         (other_columns, "has no columns epoch, loss, error"),
         (text_in_cells, "train.csv"),
         (no_text, "train.csv is no table of numbers"),
@@ -256,8 +256,8 @@ def chinese_font(tmp_path):
 
 
 def test_an_installed_font_that_has_the_letters_is_used(chinese_font, saved, call_main, tmp_path):
-    assert plot.font_families("abc") == evaluate.font_families("abc") == ["sans-serif"]
-    assert plot.font_families("a\u4e2d") == evaluate.font_families("a\u4e2d") == ["sans-serif", chinese_font]
+    assert drawing.font_families("abc") == ["sans-serif"]
+    assert drawing.font_families("a\u4e2d") == ["sans-serif", chinese_font]
     run = write_run(tmp_path / "run")
     pictures = []
     for title in ("\u4e2d" * 20, "\u6587" * 20):  # squares, and boxes with a sign in them

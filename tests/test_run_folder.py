@@ -15,6 +15,7 @@ import evaluate
 import plot
 import run_folder
 import train
+from endings import Refused
 
 FLAGS = [*TINY, "--batch-size", 40, "--drop-rate", 0.2, "--augment", "--no-plot"]
 
@@ -122,8 +123,8 @@ def test_arguments_that_would_change_the_result_are_refused_by_name(call_main, t
 )
 def test_other_data_or_processes_than_the_run_was_begun_with_are_refused(tiny_run, facts, named):
     old = json.loads((tiny_run / "args.json").read_text())
-    with pytest.raises(ValueError, match=re.escape(named)):
-        run_folder.compare(old, old | facts, epochs_done=2, unchanged=lambda *epochs: True)
+    with pytest.raises(Refused, match=re.escape(named)):
+        run_folder.compare_arguments(old, old | facts)
 
 
 def test_rows_behind_the_checkpoint_are_cut(tmp_path):
@@ -148,29 +149,32 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
     limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]  # the kernel refuses to make a file of over 20 kB
     done = subprocess.run([*limited, "--epochs", "2", "--resume"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "latest.pth'; the last complete checkpoint is kept, --resume continues from it" in done.stderr
+    assert "latest.pth: File too large; the last complete checkpoint is kept, --resume continues from it" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "latest.pth").read_bytes() == before
     assert not (tmp_path / "latest.pth.tmp").exists()
 
 
 def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
-    held = run_folder.lock(tmp_path / "run")
-    status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
+    with run_folder.locked(tmp_path / "run"):
+        status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
     assert (status, "another process is training in" in errors) == (2, True)
-    held.close()
 
 
 def test_the_lock_dies_with_its_holder(tmp_path):
-    code = (
-        f"import run_folder, pathlib, sys; f = run_folder.lock(pathlib.Path({str(tmp_path)!r})); print(1, flush=True); input()"
-    )
+    code = f"""
+import pathlib, run_folder
+with run_folder.locked(pathlib.Path({str(tmp_path)!r})):
+    print(1, flush=True)
+    input()
+"""
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline()
-        with pytest.raises(ValueError, match="another process"):
-            run_folder.lock(tmp_path)
+        with pytest.raises(Refused, match="another process"), run_folder.locked(tmp_path):
+            pass
         holder.kill()
-    run_folder.lock(tmp_path).close()
+    with run_folder.locked(tmp_path):
+        pass
 
 
 LOCKLESS = """
@@ -202,8 +206,11 @@ def test_a_lock_that_fails_otherwise_is_named(monkeypatch, tmp_path):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '.lock'} cannot be written (Input/output error)")):
-        run_folder.lock(tmp_path)
+    with (
+        pytest.raises(Refused, match=re.escape(f"{tmp_path / '.lock'} cannot be written (Input/output error)")),
+        run_folder.locked(tmp_path),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------- damaged folders
@@ -356,7 +363,7 @@ def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_p
     shutil.copytree(tiny_run, save)
     (save / "loss.png").unlink()
     (save / "loss.png").mkdir()  # no file can be written here
-    figures = run_folder.Figures(save, enabled=True)
+    figures = run_folder.Plots(save, enabled=True)
     figures.finish()
     figures.redraw()
     figures.finish()

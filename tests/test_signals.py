@@ -15,16 +15,17 @@ import train
 
 # A run that says when its third step is under way, and waits there until a byte comes by the pipe whose number is in argv.
 WAITING = """
-import os, sys, train
+import os, sys, step, train
 ready, go = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 sys.argv[0] = train.__file__
-def training_steps(*arguments, real=train.training_steps):
-    for number, figures in enumerate(real(*arguments)):
-        if number == 2:
-            os.write(ready, b"1")
-            os.read(go, 1)
-        yield figures
-train.training_steps = training_steps
+taken = []
+def take(*arguments, real=step.TrainingStep.__call__):
+    taken.append(1)
+    if len(taken) == 3:
+        os.write(ready, b"1")
+        os.read(go, 1)
+    return real(*arguments)
+step.TrainingStep.__call__ = take
 train.main()
 """
 FLAGS = [*TINY, "--batch-size", "8", "--epochs", "2", "--no-plot"]

@@ -22,11 +22,13 @@ from torch._dynamo.utils import counters
 
 import data
 import evaluate
+import step
 import train
 from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
 from flags import model_arguments
+from step import TrainingStep
 
 # ------------------------------------------------------------------------------------------------------------- protocol
 
@@ -38,7 +40,7 @@ def test_no_flag_is_the_protocol_of_the_paper():
     assert str(args.save) == "work/cifar10.base"
     net = DenseNet(**model_arguments(args))
     assert sum(p.numel() for p in net.parameters()) == 769_162
-    optimizer = train.make_optimizer(net, args)
+    optimizer = step.make_optimizer(net, args)
     (group,) = optimizer.param_groups
     assert (group["momentum"], group["dampening"], group["nesterov"], group["weight_decay"]) == (0.9, 0, True, 1e-4)
     assert sum(p.numel() for p in group["params"]) == 769_162  # weight decay on all parameters
@@ -46,7 +48,7 @@ def test_no_flag_is_the_protocol_of_the_paper():
 
 @pytest.mark.parametrize("epochs", [300, 40, 3, 7, 1])
 def test_learning_rate_at_every_epoch(epochs):
-    rates = [train.learning_rate(epoch, epochs, 0.1) for epoch in range(epochs)]
+    rates = [step.learning_rate(epoch, epochs, 0.1) for epoch in range(epochs)]
     half, three_quarters = math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)
     expected = [0.1] * half + [0.01] * (three_quarters - half) + [0.001] * (epochs - three_quarters)
     assert rates == pytest.approx(expected)
@@ -59,12 +61,12 @@ def test_adam_and_rmsprop_keep_their_library_defaults():
     net = torch.nn.Linear(2, 2)
     for name, kind in [("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)]:
         args = parse("--opt", name, "--epochs", "4")
-        ours, theirs = train.make_optimizer(net, args), kind(net.parameters(), weight_decay=1e-4)
-        train.set_rate(ours, train.scheduled_rate(args, 3, 4))
+        ours, theirs = step.make_optimizer(net, args), kind(net.parameters(), weight_decay=1e-4)
+        assert step.scheduled_rate(args, 3, 4) is None
         differences = dict(set(ours.defaults.items()) ^ set(theirs.defaults.items()))
         assert differences.keys() <= {"fused"}  # the same in one kernel
         assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
-    assert train.make_optimizer(net, parse("--opt", "adam", "--lr", "0.5")).param_groups[0]["lr"] == 0.5
+    assert step.make_optimizer(net, parse("--opt", "adam", "--lr", "0.5")).param_groups[0]["lr"] == 0.5
 
 
 def test_a_step_is_that_of_plain_pytorch():
@@ -74,9 +76,7 @@ def test_a_step_is_that_of_plain_pytorch():
     twin = DenseNet(depth=10, growth_rate=4).double()
     twin.load_state_dict(net.state_dict())
     batches = [(torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,)), 1.0) for _ in range(3)]
-    args = parse()
-    steps = train.training_steps(net, train.make_optimizer(net, args), *no_scaling(), batches, World())
-    losses = torch.stack(list(steps))[:, 0]
+    losses = [loss for loss, _ in take_steps(net, batches)]
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     for (images, labels, _), loss in zip(batches, losses, strict=True):
         expected = torch.nn.functional.cross_entropy(twin(images), labels)
@@ -92,8 +92,11 @@ def test_a_step_is_that_of_plain_pytorch():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def no_scaling():
-    return torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
+def take_steps(net, batches):
+    """The results of the steps that train.py takes without a flag."""
+    take = TrainingStep(net, parse(), next(net.parameters()).device, World())
+    take.begin_epoch(0.1)
+    return [take(*batch) for batch in batches]
 
 
 def test_a_whole_step_runs_on_the_meta_device():
@@ -102,8 +105,8 @@ def test_a_whole_step_runs_on_the_meta_device():
         net = DenseNet(depth=10, growth_rate=4, drop_rate=0.2)
         split = data.Split(torch.empty(100, 3, 32, 32, dtype=torch.uint8), torch.empty(100, dtype=torch.int64))
         mean, std = torch.empty(3, 1, 1), torch.empty(3, 1, 1)
-    batches = data.training_batches(split, 64, mean, std, True, None)
-    results = list(train.training_steps(net, train.make_optimizer(net, parse()), *no_scaling(), batches, World()))
+    dataset = data.Dataset(split, None, None, mean, std, [])
+    results = take_steps(net, data.training_batches(dataset, 64, True, None))
     assert [r.shape for r in results] == [(2,), (2,)]
     assert {r.device.type for r in results} == {"meta"}
     assert {p.grad.device.type for p in net.parameters()} == {"meta"}
@@ -117,7 +120,9 @@ def test_nothing_of_a_step_outlives_it():
     net.register_forward_pre_hook(lambda module, inputs: gradients.extend(p.grad for p in net.parameters()))
     net.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
     batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)), 1.0) for _ in range(3)]
-    for _ in train.training_steps(net, train.make_optimizer(net, parse()), *no_scaling(), batches, World()):
+    take = TrainingStep(net, parse(), torch.device("cpu"), World())
+    for batch in batches:
+        take(*batch)
         assert outputs[-1]() is None
     assert len(outputs) == 3
     assert all(gradient is None for gradient in gradients)
@@ -147,7 +152,7 @@ def test_test_csv_holds_exact_figures(tiny_run):
     """The last row equals loss and error of the saved net, image by image, summed and divided by their number."""
     checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
     net = build_net(checkpoint).double()
-    dataset = data.load("digits", ".", torch.device("cpu"))
+    dataset = data.load("digits", ".")
     logits = torch.cat([net(data.normalize(image, dataset.mean, dataset.std).double()[None]) for image in dataset.test.images])
     losses = torch.nn.functional.cross_entropy(logits, dataset.test.labels, reduction="none")
     wrong = (logits.argmax(1) != dataset.test.labels).sum()
@@ -324,19 +329,19 @@ def test_no_traceback_reaches_a_person(run_script, tmp_path):
 
 
 def test_ctrl_c_before_the_run_began(call_main, monkeypatch, tmp_path):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "load", interrupted)
     status, _, errors = call_main(train, *TINY, "--save", tmp_path / "run")
-    assert (status, errors) == (130, "train.py: stopped before the run began\n")
+    assert (status, errors) == (130, "train.py: stopped\n")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
     flags = ["--lr", "1e30", "--epochs", 3, "--batch-size", 32, "--no-plot", "--save", tmp_path / "run"]
-    status, _, _ = call_main(train, *TINY, *flags)
-    assert "at step 2 of epoch 1: begin again with a lower --lr" in status  # sys.exit with a sentence: printed, exit status 1
+    status, _, errors = call_main(train, *TINY, *flags)
+    assert (status, "at step 2 of epoch 1: begin again with a lower --lr" in errors) == (1, True)
     rows = pd.read_csv(tmp_path / "run" / "train.csv")
     assert np.isfinite(rows["loss"][0])
     assert not np.isfinite(rows["loss"][1])
@@ -346,6 +351,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
 def test_a_net_that_is_not_finite_is_not_saved(call_main, tmp_path):
     """The last step of the epoch spoils the weights: its loss was still finite, that of the test images is not."""
     flags = ["--lr", "1e38", "--epochs", 1, "--batch-size", 96, "--no-plot", "--save", tmp_path / "run"]
-    status, _, _ = call_main(train, *TINY, *flags)
-    assert "on the test images after epoch 1" in status
+    status, _, errors = call_main(train, *TINY, *flags)
+    assert (status, "on the test images after epoch 1" in errors) == (1, True)
     assert not (tmp_path / "run" / "latest.pth").exists()
