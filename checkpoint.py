@@ -19,9 +19,6 @@ MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
 
 
-# ------------------------------------------------------------------------------------------------------ what is in it
-
-
 def make_card(model, args, dataset):
     """What describes a net: its own arguments, those of its run, and what an evaluation must know of the data set."""
     return {
@@ -52,28 +49,20 @@ def restore(checkpoint, net, optimizer, scaler):
     return checkpoint["epoch"]
 
 
-def check_fit(checkpoint, net, path):
-    """Refused if a checkpoint is not of that net, or not one that a run can go on from."""
-    if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
-        raise Refused(f"{path} is not of this run, or of another version of this program: put back its own")
-
-
 def fits(state, net):
     """Whether a state dict has the names and shapes of the net's."""
-    ours, theirs = ({name: values.shape for name, values in each.items()} for each in (net.state_dict(), state))
-    return ours == theirs
+    own = net.state_dict()
+    return own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
 
 
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, in evaluation mode. Refused if the weights are not those of such a net."""
     try:
-        with torch.device("meta"):
-            shape = DenseNet(**checkpoint["model"])
+        net = DenseNet(**checkpoint["model"])
     except ArgumentError as error:
         raise Refused(f"the checkpoint names a DenseNet that cannot be ({error}): it is damaged") from error
-    if not fits(checkpoint["net"], shape):
+    if not fits(checkpoint["net"], net):
         raise Refused("the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py")
-    net = DenseNet(**checkpoint["model"])
     net.load_state_dict(checkpoint["net"])
     return net.eval()
 
@@ -81,9 +70,6 @@ def build_net(checkpoint):
 def normalization(checkpoint, device):
     """(mean, std) of the training images, each (3, 1, 1)."""
     return [torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def load_checkpoint(path):
@@ -129,24 +115,21 @@ def is_state_dict(values):
 def read_card(path):
     """What --export wrote beside the weights. Refused if it is not there or something else."""
     try:
-        return json.loads(path.read_text())
+        card = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise Refused(f"bare weights need {path}, which --export writes beside them: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def save_checkpoint(checkpoint, path):
-    """Writes the checkpoint, or replaces the one that is there."""
-    replace_file(path, encoded(checkpoint))
+    return card if isinstance(card, dict) else {}
 
 
 def encoded(values):
-    """The bytes of a file of torch.save, which in a file of its own would say of a full disk only that it failed."""
+    """What torch.save writes. Given a file's name, it would not say that the disk is full."""
     content = io.BytesIO()
     torch.save(values, content)
     return content.getbuffer()
+
+
+def as_json(values):
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def export(checkpoint, path):
@@ -159,7 +142,7 @@ def export(checkpoint, path):
             raise Refused(f"{file} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, encoded(checkpoint["net"]))
-    replace_file(card, (json.dumps({name: checkpoint[name] for name in CARD}, indent=2) + "\n").encode())
+    replace_file(card, as_json({name: checkpoint[name] for name in CARD}))
     return card
 
 

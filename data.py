@@ -49,9 +49,6 @@ class Dataset(NamedTuple):
         return Dataset(*(each if each is None else each.to(device) for each in tensors), classes)
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     """The data set `name` from the folder `root`; `val` training images are held out, `limit` of the others kept.
 
@@ -156,9 +153,6 @@ def mean_and_std(images, values=2**28):
     mean = (share * means).sum(dim=0)
     std = (share * (stds.square() + (means - mean).square())).sum(dim=0).sqrt()
     return mean.tolist(), std.clamp(min=1).tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
 
 
 def normalize(images, mean, std):

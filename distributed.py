@@ -32,9 +32,7 @@ def read_world(environment):
     try:
         here = [int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     except (KeyError, ValueError) as error:
-        raise Refused(
-            f"WORLD_SIZE is set, RANK or LOCAL_RANK is not right ({error}): start several processes with torchrun"
-        ) from error
+        raise Refused(f"WORLD_SIZE is set, and of RANK and LOCAL_RANK one is not ({error}): use torchrun") from error
     return World(*here, attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
@@ -57,41 +55,33 @@ def own_device(world, device):
     if device.index is not None:
         raise Refused(f"--device {device} is one for all processes, and each has its own: choose --device {device.type}")
     if device.type == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
-            raise Refused(
-                f"no GPU is left for process {world.local_rank}: --nproc-per-node {torch.cuda.device_count()} at most"
-            )
+        gpus = torch.cuda.device_count()
+        if world.local_rank >= gpus:
+            raise Refused(f"no GPU is left for process {world.local_rank}: --nproc-per-node {gpus} at most")
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     return device
 
 
 def meet(world, device):
-    """Connects this rank with the others."""
+    """Connects this rank with the others.
+
+    torchrun's store keeps the addresses of dead processes when it starts all of them again: each attempt has keys of its own.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=open_store(world), rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"attempt {world.attempt}", store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]
         raise Refused(f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port") from error
 
 
-def open_store(world):
-    """Where the ranks leave their addresses. torchrun keeps it, and the dead processes' addresses in it, over its restarts:
-    every attempt has keys of its own.
-    """
-    store, _rank, _size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    return dist.PrefixStore(f"attempt {world.attempt}", store)
-
-
 def check_batches(world, batch_size, num_images):
     """Refused unless every rank has an image of every batch, the last one included, and the same number of a whole one."""
     if batch_size % world.size:
-        below = batch_size - batch_size % world.size
-        fitting = f"{below} or {below + world.size}" if below else f"{world.size}"
-        raise Refused(
-            f"--batch-size {batch_size} is the whole batch and does not divide by {world.size} processes: choose {fitting}"
-        )
+        raise Refused(f"--batch-size {batch_size}, the whole batch, must be a multiple of the {world.size} processes")
     last = num_images % batch_size or batch_size
     if last < world.size:
         raise Refused(f"the last batch has {last} images for {world.size} processes: choose another --batch-size")

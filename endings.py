@@ -21,137 +21,102 @@ KEPT = "the last complete checkpoint is kept, --resume continues from it"
 
 # How PyTorch's allocators, oneDNN, cuBLAS, the C++ library and the system say it where they have no exception for it.
 OUT_OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator|not enough memory|out of memory|cannot allocate memory|can't allocate memory|bad_alloc|"
+    r"DefaultCPUAllocator|not enough memory|out of memory|can(no|')t allocate memory|bad_alloc|"
     r"_ALLOC_FAILED|could not create a memory",
     re.IGNORECASE,
 )
-SIZE = re.compile(r"allocate ([\d.]+) (bytes|[KMGTP]i?B)", re.IGNORECASE)
 
 
 class Refused(Exception):
     """A person's mistake, in one sentence that names the bad value and the way out."""
 
+    status = 2
 
-class Diverged(Exception):
+
+class Diverged(Refused):
     """The loss is no longer finite."""
+
+    status = 1
 
 
 class Stopped(Exception):
-    """A signal ends the run; status is the exit status that a shell expects then."""
+    """A signal ends the run."""
 
     def __init__(self, signum):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.status = 128 + signum
-
-
-# ------------------------------------------------------------------------------------------------------- the last words
-
-
-class Ending:
-    """What the last words of a program depend on. One that trains sets resume, and its rank, once the run has begun."""
-
-    def __init__(self, needs, remedy):
-        self.needs = needs  # what memory is needed for
-        self.remedy = remedy  # what needs less
-        self.resume = None  # the command that continues the run
-        self.rank = 0
+        self.status = 128 + signum  # the exit status that a shell expects
 
 
 @contextlib.contextmanager
 def worded(parser, needs, remedy):
-    """Around all that a program does. Yields an Ending; ends the program with its last words, or a bug's traceback."""
-    ending = Ending(needs, remedy)
+    """Around all that a program does; needs is what memory is needed for, remedy what needs less.
+
+    Yields a namespace: resume is the command that continues the run, once it has begun.
+    """
+    ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None)
     try:
         yield ending
         say()
     except (Exception, KeyboardInterrupt) as error:
-        words = last_words(error, ending)
-        if words is None:
-            resume = f"; the last checkpoint is kept, and this continues the run: {ending.resume}" if ending.resume else ""
-            error.add_note(f"{parser.prog}: this is a bug{resume}")
+        status, sentence = last_words(error, ending)
+        if status is None:
+            error.add_note(f"{parser.prog}: {sentence}")
             raise
-        status, sentence = words
-        if isinstance(error, Stopped):
-            tell(sentence if ending.rank == 0 else "", sys.stdout, sys.stderr)
-        elif status == 2:
+        if status == 2:
             parser.error(sentence)
-        else:
-            tell(f"{parser.prog}: {sentence}\n", sys.stderr)
-        sys.exit(status)
+        parser.exit(status, f"{parser.prog}: {sentence}\n")
     finally:
         silence_broken_streams()
 
 
 def last_words(error, ending):
-    """(exit status, sentence), or None for a bug."""
+    """(exit status, None for a bug; what is said) of what ends a program."""
     go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
     kept = f"; {KEPT}" if ending.resume else ""
-    full = out_of_memory(error)
-    if full:
-        return 1, f"memory ran out for {ending.needs}{size_asked_for(full)}: choose {ending.remedy}{kept}"
+    if out_of_memory(error):
+        return 1, f"memory ran out for {ending.needs}: choose {ending.remedy}{kept}"
     if lost_peer(error):
         return 1, f"another process of this run has ended, see what it says{kept}"
-    if isinstance(error, Stopped):
-        return error.status, f"{error}{go_on}\n"
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "stopped" + go_on
-    if isinstance(error, BrokenPipeError):
-        return 128 + signal.SIGPIPE, "nobody reads its output" + go_on
     if isinstance(error, Refused):
-        return 2, str(error)
-    if isinstance(error, Diverged):
-        return 1, str(error)
+        return error.status, str(error)
+    if isinstance(error, Stopped):
+        return error.status, f"{error}{go_on}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, f"stopped{go_on}"
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, f"nobody reads its output{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
         return 1 if ending.resume else 2, f"{error.filename}: {error.strerror}{kept}"
-    return None
+    return None, f"this is a bug{go_on}"
 
 
-def tell(text, *streams):
-    """Writes it where the first of the streams takes it: Ctrl-C ends the reader of a pipe, too."""
-    for stream in streams:
-        with contextlib.suppress(OSError):
-            stream.write(text)
-            stream.flush()
-            return
+def out_of_memory(error):
+    """Whether the error, or what it came from, says that a GPU or the machine has no memory left."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
+        if full or told or isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-@contextlib.contextmanager
-def naming(path):
-    """An OSError inside is one of this file: the system does not name a file that it fails to write to."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def lost_peer(error):
+    """Whether another process of the run is gone, for which this one waited."""
+    dist = sys.modules.get("torch.distributed")  # not imported here: plot.py needs no torch
+    return dist is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def say(*lines, write=print):
-    """Prints lines at once: a log is up to date, and a reader that left, or a full disk, is noticed now and not in the end."""
-    if sys.stdout is not None:  # None where it was closed from the start
-        with naming("standard output"):
-            for line in lines:
-                write(line)
-            sys.stdout.flush()
-
-
-def silence_broken_streams():
-    """Drops what stdout and stderr hold and nobody takes: the interpreter would complain of it at its end."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            silence(stream.fileno())
-
-
-def silence(descriptor):
-    """Drops what is written there from now on."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-
-
-# ------------------------------------------------------------------------------------------- arguments that are refused
+def memory_advice(args, gpu):
+    """(what a run needs memory for, the flags not yet in use that need less); gpu: whether there is one."""
+    remedies = ["--efficient"] * (args.efficient is False)
+    remedies += ["--precision bf16"] * (gpu and not args.device.startswith("cpu") and args.precision == "fp32")
+    remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
+    needs = f"batches of {args.batch_size}"
+    if args.depth is not None:  # the control experiment has a net of its own
+        needs += f" and a net of L={args.depth}, k={args.growth_rate}"
+        remedies += ["a smaller net (--depth, --growth-rate)"]
+    return needs, " or ".join([*remedies, "fewer images (--limit)"])
 
 
 def at_least(low, kind=int, high=None):
@@ -179,48 +144,24 @@ def named(kind):
     return parse
 
 
-# ------------------------------------------------------------------------------------------------- what an error stands for
+@contextlib.contextmanager
+def naming(path):
+    """An OSError inside is one of this file: the system does not name a file that it fails to write to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def memory_advice(args, gpu):
-    """(what a run needs memory for, the flags not yet in use that need less); gpu: whether there is one."""
-    remedies = ["--efficient"] * (args.efficient is False)
-    remedies += ["--precision bf16"] * (gpu and not args.device.startswith("cpu") and args.precision == "fp32")
-    remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
-    needs = f"batches of {args.batch_size}"
-    if args.depth is not None:  # the control experiment has a net of its own
-        needs += f" and a net of L={args.depth}, k={args.growth_rate}"
-        remedies += ["a smaller net (--depth, --growth-rate)"]
-    return needs, " or ".join([*remedies, "fewer images (--limit)"])
-
-
-def out_of_memory(error):
-    """The error, or the one it came from, that says that a GPU or the machine has no memory left; None without."""
-    while error is not None:
-        full = isinstance(error, OSError) and error.errno == errno.ENOMEM
-        told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
-        if full or told or isinstance(error, MemoryError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def size_asked_for(error):
-    """How much memory was asked for, in words, if the error tells."""
-    found = SIZE.search(str(error))
-    if found is None:
-        return ""
-    number, unit = found.groups()
-    return f", {f'{int(number) / 1e6:.1f} MB' if unit == 'bytes' else f'{number} {unit}'} more were asked for"
-
-
-def lost_peer(error):
-    """Whether another process of the run is gone, for which this one waited."""
-    dist = sys.modules.get("torch.distributed")  # not imported here: plot.py needs no torch
-    return dist is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-# -------------------------------------------------------------------------------------------------------------- signals
+def say(*lines, write=print):
+    """Prints lines at once: a log is up to date, and a reader that left, or a full disk, is noticed now and not in the end."""
+    if sys.stdout is not None:  # None where it was closed from the start
+        with naming("standard output"):
+            for line in lines:
+                write(line)
+            sys.stdout.flush()
 
 
 def resume_command(num_processes):
@@ -251,3 +192,19 @@ class StopSignals:
         for descriptor in self.terminals:
             if not os.isatty(descriptor):  # the terminal was closed: to write to it would be an error
                 silence(descriptor)
+
+
+def silence_broken_streams():
+    """Drops what stdout and stderr hold and nobody takes: the interpreter would complain of it at its end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            silence(stream.fileno())
+
+
+def silence(descriptor):
+    """Drops what is written there from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

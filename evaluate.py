@@ -21,7 +21,7 @@ from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused, naming, say
 from flags import add_device_flag, named
 from machine import choose_device, keep_freed_memory
-from metrics import confusion_matrix, loss_and_error_sums, mean_class_error, predict
+from metrics import loss_and_error_sums, predict
 from pictures import read_pictures
 
 
@@ -89,6 +89,17 @@ def evaluate(net, checkpoint, root, out, device):
     write_csv(confusion, classes, out / "confusion.csv")
     draw(confusion, classes, out / "confusion.png")
     say(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
+
+
+def confusion_matrix(predicted, labels, num_classes):
+    """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()
+
+
+def mean_class_error(confusion):
+    """The mean of the classes' shares of wrong answers, each counting alike; classes without an image do not count."""
+    total = confusion.sum(axis=1)
+    return (1 - confusion.diagonal()[total > 0] / total[total > 0]).mean().item()
 
 
 def image_size_of(checkpoint):

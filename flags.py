@@ -6,102 +6,70 @@ from pathlib import Path
 from data import IMAGE_SIZE, SOURCES
 from densenet import ArgumentError, DenseNet
 from endings import HIGHEST, Refused, at_least, named
-from machine import DEVICE_NAME, DTYPES
+from machine import DTYPES
 
 USAGE = "%(prog)s [options], which --help lists"
+LARGEST = 10**4  # allowed value of what makes a net's size
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
 
-LARGEST = 10**4  # of what makes a net's size
-
 
 def add_data_flags(group):
-    group.add_argument("--dataset", choices=sorted(SOURCES), default="cifar10")
-    group.add_argument(
-        "--data",
-        metavar="DIR",
-        type=named(str),
-        default="data",
-        help="where the data set is, or is downloaded to (%(default)s)",
-    )
-    group.add_argument(
-        "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="random crop and flip (yes; no for svhn and digits)",
-    )
-    group.add_argument("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
-    group.add_argument("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
-    group.add_argument(
-        "--image-size",
-        metavar="N",
-        type=image_size,
-        help=f"a folder's pictures become N x N, N a multiple of 4 from 8 ({IMAGE_SIZE}, or what the net of --init has)",
-    )
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--dataset", choices=sorted(SOURCES), default="cifar10", help="(%(default)s)")
+    add("--data", metavar="DIR", type=named(str), default="data", help="its folder; downloaded to it if missing (%(default)s)")
+    add("--augment", action=switch, default=True, help="random crop and flip (yes; no for svhn and digits)")
+    add("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
+    add("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
+    sizes = f"N x N, N a multiple of 4 from 8 ({IMAGE_SIZE}, or what the net of --init has)"
+    add("--image-size", metavar="N", type=image_size, help=f"a folder's pictures become {sizes}")
 
 
 def add_model_flags(group, depth=100):
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
     size = at_least(0, high=LARGEST)  # what DenseNet makes of 0, it says itself
-    group.add_argument("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
-    group.add_argument("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
-    group.add_argument(
-        "--reduction", type=at_least(0, float), help="share of the channels a transition keeps (0.5; plain net 1.0)"
-    )
-    group.add_argument("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
-    group.add_argument("--drop-rate", type=at_least(0, float), help="dropout (0 with augmentation, else 0.2)")
-    group.add_argument("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    group.add_argument(
-        "--efficient", action=argparse.BooleanOptionalAction, default=False, help="dense blocks in linear memory (no)"
-    )
+    add("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
+    add("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
+    add("--reduction", type=at_least(0, float), help="share of the channels a transition keeps (0.5; plain net 1.0)")
+    add("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
+    add("--drop-rate", type=at_least(0, float), help="dropout (0 with augmentation, else 0.2)")
+    add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
+    add("--efficient", action=switch, default=False, help="dense blocks in linear memory (no)")
 
 
 def add_optimisation_flags(group):
-    group.add_argument("--epochs", "--nEpochs", type=at_least(1), default=300, help="(%(default)s; 40 for svhn)")
-    group.add_argument("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
-    group.add_argument("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
-    group.add_argument(
-        "--lr",
-        type=at_least(0, float),
-        help="initial rate; sgd divides it by 10 after 1/2 and 3/4 of the epochs (sgd 0.1; else PyTorch's default, constant)",
-    )
-    group.add_argument("--momentum", type=at_least(0, float), default=0.9, help="of sgd (%(default)s)")
-    group.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="on all parameters (%(default)s)")
-    group.add_argument("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
-    group.add_argument("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
-    group.add_argument("--deterministic", action="store_true", help="only deterministic kernels: slower on a GPU, repeatable")
+    add, number = group.add_argument, at_least(0, float)
+    add("--epochs", "--nEpochs", type=at_least(1), default=300, help="(%(default)s; 40 for svhn)")
+    add("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
+    add("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
+    add("--lr", type=number, help="sgd: initial rate (0.1), divided by 10 at 1/2 and 3/4; else constant (PyTorch's default)")
+    add("--momentum", type=number, default=0.9, help="of sgd (%(default)s)")
+    add("--weight-decay", type=number, default=1e-4, help="on all parameters (%(default)s)")
+    add("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
+    add("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
+    add("--deterministic", action="store_true", help="only deterministic kernels: slower on a GPU, repeatable")
 
 
 def add_machine_flags(group):
+    add, modes = group.add_argument, ["auto", "default", "reduce-overhead"]
     add_device_flag(group)
-    group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    group.add_argument(
-        "--precision", choices=sorted(DTYPES), default="fp32", help="autocast of the training steps (%(default)s)"
-    )
-    group.add_argument(
-        "--compile",
-        choices=["auto", "default", "reduce-overhead"],
-        nargs="?",
-        const="auto",
-        help="torch.compile the training steps; auto is reduce-overhead on a GPU, default elsewhere",
-    )
-    group.add_argument("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
+    add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    add("--precision", choices=sorted(DTYPES), default="fp32", help="autocast of the training steps (%(default)s)")
+    add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
+    add("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
 
 
 def add_device_flag(group):
-    group.add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        help="auto, cpu, cuda, cuda:N (the GPU of that number) or mps (%(default)s)",
-    )
+    group.add_argument("--device", type=named(str), default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
 
 
 def add_run_flags(group):
-    group.add_argument("--save", metavar="DIR", type=named(Path), help="the run's folder (work/<dataset>.base)")
-    group.add_argument("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
-    group.add_argument("--force", action="store_true", help="replace the run that the folder holds")
-    group.add_argument("--no-plot", dest="plot", action="store_false", help="draw no figures")
+    add = group.add_argument
+    add("--save", metavar="DIR", type=named(Path), help="the run's folder (work/<dataset>.base)")
+    add("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
+    add("--force", action="store_true", help="replace the run that the folder holds")
+    add("--no-plot", dest="plot", action="store_false", help="draw no figures")
 
 
 def image_size(text):
@@ -110,15 +78,6 @@ def image_size(text):
     if size % 4 or not 8 <= size <= HIGHEST[int]:
         raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {HIGHEST[int]:g}")
     return size
-
-
-def device_name(text):
-    if not DEVICE_NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: choose auto, cpu, cuda, cuda:N or mps")
-    return text
-
-
-# -------------------------------------------------------------------------------------------------------- what they say
 
 
 def parse_args(parser, argv=None):

@@ -1,6 +1,6 @@
 """A folder of a person's own images as a data set: root/train/<class>/ and root/test/<class>/ with pictures in them.
 
-images, labels, classes = read_part(Path("pets"), "train", image_size=64)
+`images, labels, classes = read_part(Path("pets"), "train", image_size=64)` are tensors and names.
 """
 
 import math
@@ -61,9 +61,6 @@ def free_memory():
     return 1024 * int(found[1]) if found else math.inf
 
 
-# ------------------------------------------------------------------------------------------------------------- listing
-
-
 def list_classes(folder):
     """{class: its picture files} of a folder that holds a folder for each class; names that begin with a dot are no data.
 
@@ -97,9 +94,6 @@ def list_pictures(folder, above=()):
 
 def visible(folder):
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-# ------------------------------------------------------------------------------------------------------ what is told of it
 
 
 def describe_classes(names, train_labels, test_labels):

@@ -14,14 +14,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 DEVICE_NAME = re.compile(r"auto|(cpu|cuda|mps)(:(0|[1-9]\d{0,99}))?", re.ASCII)
 
 
-# ---------------------------------------------------------------------------------------------------------- the device
-
-
 def choose_device(name):
     """The torch.device of --device; auto is the GPU if there is one. Refused if the device is not there."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind, count in counts.items() if count)
+    if not DEVICE_NAME.fullmatch(name):
+        raise Refused(f"--device {name!r} is no device: choose auto, cpu, cuda, cuda:N or mps")
     kind, _, index = name.partition(":")
     if not counts[kind]:
         raise Refused(f"--device {name}: this machine has none that PyTorch can use: choose --device cpu")
@@ -46,9 +45,6 @@ def make_repeatable(deterministic):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-
-
-# ---------------------------------------------------------------------------------------------------------- its memory
 
 
 def keep_freed_memory(device):

@@ -28,14 +28,3 @@ def loss_and_error_sums(logits, labels):
     """(sum of the cross-entropies, number of wrong answers), float64, over all rows of logits."""
     wrong = (logits.argmax(dim=1) != labels).sum()
     return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), wrong.double()])
-
-
-def confusion_matrix(predicted, labels, num_classes):
-    """(true, predicted) counts as a NumPy array of num_classes x num_classes."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).numpy()
-
-
-def mean_class_error(confusion):
-    """The mean of the classes' shares of wrong answers, each counting alike; classes without an image do not count."""
-    total = confusion.sum(axis=1)
-    return (1 - confusion.diagonal()[total > 0] / total[total > 0]).mean().item()

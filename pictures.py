@@ -31,9 +31,6 @@ TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # PNG names a transparent grey b
 SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
-# ----------------------------------------------------------------------------------------------------------- many files
-
-
 def read_pictures(paths, size, places=None, title=None):
     """All pictures as one tensor (M, 3, size, size) uint8, the same whatever the number of threads.
 
@@ -45,7 +42,7 @@ def read_pictures(paths, size, places=None, title=None):
     bar = tqdm(desc=title, total=len(paths), unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
     if title and bar.disable:
         say(title)
-    with no_warnings(), bar:
+    with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well
         try:
             pictures = pool.map(partial(read_picture, size=size), paths)
             for place, picture in zip(places or range(len(paths)), pictures, strict=True):
@@ -54,17 +51,6 @@ def read_pictures(paths, size, places=None, title=None):
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
     return images
-
-
-@contextlib.contextmanager
-def no_warnings():
-    """What Pillow warns of is told by an error too, or harmless: so is a photograph of a hundred million pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-# ------------------------------------------------------------------------------------------------------------- one file
 
 
 def read_picture(path, size):
@@ -111,9 +97,6 @@ def reason(error):
         return "it is of no known format"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0]
-
-
-# ------------------------------------------------------------------------------------------------- an opened picture
 
 
 def to_rgb(picture, raw_mode):

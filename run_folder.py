@@ -1,13 +1,12 @@
 """The folder of a run: its lock, args.json, train.csv, test.csv and figures; how a run is begun and resumed.
 
-Rows of the CSVs reach the disk before the checkpoint that they belong to. Those that are newer than it are cut off when the
-run is resumed.
+Rows of the CSVs reach the disk before the checkpoint that they belong to; those that are newer are cut off by a resume.
 """
 
 import contextlib
 import errno
 import json
-import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import check_fit, flush_to_disk, load_checkpoint, replace_file, save_checkpoint
-from endings import Refused, naming, say
+from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
+from endings import HIGHEST, Refused, naming, say
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -26,7 +25,7 @@ FREE = {"data", "device", "compile", "efficient", "deterministic", "save", "resu
 FREE |= {"epochs", "torch", "hardware", "commit"}  # epochs have a check of their own; the others are no arguments
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 
-MAX_EPOCHS = 10**7  # more than a run can have
+NUMBER = r"(-?\d[\d.e+-]*|-?inf|nan)"  # as append_rows writes it
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -70,7 +69,7 @@ def continues(save, resume):
 
 
 def read_arguments(save):
-    """What args.json says of the run in the folder; nothing where there is none. Refused if it is damaged."""
+    """What args.json says of the run in the folder; nothing where there is none."""
     path = save / "args.json"
     if not path.exists():
         return {}
@@ -78,26 +77,27 @@ def read_arguments(save):
         facts = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {REMEDY}") from error
-    if not isinstance(facts, dict) or type(facts.get("epochs")) is not int or not 0 < facts["epochs"] <= MAX_EPOCHS:
+    epochs = facts.get("epochs") if isinstance(facts, dict) else None
+    if type(epochs) is not int or not 1 <= epochs <= HIGHEST[int]:
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
 
 
-def begin(save, facts, has_val):
+def begin(save, facts):
     """Removes the files of a run that was there, and writes args.json and the CSVs with their header lines."""
     refuse_folders(save)
     for name in FILES:
         if not (save / name).is_dir():  # where a figure should be: drawing it will fail, and say so
             (save / name).unlink(missing_ok=True)
-    replace_file(save / "args.json", encode(facts))
-    for name, header in headers(has_val).items():
+    replace_file(save / "args.json", as_json(facts))
+    for name, header in headers(facts).items():
         replace_file(save / name, header.encode())
 
 
-def headers(has_val):
+def headers(facts):
     """{CSV: its first line}."""
     columns = "epoch,loss,error"
-    return {"train.csv": f"{columns}\n", "test.csv": columns + ",val_loss,val_error" * has_val + "\n"}
+    return {"train.csv": f"{columns}\n", "test.csv": columns + ",val_loss,val_error" * (facts["val"] > 0) + "\n"}
 
 
 def resume(save, facts, net, old_rates, new_rates):
@@ -107,34 +107,30 @@ def resume(save, facts, net, old_rates, new_rates):
     Refused, and nothing is touched, if a file is missing or damaged or belongs to another net or other arguments.
     """
     refuse_folders(save)
-    checkpoint = load_checkpoint(save / "latest.pth") if continues(save, True) else refuse_lost_checkpoint(save)
     begun = read_arguments(save)
+    if not continues(save, resume=True):
+        refuse_lost_checkpoint(save)
+        compare_arguments(begun, facts)
+        return None
+    checkpoint = load_checkpoint(save / "latest.pth")
     if not begun:
-        if checkpoint is None:
-            return None
         raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
-    epochs_done = checkpoint["epoch"] if checkpoint else 0
     compare_arguments(begun, facts)
-    if old_rates[:epochs_done] != new_rates[:epochs_done] or epochs_done > len(new_rates):
-        changed = f"--epochs {len(new_rates)} instead of {len(old_rates)}"
-        raise Refused(f"{changed} changes the schedule of the {epochs_done} epochs already done")
-    if checkpoint:
-        check_fit(checkpoint, net, save / "latest.pth")
-        compare_arguments(checkpoint["args"], facts)
-        steps = -(-facts["train_images"] // facts["batch_size"])
-        for name, header in headers(facts["val"] > 0).items():
-            check_rows(save / name, header, epochs_done, steps if name == "train.csv" else 1)
-        replace_file(save / "args.json", encode(facts))
-        for name in ("train.csv", "test.csv"):
-            cut_rows(save / name, epochs_done)
+    compare_rates(old_rates, new_rates, checkpoint["epoch"])
+    if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
+        raise Refused(f"{save / 'latest.pth'} is not of this run, or of another version of this program: put back its own")
+    compare_arguments(checkpoint["args"], facts)
+    steps = {"train.csv": -(-facts["train_images"] // facts["batch_size"]), "test.csv": 1}
+    rows = {name: rows_until(save / name, facts, checkpoint["epoch"], steps[name]) for name in steps}
+    for name, content in {"args.json": as_json(facts), **rows}.items():
+        replace_file(save / name, content)
     return checkpoint
 
 
 def refuse_lost_checkpoint(save):
     """Refused if the CSVs go on behind the first epoch: a checkpoint was written at its end, and is gone."""
     for path in (save / "train.csv", save / "test.csv"):
-        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if any(1 < epoch_of(row) < math.inf for row in rows):
+        if path.exists() and re.search(rb"^(1\.|[2-9]|\d\d)", path.read_bytes(), re.MULTILINE):
             raise Refused(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 
 
@@ -145,10 +141,6 @@ def refuse_folders(save):
             raise Refused(f"{save / name} is a folder, and a run has a file there: remove it, or choose another --save")
 
 
-def encode(facts):
-    return (json.dumps(facts, indent=2) + "\n").encode()
-
-
 def compare_arguments(old, new):
     """Refused, with the name of the first argument that would change the result of the run."""
     for name in old:
@@ -156,45 +148,34 @@ def compare_arguments(old, new):
             raise Refused(f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments")
 
 
-def check_rows(path, header, epochs_done, steps):
-    """Refused unless a CSV has its header and all rows of the epochs that are done, `steps` for each."""
+def compare_rates(old, new, epochs_done):
+    """Refused if the epochs that are done had other learning rates than they have now, or are too many."""
+    if old[:epochs_done] != new[:epochs_done] or epochs_done > len(new):
+        changed = f"--epochs {len(new)} instead of {len(old)}"
+        raise Refused(f"{changed} changes the schedule of the {epochs_done} epochs already done")
+
+
+def rows_until(path, facts, epochs_done, steps):
+    """The content of a CSV up to the last of `epochs_done` epochs of so many steps. Refused if it is not all there."""
+    header = headers(facts)[path.name]
+    expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
     try:
-        found, *rows = rows_until(path, epochs_done)
+        lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
-    if found.decode(errors="replace") != header:
+    if lines[:1] != [header]:
         raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
-    expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
-    whole = all(epoch_of(row, columns=header.count(",") + 1) < math.inf for row in rows)
-    if not whole or [row.decode().split(",")[0] for row in rows] != expected:
+    row = re.compile(NUMBER + f",{NUMBER}" * header.count(",") + "\n")
+    if [line.split(",")[0] for line in lines[1:]] != expected or not all(map(row.fullmatch, lines[1:])):
         raise Refused(f"{path} is damaged, it has not the {steps} rows of each of the {epochs_done} epochs: {REMEDY}")
-
-
-def rows_until(path, epochs_done):
-    """The lines of a CSV: its header and the rows up to the end of epoch `epochs_done`, without what is no whole row."""
-    header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
-    return [header, *(row for row in rows if epoch_of(row) <= epochs_done)]
-
-
-def epoch_of(row, columns=None):
-    """The epoch of a CSV's row, of so many columns; infinity where it is no whole row of numbers."""
-    try:
-        values = [float(value) for value in row.decode().split(",")]
-    except ValueError:
-        return math.inf
-    return values[0] if row.endswith(b"\n") and columns in (None, len(values)) else math.inf
-
-
-def cut_rows(path, epochs_done):
-    """Keeps the header and the rows up to the end of epoch `epochs_done` of a CSV whose last row may be half written."""
-    replace_file(path, b"".join(rows_until(path, epochs_done)))
+    return "".join(lines).encode()
 
 
 def append_rows(path, rows):
     """Adds rows, the epoch first, to a CSV."""
-    lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) for epoch, *values in rows]
+    lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) + "\n" for epoch, *values in rows]
     with naming(path), path.open("a") as file:
-        file.write("".join(f"{line}\n" for line in lines))
+        file.writelines(lines)
 
 
 def epoch_text(epoch):
@@ -206,7 +187,7 @@ def end_epoch(save, result, checkpoint):
     append_rows(save / "test.csv", [(checkpoint["epoch"], *result)])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
-    save_checkpoint(checkpoint, save / "latest.pth")
+    replace_file(save / "latest.pth", encoded(checkpoint))
 
 
 class Plots:
@@ -221,26 +202,19 @@ class Plots:
     def redraw(self):
         """Starts drawing, unless the last drawing still goes on."""
         if self.enabled and (self.process is None or self.process.poll() is not None):
-            self.check()
+            self.wait()
             self.process = subprocess.Popen(  # start_new_session: Ctrl-C is not meant for it
                 self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
             )
 
-    def finish(self):
-        """Draws what the CSVs now hold and waits for it."""
-        self.check()
-        self.redraw()
-        self.check()
-
-    def check(self):
+    def wait(self):
         """Waits for the drawing and says, the first time it fails, why there is no figure."""
-        if self.process is not None:
-            _, errors = self.process.communicate()
-            if self.process.returncode and not self.warned:
-                reason = errors.strip().splitlines() or [f"plot.py ended with status {self.process.returncode}"]
-                tqdm.write(f"the figures could not be drawn, training goes on: {reason[-1]}")
-                self.warned = True
-            self.process = None
+        _, errors = self.process.communicate() if self.process else (None, "")
+        if self.process and self.process.returncode and not self.warned:
+            reason = errors.strip().splitlines() or [f"plot.py ended with status {self.process.returncode}"]
+            say(f"the figures could not be drawn, training goes on: {reason[-1]}", write=tqdm.write)
+            self.warned = True
+        self.process = None
 
 
 def git_commit():

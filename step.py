@@ -1,10 +1,12 @@
 """How a net is trained on one batch: optimiser, schedule, precision, compilation, and the step itself.
 
-step = TrainingStep(net, args, device, world)
-for epoch in range(args.epochs):
-    step.begin_epoch(scheduled_rate(args, epoch, args.epochs))
-    for images, labels, share in batches:
-        loss, error = step(images, labels, share)
+It knows no folders and no CSVs:
+
+    step = TrainingStep(net, args, device, world)
+    for epoch in range(args.epochs):
+        step.begin_epoch(scheduled_rate(args, epoch, args.epochs))
+        for images, labels, share in batches:
+            loss, error = step(images, labels, share)
 """
 
 import contextlib
@@ -49,9 +51,6 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate
         return self.optimizer.param_groups[0]["lr"]
-
-
-# ------------------------------------------------------------------------------------------------------- what it is made of
 
 
 def make_optimizer(net, args):

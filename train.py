@@ -30,7 +30,7 @@ import endings
 import flags
 import run_folder
 from checkpoint import fits, load_checkpoint, make_card, make_checkpoint, restore
-from endings import Refused, say
+from endings import Refused, Stopped, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
@@ -56,20 +56,13 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=flags.USAGE,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=flags.USAGE)
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    model_group.add_argument(
-        "--init",
-        metavar="FILE",
-        type=flags.named(str),
-        help="begin with these weights: a latest.pth, or what evaluate.py exported",
-    )
+    words = "begin with these weights: a latest.pth, or what evaluate.py exported"
+    model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=words)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
@@ -129,7 +122,7 @@ def run(net, dataset, args, world, ending, begins):
     with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext():
         checkpoint = open_run(net, dataset, args, world, begins) if world.rank == 0 else None
         checkpoint = distributed.share_object(checkpoint, world)
-        ending.resume, ending.rank = endings.resume_command(world.size), world.rank
+        ending.resume = endings.resume_command(world.size)
         fit(net, dataset, args, world, checkpoint)
 
 
@@ -146,7 +139,7 @@ def open_run(net, dataset, args, world, begins):
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
     checkpoint = run_folder.resume(args.save, facts, net, *rates_before_and_now(args)) if args.resume else None
     if checkpoint is None:
-        run_folder.begin(args.save, facts, has_val=args.val > 0)
+        run_folder.begin(args.save, facts)
     if args.dataset == "folder":
         say(*describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels))
     if args.resume:
@@ -191,7 +184,9 @@ def fit(net, dataset, args, world, checkpoint):
                 plots.redraw()
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
                 print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), result, rate, len(dataset.train) / seconds, left)
-    plots.finish()
+    plots.wait()
+    plots.redraw()  # of what the CSVs now hold
+    plots.wait()
 
 
 def epoch_batches(dataset, epoch, args, world):
@@ -226,7 +221,7 @@ class EpochLog:
             signum = self.write(stop.received)
             bar.set_postfix_str(f"loss {self.rows[-1][0]:.3f}, error {self.rows[-1][1]:.1f} %")
             if signum:
-                raise endings.Stopped(signum)
+                raise Stopped(signum) if self.world.rank == 0 else SystemExit(128 + signum)
 
     def write(self, received):
         """Writes the group's rows; returns the signal if a rank has received one. Here the device is waited for."""
@@ -266,15 +261,9 @@ def test(net, dataset, world):
 
 def progress_bar(first_epoch, epochs, num_images, world):
     """A bar over all epochs, with images/s and the time left; silent where the output is no terminal."""
-    return tqdm(
-        initial=first_epoch * num_images,
-        total=epochs * num_images,
-        unit=" images",
-        unit_scale=True,
-        smoothing=0.05,
-        dynamic_ncols=True,
-        disable=None if world.rank == 0 else True,
-    )
+    size = {"initial": first_epoch * num_images, "total": epochs * num_images}
+    looks = {"unit": " images", "unit_scale": True, "smoothing": 0.05, "dynamic_ncols": True}
+    return tqdm(**size, **looks, disable=None if world.rank == 0 else True)
 
 
 def print_epoch(epoch, train_result, test_result, rate, images_per_second, seconds_left):
