@@ -1,8 +1,4 @@
-"""A net on disk: what a checkpoint holds, written in one step, read safely, exported as weights; the net rebuilt from it.
-
-At every instant the name of a checkpoint stands for a complete one: a new one is written beside the old one, flushed to the
-disk, and takes its name in one step.
-"""
+"""A net on disk: what a checkpoint holds, written in one step, read safely, exported as weights; the net rebuilt from it."""
 
 import io
 import json
@@ -31,10 +27,7 @@ def make_card(model, args, dataset):
 
 
 def make_checkpoint(net, optimizer, scaler, epochs_done, card):
-    """Everything that a resumed run or an evaluation needs.
-
-    Random states are not among it: what is random in an epoch depends on the seed and the number of the epoch.
-    """
+    """Everything that a resumed run or an evaluation needs; no random state, for what an epoch draws depends on its number."""
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     return {**state, "epoch": epochs_done, **card}
 
@@ -147,7 +140,7 @@ def export(checkpoint, path):
 
 
 def replace_file(path, content):
-    """Writes a file so that its name stands, at every instant, for the whole old content or the whole new one."""
+    """Writes a file in one step: at every instant its name stands for the whole old content or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with naming(path):

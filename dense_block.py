@@ -126,12 +126,10 @@ def update_running_statistics(norms, mean, var):
 
 
 def write_maps(maps, mean, rstd, var, first, new, eps):
-    """Puts new maps (N, H, W, k) behind the first ones, and their statistics where they belong.
-
-    Batch norm's own kernel is the fastest to take them; with a momentum of 1, its running statistics are the batch's.
-    """
+    """Puts new maps (N, H, W, k) behind the first ones, and their statistics where they belong."""
     behind = slice(first, first + new.shape[-1])
     maps[..., behind] = new
+    # Batch norm's own kernel takes them fastest; with a momentum of 1, its running statistics are the batch's.
     _, _, rstd[behind] = aten.native_batch_norm(nchw(new), None, None, mean[behind], var[behind], True, 1.0, eps)
 
 
@@ -245,10 +243,7 @@ def backward_layers(grad, maps, mean, rstd, layers, kept):
 
 
 def through_statistics(grad, x, mean, rstd, moments):
-    """Takes off a gradient G (n, H, W, c) what mean and variance of the maps x pass on: the end of the derivation.
-
-    One pass where it is compiled.
-    """
+    """Takes off a gradient G (n, H, W, c) what mean and variance of the maps x pass on: the end of the derivation."""
     offset, slope = moments
     scale = slope * rstd
     shift = torch.addcmul(offset, mean, scale, value=-1)
@@ -309,10 +304,7 @@ def accumulate(da, a, x, mean, rstd, gamma, beta, grads):
 
 
 def convolution_backward(grad, x, weight, out):
-    """Gradients of the input, which may be written into out, and of the weight; of a 1x1 or a padded 3x3 convolution.
-
-    Images are (N, H, W, channels).
-    """
+    """Gradients of the input (N, H, W, C), which may be written into out, and of the weight; of a 1x1 or padded 3x3 kernel."""
     if weight.shape[2] == 1:  # two matrix products
         grad_x = torch.mm(rows(grad), weight.flatten(1), out=None if out is None else rows(out)).view(x.shape)
         return grad_x, (rows(grad).t() @ rows(x)).view(weight.shape)

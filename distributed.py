@@ -64,14 +64,11 @@ def own_device(world, device):
 
 
 def meet(world, device):
-    """Connects this rank with the others.
-
-    torchrun's store keeps the addresses of dead processes when it starts all of them again: each attempt has keys of its own.
-    """
+    """Connects this rank with the others."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"attempt {world.attempt}", store)
+        store = dist.PrefixStore(f"attempt {world.attempt}", store)  # a restart by torchrun finds dead addresses in the old one
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]

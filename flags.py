@@ -95,14 +95,6 @@ def parse_args(parser, argv=None):
     return args
 
 
-def default_values(*groups):
-    """The namespace of groups of flags, each an add_..._flags, where no flag is given."""
-    parser = argparse.ArgumentParser()
-    for add_flags in groups:
-        add_flags(parser)
-    return parser.parse_args([])
-
-
 def model_arguments(args):
     """The keyword arguments of DenseNet, but for num_classes, that the model flags stand for."""
     names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "efficient"]

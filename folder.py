@@ -62,23 +62,17 @@ def free_memory():
 
 
 def list_classes(folder):
-    """{class: its picture files} of a folder that holds a folder for each class; names that begin with a dot are no data.
-
-    The order is that of torchvision's ImageFolder. Refused where a class or the folder holds nothing.
-    """
+    """{class: its picture files} of a folder that holds a folder for each class, in the order of torchvision's ImageFolder."""
     if not folder.is_dir():
-        raise Refused(
-            f"{folder} is not a folder: --dataset folder reads DIR/train/<class>/ and DIR/test/<class>/ of --data DIR"
-        )
+        raise Refused(f"{folder} is not a folder: --dataset folder reads train/<class>/ and test/<class>/ in --data DIR")
     folders = sorted(path for path in visible(folder) if path.is_dir())
     if not folders:
         raise Refused(f"{folder} holds no folder: make one for each class and put its pictures there")
     classes = {path.name: sorted(list_pictures(path), key=lambda file: (str(file.parent), file.name)) for path in folders}
     empty = next((name for name, files in classes.items() if not files), None)
     if empty:
-        raise Refused(
-            f"{folder}: the class {empty} holds no picture ({', '.join(EXTENSIONS)}): put pictures into its folder or remove it"
-        )
+        endings = ", ".join(EXTENSIONS)
+        raise Refused(f"{folder}: the class {empty} holds no picture ({endings}): put pictures into its folder or remove it")
     return classes
 
 
@@ -93,6 +87,7 @@ def list_pictures(folder, above=()):
 
 
 def visible(folder):
+    """What is in the folder; names that begin with a dot are no data."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 

@@ -48,9 +48,9 @@ def make_repeatable(deterministic):
 
 
 def keep_freed_memory(device):
-    """Lets glibc keep what a step on the CPU frees, for the next step to use; a person's own settings of malloc win.
+    """Lets glibc keep what a step on the CPU frees for the next step, unless a person has own settings of malloc.
 
-    By default large tensors are mapped anew, page by page, and given back to the kernel, in every step. Results are the same.
+    By default large tensors are mapped anew, page by page, in every step.
     """
     own = any(name.startswith(("MALLOC_TRIM", "MALLOC_MMAP", "MALLOC_TOP_PAD")) for name in os.environ)
     own = own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -13,10 +13,7 @@ BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net
 
 @torch.inference_mode()
 def predict(net, images, mean, std, title=None):
-    """Logits (M, num_classes), on the CPU in float64, of M uint8 images by the net in evaluation mode.
-
-    With a title, a terminal shows a bar.
-    """
+    """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a terminal shows a bar."""
     net.eval()
     batches = images.split(max(1, BATCH_PIXELS // images[0, 0].numel()))
     if title and sys.stderr.isatty():

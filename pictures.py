@@ -1,10 +1,6 @@
 """Picture files, as they really are, as 8-bit RGB images of one size.
 
-Telephones store a picture lying on its side and say so in its EXIF data, microscopes and depth cameras write 16 bits, a logo is
-transparent: all of that is taken into account. What has no one right meaning in 8 bits is refused, never read as all white
-or black.
-
-    images = read_pictures(["cat.png", "dog.jpg"], 64)     (2, 3, 64, 64) uint8
+EXIF orientation, 16 bits and transparency are taken into account; what has no one right meaning in 8 bits is refused.
 """
 
 import contextlib
@@ -32,10 +28,9 @@ SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def read_pictures(paths, size, places=None, title=None):
-    """All pictures as one tensor (M, 3, size, size) uint8, the same whatever the number of threads.
+    """All pictures as one tensor (M, 3, size, size) uint8; places are the indices that they get, if not 0, 1, 2, ….
 
-    places are the indices that they get, if not 0, 1, 2, …. With a title, a terminal shows a bar; elsewhere it is printed.
-    Refused, with the name of the first of the files that is no picture, or has no meaning as one.
+    With a title, a terminal shows a bar; elsewhere it is printed. Refused, with the name of the first file that is no picture.
     """
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
@@ -54,10 +49,7 @@ def read_pictures(paths, size, places=None, title=None):
 
 
 def read_picture(path, size):
-    """One picture file as a (3, size, size) uint8 tensor. Refused, in one sentence, if that cannot be.
-
-    The shorter side is resized to `size`, with antialiasing, and the middle cut out: nothing is squeezed.
-    """
+    """One picture file as a (3, size, size) uint8 tensor: its shorter side resized to `size`, and the middle cut out."""
     picture, raw_mode = open_picture(path, size)
     try:
         picture = to_rgb(picture, raw_mode)

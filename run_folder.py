@@ -32,17 +32,15 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 def refuse_to_replace(save, resume, force):
     """Refused if the folder holds a run and neither flag says what shall become of it."""
     if not (resume or force) and any((save / name).exists() for name in FILES):
-        raise Refused(
-            f"{save} already holds a run: continue it with --resume, replace it with --force, or choose another --save"
-        )
+        ways = "continue it with --resume, replace it with --force, or choose another --save"
+        raise Refused(f"{save} already holds a run: {ways}")
 
 
 @contextlib.contextmanager
 def locked(save):
     """Within it no other process gets the lock of the folder, which is made. The lock dies with its holder.
 
-    Refused if another process has it, or the folder cannot be written. Where the file system has no locks, the run goes on
-    without one and says so; a file that stands for a lock would outlive a killed run, and block what resumes it.
+    Where the file system has no locks, the run goes on without one. (A soft lock, a file, would outlive a killed run.)
     """
     try:
         save.mkdir(parents=True, exist_ok=True)

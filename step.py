@@ -1,12 +1,12 @@
 """How a net is trained on one batch: optimiser, schedule, precision, compilation, and the step itself.
 
-It knows no folders and no CSVs:
-
     step = TrainingStep(net, args, device, world)
-    for epoch in range(args.epochs):
-        step.begin_epoch(scheduled_rate(args, epoch, args.epochs))
+    for rate in schedule(args, args.epochs):
+        step.begin_epoch(rate)
         for images, labels, share in batches:
             loss, error = step(images, labels, share)
+
+It knows no folders and no CSVs.
 """
 
 import contextlib
@@ -70,9 +70,9 @@ def learning_rate(epoch, epochs, initial):
     return initial * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
 
 
-def scheduled_rate(args, epoch, epochs):
-    """The learning rate of SGD in an epoch; None for the other optimisers, which keep theirs."""
-    return learning_rate(epoch, epochs, args.lr) if args.opt == "sgd" else None
+def schedule(args, epochs):
+    """The learning rate of each epoch, for SGD; None for the other optimisers, which keep theirs."""
+    return [learning_rate(epoch, epochs, args.lr) if args.opt == "sgd" else None for epoch in range(epochs)]
 
 
 def prepare(net, args, device, world):

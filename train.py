@@ -34,7 +34,7 @@ from endings import Refused, Stopped, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
-from step import TrainingStep, scheduled_rate
+from step import TrainingStep, schedule
 
 GROUP_STEPS = 20  # the device is waited for once in so many steps, to write their losses to train.csv
 
@@ -47,7 +47,8 @@ def main():
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         with distributed.joined(world, choose_device(args.device)) as device:
             refuse_contradictions(args, device)
-            prepare_machine(args, device)
+            keep_freed_memory(device)
+            make_repeatable(args.deterministic)
             begins = not run_folder.continues(args.save, args.resume)
             init, args.image_size = distributed.share_object(read_init(args, begins) if world.rank == 0 else None, world)
             dataset = load_data(args, device, world)
@@ -69,9 +70,6 @@ def build_parser():
     return parser
 
 
-# -------------------------------------------------------------------------------------------------------- the beginning
-
-
 def refuse_contradictions(args, device):
     """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written."""
     with torch.device("meta"):
@@ -82,16 +80,8 @@ def refuse_contradictions(args, device):
         raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
 
 
-def prepare_machine(args, device):
-    keep_freed_memory(device)
-    make_repeatable(args.deterministic)
-
-
 def read_init(args, begins):
-    """(weights of --init or None, size of the images).
-
-    A run that goes on needs no --init any more, and has a size. A new one gets --image-size, or the size of the net of --init.
-    """
+    """(weights of --init, size of the images); a run that goes on needs no weights, and has a size."""
     init = load_checkpoint(Path(args.init)) if args.init and begins else None
     begun = run_folder.read_arguments(args.save) if args.resume else {}
     init_size = init["args"].get("image_size") if init and args.dataset == "folder" else None
@@ -127,17 +117,16 @@ def run(net, dataset, args, world, ending, begins):
 
 
 def open_run(net, dataset, args, world, begins):
-    """Begins the run, or continues it with --resume. Returns its checkpoint, or None.
-
-    What was asked before the folder was locked is asked again: another process may have written there meanwhile.
-    """
-    run_folder.refuse_to_replace(args.save, args.resume, args.force)
+    """Begins the run, or continues it with --resume. Returns its checkpoint, or None."""
+    run_folder.refuse_to_replace(args.save, args.resume, args.force)  # again: another process may have had the folder
     if begins == run_folder.continues(args.save, args.resume):
         raise Refused(f"another process has changed {args.save} meanwhile: start again")
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
-    checkpoint = run_folder.resume(args.save, facts, net, *rates_before_and_now(args)) if args.resume else None
+    epochs = run_folder.read_arguments(args.save).get("epochs", args.epochs) if args.resume else args.epochs
+    rates = schedule(args, epochs), schedule(args, args.epochs)
+    checkpoint = run_folder.resume(args.save, facts, net, *rates) if args.resume else None
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     if args.dataset == "folder":
@@ -147,30 +136,20 @@ def open_run(net, dataset, args, world, begins):
     return checkpoint
 
 
-def rates_before_and_now(args):
-    """The learning rate of each epoch, with the epochs that the run was begun with, and with those it is to have now."""
-    begun = run_folder.read_arguments(args.save).get("epochs", args.epochs)
-    return [[scheduled_rate(args, epoch, epochs) for epoch in range(epochs)] for epochs in (begun, args.epochs)]
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 def fit(net, dataset, args, world, checkpoint):
-    """Trains, tests, saves and draws, epoch by epoch, from the beginning or from behind the checkpoint.
-
-    Diverged if the loss is no longer finite, Stopped on a signal.
-    """
+    """Trains, tests, saves and draws, epoch by epoch, from the beginning or from behind the checkpoint."""
     stop = endings.StopSignals()
     setproctitle(str(args.save))
     step = TrainingStep(net, args, dataset.mean.device, world)
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
+    rates = schedule(args, args.epochs)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
-    with progress_bar(first_epoch, args.epochs, len(dataset.train), world) as bar:
+    shown = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": None if world.rank == 0 else True}
+    with tqdm(initial=first_epoch * len(dataset.train), total=args.epochs * len(dataset.train), **shown) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
-            rate = step.begin_epoch(scheduled_rate(args, epoch, args.epochs))
+            rate = step.begin_epoch(rates[epoch])
             bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}")
             log = EpochLog(args, epoch, len(dataset.train), world)
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
@@ -190,11 +169,7 @@ def fit(net, dataset, args, world, checkpoint):
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """The batches of an epoch, and the seed of its dropout.
-
-    All that is random depends on the seed, the number of the epoch and, for dropout, the rank: the two numbers in a checkpoint,
-    seed and epoch, are the whole random state of a run.
-    """
+    """The batches of an epoch, and the seed of its dropout: functions of --seed, the epoch and, for dropout, the rank alone."""
     data_seed, *dropout_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
     torch.manual_seed(dropout_seeds[world.rank])
     generator = torch.Generator(dataset.mean.device).manual_seed(data_seed)
@@ -257,13 +232,6 @@ def test(net, dataset, world):
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()
         results += [loss, 100 * error]
     return results
-
-
-def progress_bar(first_epoch, epochs, num_images, world):
-    """A bar over all epochs, with images/s and the time left; silent where the output is no terminal."""
-    size = {"initial": first_epoch * num_images, "total": epochs * num_images}
-    looks = {"unit": " images", "unit_scale": True, "smoothing": 0.05, "dynamic_ncols": True}
-    return tqdm(**size, **looks, disable=None if world.rank == 0 else True)
 
 
 def print_epoch(epoch, train_result, test_result, rate, images_per_second, seconds_left):

@@ -25,7 +25,7 @@ import run_folder
 import train
 from densenet import init_weights
 from distributed import World
-from machine import choose_device
+from machine import choose_device, keep_freed_memory, make_repeatable
 
 # Output channels of the convolutions, and the poolings.
 PLAN = [32, "pool", 64, 64, 64, "pool", 128, 128, 128, "pool", 256, 256]
@@ -38,7 +38,8 @@ def main():
     with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
-        train.prepare_machine(args, device)
+        keep_freed_memory(device)
+        make_repeatable(args.deterministic)
         begins = not run_folder.continues(args.save, args.resume)
         args.image_size = args.image_size or data.IMAGE_SIZE
         dataset = train.load_data(args, device, World())
@@ -63,7 +64,9 @@ def build_parser():
 
 def no_model_flags():
     """The model flags of train.py, unset: they are written into args.json and the checkpoint, and a VGG has none of them."""
-    return {**dict.fromkeys(vars(flags.default_values(flags.add_model_flags))), "drop_rate": 0.0}
+    parser = argparse.ArgumentParser()
+    flags.add_model_flags(parser)
+    return {**dict.fromkeys(vars(parser.parse_args([]))), "drop_rate": 0.0}
 
 
 def print_verdict(args):

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from test_run_folder import assert_same_run
 
 import endings
 import train
+from endings import Refused
 
 # A program that may take so many MB more than it has when all its modules are there; the rest of argv is its own.
 LIMITED = """
@@ -76,7 +76,7 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path, megabytes, more, asked, 
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("train.py: memory ran out for batches of ")
-    assert all(part in line for part in [asked, " MB more were asked for: choose ", *remedies])
+    assert all(part in line for part in [asked, ": choose ", *remedies])
     assert "--precision bf16" not in line  # which needs no less memory on a CPU for what cannot be trained there
 
 
@@ -109,27 +109,29 @@ def test_memory_that_runs_out_under_torchrun(tmp_path):
     assert f'File "{program}' not in done.stderr  # torchrun shows a traceback of its own
 
 
+ENDING = argparse.Namespace(needs="x", remedy="y", resume=None)
+
+
 @pytest.mark.parametrize(
-    ("error", "size"),
+    "error",
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"), ", 2.00 GiB"),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), ""),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"), ""),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
-        (RuntimeError("could not create a memory object"), ""),
-        (MemoryError("std::bad_alloc"), ""),
-        (OSError(12, "Cannot allocate memory"), ""),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a memory object"),
+        MemoryError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
     ],
 )
-def test_all_ways_to_say_that_memory_ran_out(error, size):
-    wrapped = ValueError("the file is damaged")
+def test_all_ways_to_say_that_memory_ran_out(error):
+    wrapped = Refused("the file is damaged")
     wrapped.__cause__ = error
     for each in (error, wrapped):
-        status, sentence = endings.last_words(each, endings.Ending("x", "y"))
-        assert (status, re.fullmatch(f"memory ran out for x{size}.*: choose y", sentence) is None) == (1, False)
+        assert endings.last_words(each, ENDING) == (1, "memory ran out for x: choose y")
     for other in ("shape mismatch", "could not create a primitive"):
-        assert endings.out_of_memory(RuntimeError(other)) is None
-    assert endings.out_of_memory(OSError(28, "No space left on device")) is None
+        assert not endings.out_of_memory(RuntimeError(other))
+    assert not endings.out_of_memory(OSError(28, "No space left on device"))
 
 
 # --------------------------------------------------------------------------------------------- pipes, disks and mistakes

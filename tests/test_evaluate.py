@@ -34,6 +34,16 @@ def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 500
 
 
+def test_confusion_matrix_has_true_rows_and_predicted_columns():
+    matrix = evaluate.confusion_matrix(torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0]), 3)
+    assert matrix.tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0]]
+
+
+def test_the_mean_of_the_classes_errors_counts_each_class_alike():
+    confusion = np.array([[9, 1, 0], [1, 1, 0], [0, 0, 0]])  # 1 of 10 wrong, 1 of 2, and a class without an image
+    assert evaluate.mean_class_error(confusion) == pytest.approx((0.1 + 0.5) / 2)
+
+
 def test_own_pictures_are_named(call_main, tiny_run, tmp_path):
     Image.new("L", (64, 50), 200).save(tmp_path / "one.png")
     Image.new("RGBA", (20, 20), (9, 8, 7, 6)).save(tmp_path / "two.png")

@@ -105,10 +105,10 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_resumes(undisturb
     process = start("train.py", *FLAGS, "--save", save)
     wait_for_rows(process, save / "train.csv", 14)
     process.send_signal(signum)
-    out, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert "Traceback" not in errors
-    command = re.search(r"stopped by (\w+); this continues the run: (.*)", out)
+    command = re.search(r"stopped by (\w+); this continues the run: (.*)", errors)
     assert command[1] == signum.name
     done = subprocess.run(command[2], shell=True, cwd=ROOT, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

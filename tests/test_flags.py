@@ -125,7 +125,7 @@ def test_the_programs_are_those_with_flags():
         (["--device", "gpu"], "'gpu' is no device: choose auto, cpu, cuda, cuda:N or mps"),
         (["--device", "meta"], "'meta' is no device"),
         (["--device", "cuda:-1"], "'cuda:-1' is no device"),
-        (["--device", ""], "'' is no device"),
+        (["--device", ""], "--device: the name is empty"),
     ],
 )
 def test_a_value_out_of_range_is_one_sentence_and_status_2(call_main, tmp_path, arguments, message):

@@ -83,7 +83,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
     save = shutil.copytree(tiny_run, tmp_path / "run")
     (save / "latest.pth").unlink()
     for name in ("train.csv", "test.csv"):
-        run_folder.cut_rows(save / name, 1)
+        rows = (save / name).read_text().splitlines(keepends=True)
+        (save / name).write_text("".join(rows[: 1 + len(rows) // 2]))
     flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--no-plot"]
     status, out, errors = call_main(train, *flags, "--save", save, "--resume")
     assert (status, "from the start" in out) == (0, True), errors
@@ -127,14 +128,15 @@ def test_other_data_or_processes_than_the_run_was_begun_with_are_refused(tiny_ru
         run_folder.compare_arguments(old, old | facts)
 
 
-def test_rows_behind_the_checkpoint_are_cut(tmp_path):
-    path = tmp_path / "train.csv"
-    path.write_text("epoch,loss,error\n0.5,1,1\n1,2,2\n1.5,3,3\n2,4,4\n2.00")
-    run_folder.cut_rows(path, 1)
-    assert path.read_text() == "epoch,loss,error\n0.5,1,1\n1,2,2\n"
-    path.write_text("epoch,loss,error\n0.5,1,1\n1")  # half of 1.5
-    run_folder.cut_rows(path, 1)
-    assert path.read_text() == "epoch,loss,error\n0.5,1,1\n"
+@pytest.mark.parametrize("more", ["", "1.5,3,3\n2,4,4\n2.00", "1.5,nan,inf\n", "1"])
+def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
+    path, rows = tmp_path / "train.csv", "epoch,loss,error\n0.5,1e-05,1\n1,2,nan\n"
+    path.write_text(rows + more)
+    assert run_folder.rows_until(path, {"val": 0}, epochs_done=1, steps=2).decode() == rows
+    for cut in (rows[:-1], rows.replace("1e-05", "x"), rows.replace("\n1,", "\n1.0,")):
+        path.write_text(cut)
+        with pytest.raises(Refused, match="it has not the 2 rows of each of the 1 epochs"):
+            run_folder.rows_until(path, {"val": 0}, epochs_done=1, steps=2)
 
 
 # -------------------------------------------------------------------------------------------- disks, and other processes
@@ -363,10 +365,10 @@ def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_p
     shutil.copytree(tiny_run, save)
     (save / "loss.png").unlink()
     (save / "loss.png").mkdir()  # no file can be written here
-    figures = run_folder.Plots(save, enabled=True)
-    figures.finish()
-    figures.redraw()
-    figures.finish()
+    plots = run_folder.Plots(save, enabled=True)
+    for _ in range(3):
+        plots.redraw()
+        plots.wait()
     out = capsys.readouterr().out
     assert out.count("the figures could not be drawn, training goes on: plot.py: error:") == 1
     assert "loss.png" in out

@@ -63,9 +63,9 @@ def test_the_step_is_finished_and_the_command_that_goes_on_is_told(call_main, un
     run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.process.send_signal(signum)
     out, errors = run.finish()
-    assert (run.process.returncode, errors) == (128 + signum, "")
-    assert out.startswith(f"stopped by {signum.name}; this continues the run: {sys.executable} -c ")
-    assert out.endswith(f"{tmp_path / 'run'} --resume\n")
+    assert (run.process.returncode, out) == (128 + signum, "")
+    assert errors.startswith(f"train.py: stopped by {signum.name}; this continues the run: {sys.executable} -c ")
+    assert errors.endswith(f"{tmp_path / 'run'} --resume\n")
     assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 3
     assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
     assert_same_run(undisturbed, tmp_path / "run")
@@ -109,5 +109,5 @@ def test_the_command_is_told_where_somebody_still_reads(tmp_path):
     run.process.stdout = None
     _, errors = run.finish()
     assert run.process.returncode == 128 + signal.SIGINT
-    assert errors.startswith("stopped by SIGINT; this continues the run: ")
+    assert errors.startswith("train.py: stopped by SIGINT; this continues the run: ")
     assert "Traceback" not in errors
