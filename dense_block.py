@@ -77,7 +77,7 @@ class DenseBlockFunction(torch.autograd.Function):
 
 
 def no_autocast(device):
-    """All is computed in the type of the block's input; the meta device, on which bench.py counts, knows no autocast."""
+    """All is computed in the type of the block's input; the meta device, on which its work is counted, knows no autocast."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 

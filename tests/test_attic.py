@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -87,6 +88,55 @@ def test_kernels_of_this_machine(call_main):
 def test_kernels_of_a_net_that_cannot_be_checked(call_main, flags, message):
     status, _, errors = call_main(script("check-kernels"), *flags)
     assert (status, errors.splitlines()[-1].endswith(message)) == (2, True)
+
+
+# ---------------------------------------------------------------------------------------------- comparison of the speed
+
+
+def test_the_rivals_are_measured_in_processes_of_their_own(run_script, tmp_path):
+    sizes = ["--depth", 10, "--batch-size", 2, "--image-size", 8, "--rounds", 1, "--steps", 1, "--device", "cpu"]
+    done = run_script(
+        "attic/compare-speed.py", *sizes, "--only", "torchvision-checkpointed", "--json", tmp_path / "report.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\n| torchvision-checkpointed | " in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["depths"]["10"]["variants"]["torchvision-checkpointed"]["peak_mb_an_image"] > 0
+
+
+def test_a_table_for_each_depth_with_counted_bytes(call_main, monkeypatch, tmp_path):
+    compare = script("compare-speed")
+
+    def measure(factories, args, device):
+        for factory in factories.values():
+            factory()()  # here, for it takes seconds to start a process
+        return {name: {"ms_a_step": [args.depth], "memory_gb": 1.0} for name in factories}
+
+    monkeypatch.setattr(compare.bench, "measure", measure)
+    flags = ["--depths", 10, 16, "--growth-rate", 2, "--batch-size", 2, "--image-size", 8, "--device", "cpu"]
+    status, out, errors = call_main(compare, *flags, "--json", tmp_path / "report.json")
+    assert status == 0, errors
+    names = [name for name in compare.VARIANTS if not name.endswith("compiled")]
+    assert re.findall(r"^\| (\S+) \| 1[06]\.0 \|", out, re.MULTILINE) == 2 * names
+    variants = json.loads((tmp_path / "report.json").read_text())["depths"]["16"]["variants"]
+    assert variants["torchvision-checkpointed"]["peak_mb_an_image"] < variants["plain"]["peak_mb_an_image"]
+    assert variants["torchvision"]["peak_mb_an_image"] == pytest.approx(variants["plain"]["peak_mb_an_image"], rel=0.2)
+
+
+def test_every_depth_is_looked_at_before_the_first_is_measured(call_main, monkeypatch):
+    compare = script("compare-speed")
+    monkeypatch.setattr(compare.bench, "measure", None)
+    status, out, errors = call_main(compare, "--depths", 10, 11)
+    assert (status, out, "depth 11 does not fit" in errors) == (2, "", True)
+
+
+def test_the_pipeline_against_the_usual_one(run_script, cifar):
+    """In a process of its own: a DataLoader forks, which JAX, imported here by other tests, may not survive."""
+    flags = ["--data", cifar, "--device", "cpu", "--batch-size", 700, "--rounds", 1, "--steps", 2]
+    done = run_script("attic/compare-speed.py", *flags)
+    assert done.returncode == 0, done.stderr
+    names = [line.split(" | ")[0] for line in done.stdout.splitlines()[4:]]
+    assert names == ["| data.py", "| DataLoader, 1 worker", "| DataLoader, 2 workers"]
 
 
 # --------------------------------------------------------------------------------------------- comparison with the official

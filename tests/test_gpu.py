@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, TINY
 from test_run_folder import assert_same_run
 
-import bench
 import data
 import train
 from attic.comparison import random_batch, randomize, relative_errors, training_pass
+from attic.counting import peak_bytes
 from checkpoint import build_net, load_checkpoint, normalization
 from densenet import DenseNet
 from distributed import World
@@ -115,7 +115,7 @@ def peak_of_a_step(device, efficient):
         optimizer.step()
 
     if device == "cpu":
-        return bench.peak_bytes(step)
+        return peak_bytes(step)
     step()  # compiles and chooses kernels
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -212,8 +212,13 @@ def test_torchrun_with_more_processes_than_gpus(device, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@BOTH
-def test_the_bench_prints_its_table(device, run):
-    flags = ["--device", device, "--depth", 10, "--batch-size", 4, "--rounds", 2]
-    lines = run("bench.py", *flags, "--only", "torchvision", "plain", "efficient").splitlines()
-    assert [line.split()[0] for line in lines[3:]] == ["torchvision", "plain", "efficient"]
+@GPU
+def test_the_bench_measures_all_variants(device, run):
+    lines = run("bench.py", "--device", device, "--depth", 10, "--batch-size", 4, "--rounds", 2).splitlines()
+    assert [line.split()[1] for line in lines[4:]] == ["plain", "efficient", "plain-compiled", "efficient-compiled"]
+
+
+@GPU
+def test_the_rivals_are_timed(device, run):
+    lines = run("attic/compare-speed.py", "--device", device, "--depth", 10, "--only", "torchvision", "plain").splitlines()
+    assert [line.split()[1] for line in lines[4:6]] == ["torchvision", "plain"]

@@ -66,3 +66,41 @@ def test_a_run_that_began_with_the_weights_of_another_says_so(tmp_path):
     row_of = runpy.run_path(str(ROOT / "images" / "draw_err_table.py"))["row_of"]
     assert row_of(ROOT / "work" / "bc-22-8")[0] == "DenseNet-BC, 3 epochs of SGD, here"
     assert row_of(copy_of_run(tmp_path / "run", init="net.pth"))[0] == "DenseNet-BC, 3 more epochs of SGD, here"
+
+
+# ------------------------------------------------------------------------------------------------ memory against the depth
+
+
+def report_of(peaks):
+    """A report of attic/compare-speed.py with these peaks at L=40, 100 and 250."""
+    of_depth = {
+        depth: {"variants": {name: {"ms_a_step": [9, 1, 7], "peak_mb_an_image": peak} for name in ("plain", "efficient")}}
+        for depth, peak in zip((40, 100, 250), peaks, strict=True)
+    }
+    return {"growth_rate": 12, "batch_size": 8, "depths": of_depth}
+
+
+def test_memory_and_time_against_the_depth(run_script, tmp_path):
+    (tmp_path / "memory.json").write_text(json.dumps(report_of([3, 7, 18])))
+    done = run_script("images/draw_memory.py", tmp_path / "memory.json")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'memory.png'}\n"), done.stderr
+    assert Image.open(tmp_path / "memory.png").size == Image.open(ROOT / "images" / "memory.png").size
+
+
+def test_a_report_is_read_as_it_was_measured(tmp_path):
+    (tmp_path / "memory.json").write_text(json.dumps(report_of([3, 7, 18])))
+    read_curves = runpy.run_path(str(ROOT / "images" / "draw_memory.py"))["read_curves"]
+    growth_rate, curves = read_curves(tmp_path / "memory.json")
+    assert (growth_rate, [*curves]) == (12, ["plain modules", "--efficient"])
+    assert curves["--efficient"] == ([40, 100, 250], [3, 7, 18], [7 / 8, 7 / 8, 7 / 8])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", json.dumps({**report_of([3, 7, 18]), "depths": {}}), json.dumps(report_of([3, None, 18]))]
+)
+def test_another_report_is_refused(run_script, tmp_path, text):
+    (tmp_path / "memory.json").write_text(text)
+    done = run_script("images/draw_memory.py", tmp_path / "memory.json")
+    assert done.returncode == 2
+    assert "memory.json is no report of attic/compare-speed.py --depths in fp32" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "memory.png").exists()

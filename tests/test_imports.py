@@ -1,4 +1,4 @@
-"""Which file imports which: no program is imported, modules import in no circle, the model needs torch alone."""
+"""Which file imports which: programs import no program, modules import in no circle, the model needs torch alone."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("attic/*.py"), *ROOT.glob("images/*.py")]
 PROGRAMS = {path.stem for path in FILES if path.read_text().startswith("#!")}
-RUN_TRAIN_ITSELF = {"train-vgg", "bench"}  # the very functions of train.py are what they measure
+ALLOWED = {"train-vgg": {"train"}, "compare-speed": {"bench"}}  # in attic/: the very functions of a program are what they run
 
 
 def imports(path):
@@ -26,8 +26,12 @@ def imports(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_file_imports_a_program(path):
-    allowed = {"train"} if path.stem in RUN_TRAIN_ITSELF else set()
-    assert imports(path) & PROGRAMS <= allowed
+    assert imports(path) & PROGRAMS <= ALLOWED.get(path.stem, set())
+
+
+def test_no_program_and_no_module_imports_the_attic():
+    attic = {path.stem for path in ROOT.glob("attic/*.py")}
+    assert not [path.name for path in ROOT.glob("*.py") if imports(path) & attic]
 
 
 def test_no_circle():

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Draws images/memory.png, memory and time of a training step against the depth, from a report that was measured before.
+
+    images/draw_memory.py images/memory.json
+
+draws beside the report, which this measures in minutes:
+
+    attic/compare-speed.py --depths 40 100 160 250 --only plain torchvision-checkpointed efficient --batch-size 8 --json FILE
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from endings import Refused, worded
+
+LABELS = {
+    "plain": "plain modules",
+    "torchvision-checkpointed": "checkpointed (torchvision)",
+    "efficient": "--efficient",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=file_name, metavar="REPORT.json", help="of attic/compare-speed.py --depths")
+    args = parser.parse_args()
+    with worded(parser, "the figure", "fewer depths"):
+        growth_rate, curves = read_curves(args.report)
+        path = args.report.with_suffix(".png")
+        draw(growth_rate, curves, path)
+        print(path)
+
+
+def file_name(text):
+    """An argparse type: the path of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: give that of a report")
+    return Path(text)
+
+
+def read_curves(path):
+    """(growth rate, {variant: (depths, peaks in MB an image, ms an image)}). Refused if it is another report."""
+    try:
+        report = json.loads(path.read_text())
+        batch_size, by_depth = (
+            report["batch_size"],
+            {int(depth): entry["variants"] for depth, entry in report["depths"].items()},
+        )
+        if len(by_depth) < 2:
+            raise ValueError("one depth only")
+        curves = {}
+        for name in next(iter(by_depth.values())):
+            peaks = [float(variants[name]["peak_mb_an_image"]) for variants in by_depth.values()]
+            times = [statistics.median(variants[name]["ms_a_step"]) / batch_size for variants in by_depth.values()]
+            curves[LABELS.get(name, name)] = [*by_depth], peaks, times
+        return report["growth_rate"], curves
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Refused(f"{path} is no report of attic/compare-speed.py --depths in fp32 ({error!r}): make one") from error
+
+
+def draw(growth_rate, curves, path):
+    """Beside each name the exponent between the depth in the middle and the last."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    memory, time = figure.subplots(1, 2)
+    for label, (depths, peaks, times) in curves.items():
+        for axes, values in [(memory, peaks), (time, times)]:
+            middle = (len(depths) - 1) // 2
+            exponent = math.log(values[-1] / values[middle]) / math.log(depths[-1] / depths[middle])
+            axes.plot(depths, values, marker="o", label=f"{label}: $L^{{{exponent:.2f}}}$")
+    memory.set_ylabel("peak memory, MB an image")
+    time.set_ylabel("time of a training step, ms an image")
+    for axes in (memory, time):
+        axes.set(xscale="log", yscale="log", xlabel=f"depth L of DenseNet-BC, k = {growth_rate}")
+        axes.set_xticks(depths, depths)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

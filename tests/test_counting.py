@@ -1,0 +1,134 @@
+"""Counted bytes: by hand, of the paper's nets, and that those kept by --efficient grow linearly with the depth."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from test_attic import script
+
+import flags
+from attic import counting
+
+DEPTHS = (10, 40, 70, 100)
+
+
+def settings(*arguments):
+    return flags.parse_args(script("count-bytes").build_parser(), [*map(str, arguments)])
+
+
+@functools.cache
+def kept(name):
+    """MB an image kept for the backward pass at each of DEPTHS."""
+    steps = [counting.step_on(counting.META, name, settings("--depth", depth, "--batch-size", 2)) for depth in DEPTHS]
+    return [counting.kept_bytes(forward) / 2e6 for _, forward in steps]
+
+
+def test_plain_nets_keep_what_their_layers_save():
+    """The known figures of the paper's BC nets with k=12, which count the parameters, too, over a batch of 8."""
+    parameters = [sum(p.numel() for p in counting.net_of("plain", settings("--depth", d)).parameters()) for d in (40, 100)]
+    counted = [kept("plain")[DEPTHS.index(d)] for d in (40, 100)]
+    megabytes = [mb + 4 * number / 8e6 for mb, number in zip(counted, parameters, strict=True)]
+    assert megabytes == pytest.approx([8.4, 35.2], rel=0.01)
+
+
+def test_efficient_blocks_keep_little_and_grow_linearly_where_plain_ones_grow_quadratically():
+    """What a layer saves grows with its number; from the exact polynomials follows what is kept at L=250."""
+    plain, efficient = kept("plain"), kept("efficient")
+    assert np.abs(np.diff(efficient, n=2)).max() < 1e-3
+    assert np.diff(plain, n=2) == pytest.approx([4.07, 4.07], rel=0.01)
+    assert efficient[-1] <= 0.22 * plain[-1]
+    linear, quadratic = (np.polyfit(DEPTHS, values, degree) for values, degree in [(efficient, 1), (plain, 2)])
+    assert np.polyval(quadratic, 250) == pytest.approx(172.5, rel=0.01)
+    assert np.polyval(linear, 250) == pytest.approx(0.106 * 172.5, rel=0.01)
+
+
+def test_checkpointed_blocks_keep_more_than_efficient_ones():
+    _, forward = counting.step_on(counting.META, "torchvision-checkpointed", settings("--depth", 40, "--batch-size", 2))
+    assert kept("efficient")[1] < counting.kept_bytes(forward) / 2e6 < kept("plain")[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_kept_bytes_of_a_net_that_can_be_counted_by_hand(device):
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(device)
+    kept = counting.kept_bytes(lambda: net(torch.zeros(10, 8, device=device)).sum())
+    assert kept == 4 * (10 * 8 + 10 * 16 + 1)  # the input, relu's output once, and the sum
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_peak_bytes_counts_what_is_alive_at_once(device):
+    def step():
+        a = torch.zeros(1000, device=device)
+        b = a + 1
+        del a
+        c = b * 2
+        del b, c
+        torch.zeros(500, device=device)
+
+    assert counting.peak_bytes(step) == 2 * 4000
+
+
+def test_traffic_that_can_be_counted_by_hand():
+    a, b, c = (torch.zeros(*shape, device="meta") for shape in [(4, 5), (5, 6), (4, 6)])
+
+    def step():
+        product = a @ b  #                 reads 20 + 30, writes 24
+        torch.mm(a, b, out=c)  #           the same
+        c.add_(product)  #                 reads 24 + 24, writes 24
+        c.copy_(product.t().t())  #        views are free; reads 24, writes 24
+        (c + b[:1].expand(4, 6)).sum()  #  reads 24 + 6, writes 24; reads 24, writes 1
+
+    flops = 2 * 4 * 5 * 6
+    assert counting.traffic_of(step) == [(4 * 74, flops), (4 * 74, flops), (4 * 72, 0), (4 * 48, 0), (4 * 54, 0), (4 * 25, 0)]
+
+
+def test_what_is_compiled_counts_as_one_launch():
+    def add(x, factor, grads):
+        grads.add_(x * factor)
+        return x.sum(dim=0)
+
+    traffic = counting.Traffic()
+    x, factor, grads = (torch.zeros(*shape, device="meta") for shape in [(4, 5), (5,), (4, 5)])
+    with traffic:
+        traffic.fused(add, x)(x, factor, grads)
+    assert traffic.launches == [(4 * (20 + 5 + 20 + 20 + 5), 0)]  # reads all three, writes grads and the sum
+
+
+# ------------------------------------------------------------------------------------------------------------ the program
+
+
+def columns(out):
+    """{net: the numbers of its row}."""
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    return {name: [*map(float, numbers)] for name, *numbers in rows[1:] if not name.startswith("-")}
+
+
+def test_the_table_of_traffic(call_main):
+    flags = ["--depth", 40, "--only", "plain", "efficient", "--traffic", "--bandwidth", 500]
+    status, out, errors = call_main(script("count-bytes"), *flags)
+    assert status == 0, errors
+    assert "floor, ms at 500 GB/s or 20 TFLOP/s" in out
+    (plain_gb, plain_launches, plain_gflop, floor), (gb, launches, gflop, _) = columns(out).values()
+    assert (plain_gb, plain_launches) == pytest.approx((4.4, 339), rel=0.02)
+    assert plain_gflop == gflop == pytest.approx(27.6, rel=0.01)
+    assert floor > plain_gb / 500 * 1e3
+    assert gb < 0.95 * plain_gb
+    assert launches <= 1.25 * plain_launches
+
+
+def test_a_cpu_goes_slice_by_slice_and_needs_less(call_main):
+    flags = ["--depth", 40, "--batch-size", 8, "--only", "efficient"]
+    (kept, peak), (kept_on_cpu, peak_on_cpu) = (
+        columns(call_main(script("count-bytes"), *flags, *more)[1])["efficient"] for more in ([], ["--on-cpu"])
+    )
+    assert kept == kept_on_cpu < peak_on_cpu < peak
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--depth", 11], "the nearest are 10 and 16"), (["--traffic", "--on-cpu"], "is what a GPU moves: leave out --on-cpu")],
+)
+def test_what_cannot_be_counted(call_main, flags, message):
+    status, out, errors = call_main(script("count-bytes"), *flags)
+    assert (status, out, errors.splitlines()[-1].endswith(message)) == (2, "", True)
