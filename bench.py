@@ -31,7 +31,7 @@ import endings
 import flags
 from distributed import World
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
-from step import TrainingStep, scheduled_rate
+from step import TrainingStep
 
 VARIANTS = ("plain", "efficient", "plain-compiled", "efficient-compiled")
 REMEDY = "a smaller --batch-size, a smaller net (--depth, --growth-rate) or fewer variants (--only)"  # if memory runs out
@@ -41,7 +41,7 @@ def main():
     parser = build_parser(__doc__, VARIANTS)
     args = flags.parse_args(parser)
     with endings.worded(parser, f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}", REMEDY):
-        device = check_measurement(args, parser.get_default("efficient"))
+        device = check_measurement(args)
         names = args.only or [n for n in VARIANTS if device.type == "cuda" or not n.endswith("-compiled")]
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)
         print(*table(results, args, device), sep="\n")
@@ -59,24 +59,21 @@ def build_parser(text, variants):
     group = parser.add_argument_group("measurement")
     which = f"of {', '.join(variants)} (all; on a CPU, where it takes minutes to compile, none that is compiled)"
     group.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=which)
-    group.add_argument("--rounds", type=flags.at_least(1), default=5, help="(%(default)s)")
-    group.add_argument("--steps", type=flags.at_least(1), help="of a round (10; on a CPU 2)")
+    group.add_argument("--rounds", type=endings.at_least(1), default=5, help="(%(default)s)")
+    group.add_argument("--steps", type=endings.at_least(1), help="of a round (10; on a CPU 2)")
     group.add_argument("--image-size", metavar="N", type=flags.image_size, default=data.IMAGE_SIZE, help="(%(default)s)")
-    group.add_argument("--json", metavar="FILE", type=flags.named(Path), help="write the numbers of all rounds there, too")
+    group.add_argument("--json", metavar="FILE", type=endings.named(Path), help="write the numbers of all rounds there, too")
     parser.set_defaults(dataset="folder", augment=True, save=None, compile="auto")  # a folder's images have any size
     return parser
 
 
-def check_measurement(args, default_efficient):
+def check_measurement(args):
     """The device, when nothing is wrong with it and with args."""
     device = choose_device(args.device)
     args.steps = args.steps or (2 if device.type == "cpu" else 10)
-    with torch.device("meta"):
-        flags.make_net(args)
-    if args.efficient != default_efficient:
+    flags.refuse_contradictions(args, device)
+    if args.efficient:
         raise endings.Refused("--efficient is what variants differ in: choose them with --only")
-    if args.precision == "fp16" and device.type == "cpu":
-        raise endings.Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
     if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
         raise endings.Refused(f"--json {args.json} cannot be written: name a file, in a folder that is there and yours")
     return device
@@ -94,7 +91,7 @@ def make_step(args, device, make=flags.make_net):
     torch.manual_seed(args.seed)
     net = make(args).to(device, memory_format=torch.channels_last)
     step = TrainingStep(net, args, device, World())
-    step.begin_epoch(scheduled_rate(args, 0, args.epochs))
+    step.begin_epoch(args.lr)
     batches = random_batches(args, device)
     return lambda: step(*next(batches))
 

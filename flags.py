@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from data import IMAGE_SIZE, SOURCES
 from densenet import ArgumentError, DenseNet
 from endings import HIGHEST, Refused, at_least, named
@@ -107,6 +109,16 @@ def make_net(args, num_classes=10):
         return DenseNet(**model_arguments(args), num_classes=num_classes)
     except ArgumentError as error:
         raise Refused(str(error)) from error
+
+
+def refuse_contradictions(args, device):
+    """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written."""
+    with torch.device("meta"):
+        make_net(args)
+    if args.sync_bn and args.efficient:
+        raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
+    if args.precision == "fp16" and device.type == "cpu":
+        raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
 
 
 def plain_arguments(args):

@@ -46,7 +46,7 @@ def main():
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         with distributed.joined(world, choose_device(args.device)) as device:
-            refuse_contradictions(args, device)
+            flags.refuse_contradictions(args, device)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
             begins = not run_folder.continues(args.save, args.resume)
@@ -68,16 +68,6 @@ def build_parser():
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
     return parser
-
-
-def refuse_contradictions(args, device):
-    """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written."""
-    with torch.device("meta"):
-        flags.make_net(args)
-    if args.sync_bn and args.efficient:
-        raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
-    if args.precision == "fp16" and device.type == "cpu":
-        raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
 
 
 def read_init(args, begins):

@@ -50,7 +50,7 @@ def main():
         parser, f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}", bench.REMEDY
     ):
         args.steps = args.steps or (40 if args.data else None)
-        device = bench.check_measurement(args, parser.get_default("efficient"))
+        device = bench.check_measurement(args)
         report = measure_pipeline(args, device) if args.data else measure_depths(args, device)
         if args.json:
             with endings.naming(args.json):
@@ -60,10 +60,10 @@ def main():
 def build_parser():
     parser = bench.build_parser(__doc__, VARIANTS)
     parser.add_argument(
-        "--depths", nargs="+", metavar="L", type=flags.at_least(0, high=flags.LARGEST), help="instead of --depth"
+        "--depths", nargs="+", metavar="L", type=endings.at_least(0, high=flags.LARGEST), help="instead of --depth"
     )
     parser.add_argument(
-        "--data", metavar="DIR", type=flags.named(str), help="time batches of the CIFAR-10 in this folder instead"
+        "--data", metavar="DIR", type=endings.named(str), help="time batches of the CIFAR-10 in this folder instead"
     )
     return parser
 
@@ -75,7 +75,7 @@ def measure_depths(args, device):
     """Prints a table for each depth; returns the report."""
     of_depth = {depth: argparse.Namespace(**vars(args) | {"depth": depth}) for depth in args.depths or [args.depth]}
     for settings in of_depth.values():  # before anything is measured, that takes long
-        bench.check_measurement(settings, args.efficient)
+        bench.check_measurement(settings)
     report = {"growth_rate": args.growth_rate, "batch_size": args.batch_size, "depths": {}}
     for depth, settings in of_depth.items():
         names = args.only or [name for name in VARIANTS if device.type == "cuda" or not name.endswith("-compiled")]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import flags
 from attic.counting import META, NETS, kept_bytes, peak_bytes, step_on, traffic_of
-from endings import Refused, worded
+from endings import Refused, at_least, worded
 
 
 def main():
@@ -45,7 +45,7 @@ def build_parser():
     parser.add_argument("--on-cpu", action="store_true", help="take the steps, on the CPU")
     parser.add_argument("--traffic", action="store_true", help="count what a step moves on a GPU instead")
     for flag, unit, default in [("--bandwidth", "GB/S", 1000), ("--rate", "TFLOP/S", 20)]:
-        kind = flags.at_least(1e-6, float)
+        kind = at_least(1e-6, float)
         parser.add_argument(flag, metavar=unit, type=kind, default=default, help="for the floor of --traffic (%(default)s)")
     flags.add_model_flags(parser.add_argument_group("model"))
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from endings import Refused, worded
+from endings import Refused, named, naming, worded
 
 LABELS = {
     "plain": "plain modules",
@@ -30,7 +30,7 @@ LABELS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=file_name, metavar="REPORT.json", help="of attic/compare-speed.py --depths")
+    parser.add_argument("report", type=named(Path), metavar="REPORT.json", help="of attic/compare-speed.py --depths")
     args = parser.parse_args()
     with worded(parser, "the figure", "fewer depths"):
         growth_rate, curves = read_curves(args.report)
@@ -39,31 +39,23 @@ def main():
         print(path)
 
 
-def file_name(text):
-    """An argparse type: the path of a file."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty: give that of a report")
-    return Path(text)
-
-
 def read_curves(path):
     """(growth rate, {variant: (depths, peaks in MB an image, ms an image)}). Refused if it is another report."""
     try:
         report = json.loads(path.read_text())
-        batch_size, by_depth = (
-            report["batch_size"],
-            {int(depth): entry["variants"] for depth, entry in report["depths"].items()},
-        )
-        if len(by_depth) < 2:
-            raise ValueError("one depth only")
-        curves = {}
-        for name in next(iter(by_depth.values())):
-            peaks = [float(variants[name]["peak_mb_an_image"]) for variants in by_depth.values()]
-            times = [statistics.median(variants[name]["ms_a_step"]) / batch_size for variants in by_depth.values()]
-            curves[LABELS.get(name, name)] = [*by_depth], peaks, times
-        return report["growth_rate"], curves
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Refused(f"{path} is no report of attic/compare-speed.py --depths in fp32 ({error!r}): make one") from error
+    except ValueError as error:
+        raise Refused(f"{path} is no report of attic/compare-speed.py ({error}): make one") from error
+    if not isinstance(report, dict) or len(report.get("depths", {})) < 2:
+        raise Refused(f"{path} is no report of attic/compare-speed.py --depths: make one")
+    by_depth = {int(depth): entry["variants"] for depth, entry in report["depths"].items()}
+    curves = {}
+    for name in next(iter(by_depth.values())):
+        peaks = [variants[name]["peak_mb_an_image"] for variants in by_depth.values()]
+        times = [statistics.median(variants[name]["ms_a_step"]) / report["batch_size"] for variants in by_depth.values()]
+        if None in peaks:
+            raise Refused(f"{path} has no counted peaks, which only a report in fp32 has: make one")
+        curves[LABELS.get(name, name)] = [*by_depth], peaks, times
+    return report["growth_rate"], curves
 
 
 def draw(growth_rate, curves, path):
@@ -85,7 +77,8 @@ def draw(growth_rate, curves, path):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

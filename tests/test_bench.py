@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import torch
 import bench
 import endings
 import flags
-from step import TrainingStep, scheduled_rate
+from step import TrainingStep
 
 CPU = torch.device("cpu")
 TINY = ["--depth", "10", "--growth-rate", "2", "--batch-size", "4", "--image-size", "8"]
@@ -77,7 +78,7 @@ def test_a_step_is_that_of_train():
     results = [step() for _ in range(18)]  # an epoch of the random images has 16 batches
     torch.manual_seed(args.seed)
     train_step = TrainingStep(flags.make_net(args).to(memory_format=torch.channels_last), args, CPU, bench.World())
-    train_step.begin_epoch(scheduled_rate(args, 0, args.epochs))
+    train_step.begin_epoch(args.lr)
     batches = bench.random_batches(args, CPU)
     assert all(torch.equal(result, train_step(*next(batches))) for result in results)
 
@@ -116,12 +117,12 @@ def test_a_bug_in_a_worker_is_a_bug_and_a_killed_one_is_named():
         process, _ = worker
         with pytest.raises(ZeroDivisionError, match="of the step") as bug:
             bench.take_steps([worker], 3)
-        assert endings.last_words(bug.value, endings.Ending("", "")) is None
+        ending = argparse.Namespace(needs="batches", remedy="fewer", resume=None)
+        assert endings.last_words(bug.value, ending) == (None, "this is a bug")
         assert "in step\n" in bug.value.__notes__[0]  # the traceback of the worker
         with pytest.raises(torch.OutOfMemoryError) as full:
             bench.take_steps([worker], 1)
-        words = endings.last_words(full.value, endings.Ending("batches", "fewer"))
-        assert words == (1, "memory ran out for batches: choose fewer")
+        assert endings.last_words(full.value, ending) == (1, "memory ran out for batches: choose fewer")
         os.kill(process.pid, signal.SIGINT)  # Ctrl-C reaches all processes, and is the parent's
         [(ms, gigabytes)] = bench.take_steps([worker], 1)
         assert ms > 0 < gigabytes
