@@ -3,7 +3,11 @@
 # make test-faults   kills real runs again and again: slower
 # make test-gpu      what needs a GPU; says so where there is none
 
-PYTHON ?= python3
+# python3, or where that does not fit, the newest that does
+FITS = import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, and {sys.executable} \
+is {sys.version.split()[0]}: install one of them, and name it by make PYTHON=...")
+PYTHON ?= $(or $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+    if $$python -c '$(FITS)' 2>/dev/null; then echo $$python; break; fi; done),python3)
 DEMO = work/demo
 
 .PHONY: demo test test-faults test-gpu lint
@@ -29,6 +33,7 @@ lint: .venv/requirements-test
 .venv/requirements-test: requirements.txt
 
 .venv/%: %.txt
+	@$(PYTHON) -c '$(FITS)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --requirement $<
 	touch $@
