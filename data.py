@@ -140,7 +140,7 @@ def download(dataset_class, root, archive, **kwargs):
     except (OSError, RuntimeError) as error:
         raise Refused(
             f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error}): "
-            f"put {archive} into {root}, name the right folder with --data, or try --dataset digits, which needs none"
+            f"put {archive} into {root}, or name the right folder with --data"
         ) from error
 
 

@@ -143,6 +143,19 @@ def test_a_damaged_archive_beside_whole_files_does_not_matter(cifar, tmp_path):
     assert len(data.load("cifar10", tmp_path).train) == 50_000
 
 
+def test_the_test_part_needs_no_training_file(cifar, tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name in ("test_batch", "batches.meta"):
+        (tmp_path / "cifar-10-batches-py" / name).symlink_to(cifar / "cifar-10-batches-py" / name)
+    split, classes = data.read_part("cifar10", tmp_path, "test")
+    whole = data.load("cifar10", cifar)
+    assert torch.equal(split.images, whole.test.images)
+    assert torch.equal(split.labels, whole.test.labels)
+    assert classes == whole.classes
+    with pytest.raises(Refused, match=f"CIFAR10 is not complete in {tmp_path}"):
+        data.read_part("cifar10", tmp_path, "train")
+
+
 def test_the_folder_of_the_batches_may_be_named_itself(cifar, monkeypatch):
     assert len(data.load("cifar10", cifar / "cifar-10-batches-py").train) == 50_000
     monkeypatch.chdir(cifar / "cifar-10-batches-py")
@@ -154,7 +167,7 @@ def test_the_folder_of_the_batches_may_be_named_itself(cifar, monkeypatch):
     [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("svhn", "train_32x32.mat")],
 )
 def test_missing_data_without_network_says_where_the_archive_goes(name, archive, tmp_path):
-    with pytest.raises(Refused, match=rf"put {archive} into {tmp_path}.*--dataset digits"):
+    with pytest.raises(Refused, match=rf"put {archive} into {tmp_path}, or name the right folder with --data"):
         data.load(name, tmp_path)
 
 
