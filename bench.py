@@ -57,7 +57,7 @@ def build_parser(text, variants):
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine; --compile is the mode of the compiled variants"))
     group = parser.add_argument_group("measurement")
-    which = f"of {', '.join(variants)} (all; on a CPU, where it takes minutes to compile, none that is compiled)"
+    which = f"of {', '.join(variants)} (default: all; on a CPU the uncompiled ones)"
     group.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=which)
     group.add_argument("--rounds", type=endings.at_least(1), default=5, help="(%(default)s)")
     group.add_argument("--steps", type=endings.at_least(1), help="of a round (10; on a CPU 2)")
@@ -68,14 +68,14 @@ def build_parser(text, variants):
 
 
 def check_measurement(args):
-    """The device, when nothing is wrong with it and with args."""
+    """Validates args; returns the device."""
     device = choose_device(args.device)
     args.steps = args.steps or (2 if device.type == "cpu" else 10)
     flags.refuse_contradictions(args, device)
     if args.efficient:
         raise endings.Refused("--efficient is what variants differ in: choose them with --only")
     if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
-        raise endings.Refused(f"--json {args.json} cannot be written: name a file, in a folder that is there and yours")
+        raise endings.Refused(f"--json {args.json} cannot be written: name a file in an existing, writable folder")
     return device
 
 
@@ -122,7 +122,9 @@ def worker(name, factory, device):
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's heap
     connection, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, factory, device), name=name, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # is inherited: Ctrl-C is the parent's
     process.start()
+    signal.signal(signal.SIGINT, before)
     theirs.close()
     try:
         yield process, connection
@@ -145,8 +147,10 @@ def receive(process, connection):
         answer = connection.recv()
     except (EOFError, OSError) as error:
         process.join()
-        killed = endings.Refused(f"the process of {process.name} was killed: if memory ran out, choose {REMEDY}")
-        raise killed if process.exitcode < 0 else RuntimeError(f"the process of {process.name} has ended") from error
+        if process.exitcode >= 0:
+            raise RuntimeError(f"the process of {process.name} has ended") from error
+        sentence = f"the process of {process.name} was killed: if memory ran out, choose {REMEDY}"
+        raise endings.Refused(sentence, status=1) from error
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -154,7 +158,6 @@ def receive(process, connection):
 
 def serve(connection, factory, device):
     """What a worker's process does: makes its step when it is first asked for one, and answers until nobody asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent
     step = None
     with contextlib.suppress(EOFError, OSError):
         while steps := connection.recv():
@@ -188,7 +191,7 @@ def table(results, args, device):
     base = statistics.median(next(iter(results.values()))["ms_a_step"])
     for name, result in results.items():
         times = result["ms_a_step"]
-        fast, ms, slow = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+        fast, ms, slow = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
         rate, low, high = (f"{1e3 * args.batch_size / t:,.1f}" for t in (ms, slow, fast))
         yield f"| {name} | {ms:,.1f} | {rate} ({low} to {high}) | {base / ms:.2f} | {result['memory_gb']:.2f} |"
 

@@ -27,13 +27,13 @@ def make_card(model, args, dataset):
 
 
 def make_checkpoint(net, optimizer, scaler, epochs_done, card):
-    """Everything that a resumed run or an evaluation needs; no random state, for what an epoch draws depends on its number."""
+    """Everything that --resume and evaluate.py need; no random state, since each epoch seeds its own."""
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     return {**state, "epoch": epochs_done, **card}
 
 
 def restore(checkpoint, net, optimizer, scaler):
-    """Puts a checkpoint's state where it belongs and returns the number of epochs that are done; 0 without a checkpoint."""
+    """Loads the checkpoint's state and returns its number of finished epochs; 0 for None."""
     if checkpoint is None:
         return 0
     net.load_state_dict(checkpoint["net"])
@@ -50,10 +50,12 @@ def fits(state, net):
 
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, in evaluation mode. Refused if the weights are not those of such a net."""
+    if not all(isinstance(value, MODEL.get(name, ())) for name, value in checkpoint["model"].items()):
+        raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
     try:
         net = DenseNet(**checkpoint["model"])
     except ArgumentError as error:
-        raise Refused(f"the checkpoint names a DenseNet that cannot be ({error}): it is damaged") from error
+        raise Refused(f"the checkpoint describes an impossible DenseNet ({error}): it is damaged") from error
     if not fits(checkpoint["net"], net):
         raise Refused("the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py")
     net.load_state_dict(checkpoint["net"])
@@ -68,7 +70,7 @@ def normalization(checkpoint, device):
 def load_checkpoint(path):
     """The dictionary that make_checkpoint made, on the CPU. Refused if the file is something else or damaged.
 
-    Only tensors and plain values are read, never code; PyTorch's own reader does not look at the checksums, hence testzip.
+    Never executes code. testzip, because torch.load ignores checksums.
     """
     if not path.is_file():
         raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
@@ -93,7 +95,6 @@ def is_checkpoint(values):
         and {"net", *CARD} <= values.keys()
         and is_state_dict(values["net"])
         and all(isinstance(values[name], kind) for name, kind in CARD.items())
-        and all(isinstance(value, MODEL.get(name, ())) for name, value in values["model"].items())
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
         and all(isinstance(values["args"].get(name), str) for name in ("dataset", "data"))
@@ -115,7 +116,7 @@ def read_card(path):
 
 
 def encoded(values):
-    """What torch.save writes. Given a file's name, it would not say that the disk is full."""
+    """The bytes of torch.save, which does not report a full disk when given a path."""
     content = io.BytesIO()
     torch.save(values, content)
     return content.getbuffer()
@@ -126,7 +127,7 @@ def as_json(values):
 
 
 def export(checkpoint, path):
-    """Writes the state dict, which torch.load reads anywhere, and the rest of the card as JSON, whose path it returns."""
+    """Writes the weights as a state dict and the card as JSON; returns the JSON's path."""
     card = path.with_suffix(".json")
     if card == path:
         raise Refused(f"{path} is where the description goes: name a .pth file")
@@ -140,7 +141,7 @@ def export(checkpoint, path):
 
 
 def replace_file(path, content):
-    """Writes a file in one step: at every instant its name stands for the whole old content or the whole new one."""
+    """Writes a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with naming(path):
@@ -149,14 +150,15 @@ def replace_file(path, content):
             os.replace(temporary, path)
             flush_to_disk(path.parent)
     except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk, room for what else is to be written
+        temporary.unlink(missing_ok=True)  # frees space on a full disk
         raise
 
 
 def flush_to_disk(path):
-    """What was written to a file, or the names in a folder, is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Returns when the content of a file, or the entries of a folder, are on the disk."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors on the training device; a batch is gathered, normalised, cropped and flipped there.
 
-No worker processes, no image decoded twice. torchvision downloads and reads the archives, folder.py a person's own pictures.
+No worker processes; every image is decoded once. torchvision reads the archives, folder.py your own pictures.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class Split:
-    images: Tensor  # (M, 3, S, S) uint8, S = 32 unless it is a folder's
+    images: Tensor  # (M, 3, S, S) uint8; S = 32 except for --dataset folder
     labels: Tensor  # (M,) int64
 
     def __len__(self):
@@ -62,19 +62,19 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
 
 
 def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False):
-    """(Split, names of the classes) of the part "train" or "test"; the files of the other part need not be there."""
+    """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
     options = {"image_size": image_size, "quiet": quiet} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
     return Split(images, labels), classes
 
 
 def hold_out(split, val, limit):
-    """The first `limit` training images of those that remain when `val` are held out; the latter do not depend on a seed."""
+    """(training split of at most `limit` images, held-out split of `val` images or None); independent of the seed."""
     if val + (limit or 1) > len(split):
         asked = f"--val {val}" + (f" and --limit {limit}" if limit else "")
         raise Refused(f"{asked} is more than the {len(split)} training images: choose less")
     if not val and limit is None:
-        return split, None  # no second copy of it
+        return split, None  # avoids a copy
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     return split.take(kept), split.take(held_out) if val else None
@@ -84,10 +84,10 @@ def read_cifar(dataset_class, root, part):
     files = getattr(dataset_class, f"{part}_list")
     one_part = type(dataset_class.__name__, (dataset_class,), {"train_list": [], "test_list": [], f"{part}_list": files})
     if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
-        root = root.resolve().parent  # it is the folder of the batches that was named
+        root = root.resolve().parent  # --data named the folder of the batches itself
     paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in files]
     refuse_damaged(paths)
-    if not all(path.exists() for path, _ in paths):  # then the archive is what they come from
+    if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
         refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
     data = download(one_part, root, dataset_class.filename, train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
@@ -105,7 +105,7 @@ def read_svhn(root, part):
 
 def read_digits(root, part):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32 in three channels; 360 of them are the test set."""
-    from sklearn.datasets import load_digits  # here, for it takes a second to import and only this data set needs it
+    from sklearn.datasets import load_digits  # slow to import, and needed here only
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
@@ -116,7 +116,7 @@ def read_digits(root, part):
     return images[indices], torch.from_numpy(labels)[indices], [*map(str, range(10))]
 
 
-# The reader of a part; mean and std of the training pixels, those of the official code, or None where they are computed.
+# For each data set its reader, and mean and std of the training pixels (the official code's; None: computed).
 SOURCES = {
     "cifar10": (partial(read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
     "cifar100": (partial(read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
@@ -127,14 +127,14 @@ SOURCES = {
 
 
 def refuse_damaged(files):
-    """Refused if one of `files`, pairs of a path and an MD5 checksum, is there and damaged."""
+    """Refused if one of the (path, MD5) files exists with another checksum."""
     for path, md5 in files:
         if path.exists() and not check_integrity(path, md5):
             raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
 
 
 def download(dataset_class, root, archive, **kwargs):
-    """torchvision's data set; what is not in root is downloaded, or taken from the archive if that lies there."""
+    """torchvision's data set; missing files are downloaded, or extracted from the archive in root."""
     try:
         return dataset_class(root, download=True, **kwargs)
     except (OSError, RuntimeError) as error:
@@ -145,7 +145,7 @@ def download(dataset_class, root, archive, **kwargs):
 
 
 def mean_and_std(images, values=2**28):
-    """Per channel, of pixels 0..255, so many values at a time; a channel that is constant gets std 1."""
+    """Per channel, of pixels 0..255, computed `values` at a time; a constant channel gets std 1."""
     parts = images.split(max(1, values // images[0].numel()))
     moments = [torch.stack(torch.std_mean(part.float(), dim=(0, 2, 3), correction=0)) for part in parts]
     stds, means = torch.stack(moments, dim=1).double()  # (parts, 3) each; of one part, they are the result
@@ -172,7 +172,7 @@ def crop_and_flip(images, top, left, flip):
 
 
 def random_windows(n, generator, device, size=IMAGE_SIZE):
-    """Arguments for crop_and_flip: n corners (top, left) and n coin tosses, drawn from the generator on its device."""
+    """Random (top, left, flip) of n images for crop_and_flip."""
     top, left = torch.randint(0, 2 * (size // 8) + 1, (2, n), generator=generator, device=device)
     return top, left, torch.rand(n, generator=generator, device=device) < 0.5
 

@@ -1,7 +1,7 @@
 """DenseNet and DenseNet-BC for small images (CIFAR, SVHN).
 
 Huang, Liu, Weinberger, van der Maaten: Densely Connected Convolutional Networks, arXiv:1608.06993.
-The text of the paper and the authors' Lua Torch code define what is built here; the two differ in one place, see DenseNet.
+Built after the paper and the authors' Lua Torch code; they differ in one place, see DenseNet.
 
     >>> net = DenseNet(growth_rate=12, depth=100)            # DenseNet-BC, 769,162 parameters
     >>> net(torch.zeros(64, 3, 32, 32)).shape
@@ -18,7 +18,7 @@ from dense_block import dense_block
 
 
 class ArgumentError(ValueError):
-    """A value that no DenseNet can have; the sentence names it and what would fit."""
+    """An argument out of range; the message names it and the valid values."""
 
 
 class Bottleneck(nn.Module):
@@ -132,7 +132,7 @@ class DenseNet(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """num_layers layers of class layer, each reading the channels of the block's input and of all layers before it.
+    """num_layers layers, each reading the concatenation of the block's input and all earlier outputs.
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
     definition; with efficient, training computes the same in less memory, see dense_block.py.
@@ -159,7 +159,7 @@ def layers_per_block(depth, bottleneck):
 
 
 def block_channels(channels, added, reduction):
-    """(channels of the input, of the output) of each block; added is what the layers of a block add."""
+    """(input channels, output channels) of each block, to which its layers add `added`."""
     blocks = []
     for _ in range(3):
         if channels < 1:
@@ -181,7 +181,7 @@ def check_arguments(growth_rate, reduction, num_classes, drop_rate, init_channel
 
 
 def init_weights(module):
-    """Official initialisation: convolutions N(0, sqrt(2 / (kh * kw * out))), linear bias 0; the rest as PyTorch makes it:
+    """Official initialisation: convolutions N(0, sqrt(2 / (kh * kw * out))), linear bias 0; all else is PyTorch's default:
     batch norm 1 and 0, linear weights U(-1/sqrt(in), 1/sqrt(in)) as in Torch."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

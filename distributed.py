@@ -1,4 +1,4 @@
-"""Several processes that train one net, started by torchrun; everything here does nothing where there is one process only.
+"""Data-parallel training under torchrun; with a single process, everything here does nothing.
 
 torchrun says in the environment who is who. Every rank holds the whole data set and takes its share of each batch, gradients
 are averaged by DistributedDataParallel, and rank 0 alone reads and writes files. NCCL connects GPUs, gloo CPUs.
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from endings import Refused
 
-TIMEOUT = timedelta(minutes=30)  # for meeting at the rendezvous, and for ranks that wait while one downloads the data
+TIMEOUT = timedelta(minutes=30)  # for the rendezvous, and while one rank downloads the data
 
 
 class World(NamedTuple):
@@ -32,7 +32,7 @@ def read_world(environment):
     try:
         here = [int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     except (KeyError, ValueError) as error:
-        raise Refused(f"WORLD_SIZE is set, and of RANK and LOCAL_RANK one is not ({error}): use torchrun") from error
+        raise Refused(f"WORLD_SIZE is set but RANK or LOCAL_RANK is missing or no number ({error}): use torchrun") from error
     return World(*here, attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
@@ -68,7 +68,7 @@ def meet(world, device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"attempt {world.attempt}", store)  # a restart by torchrun finds dead addresses in the old one
+        store = dist.PrefixStore(f"attempt {world.attempt}", store)  # after a restart the old keys hold dead addresses
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]
@@ -76,7 +76,7 @@ def meet(world, device):
 
 
 def check_batches(world, batch_size, num_images):
-    """Refused unless every rank has an image of every batch, the last one included, and the same number of a whole one."""
+    """Refused unless every rank gets images of every batch, and equally many of a full one."""
     if batch_size % world.size:
         raise Refused(f"--batch-size {batch_size}, the whole batch, must be a multiple of the {world.size} processes")
     last = num_images % batch_size or batch_size

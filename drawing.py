@@ -9,7 +9,7 @@ from endings import naming
 
 
 def as_text(names):
-    """(the names as fonts can have them, how to draw them): $ and _ are letters, bytes that are no UTF-8 question marks."""
+    """(names with undecodable bytes replaced, text style): no mathtext, fonts that have all letters."""
     names = [name.encode(errors="replace").decode() for name in names]
     return names, {"parse_math": False, "fontfamily": font_families("".join(names))}
 

@@ -1,10 +1,10 @@
-"""How a program ends that cannot go on: a person's mistake in one sentence, a bug with its traceback; and signals.
+"""How the programs end: user errors as one sentence, bugs with a traceback; and signals.
 
     with worded(parser, "batches of 64", "a smaller --batch-size") as ending:
         ...                                 # Refused("--lr -1 is too small: ...") ends the program with status 2
-        ending.resume = resume_command(1)   # a run has begun: whatever ends it now, the person is told how to go on
+        ending.resume = resume_command(1)   # from here on every message says how to resume
 
-Exit status: 2 for what was asked wrongly, 1 for what failed later and for a bug, 128 and more for a signal or a lost reader.
+Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for signal n (SIGPIPE: nobody reads the output).
 """
 
 import argparse
@@ -16,10 +16,11 @@ import shlex
 import signal
 import sys
 
-HIGHEST = {int: 10**7, float: 3.4e38}  # largest allowed values
+MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
+FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of a disk: nobody's mistake
 KEPT = "the last complete checkpoint is kept, --resume continues from it"
 
-# How PyTorch's allocators, oneDNN, cuBLAS, the C++ library and the system say it where they have no exception for it.
+# Out-of-memory messages of libraries that raise a plain RuntimeError.
 OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator|not enough memory|out of memory|can(no|')t allocate memory|bad_alloc|"
     r"_ALLOC_FAILED|could not create a memory",
@@ -28,15 +29,11 @@ OUT_OF_MEMORY = re.compile(
 
 
 class Refused(Exception):
-    """A person's mistake, in one sentence that names the bad value and the way out."""
+    """A user error (status 2), or a failure later on (status 1): one sentence with the bad value and the remedy."""
 
-    status = 2
-
-
-class Diverged(Refused):
-    """The loss is no longer finite."""
-
-    status = 1
+    def __init__(self, sentence, status=2):
+        super().__init__(sentence)
+        self.status = status
 
 
 class Stopped(Exception):
@@ -49,9 +46,9 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def worded(parser, needs, remedy):
-    """Around all that a program does; needs is what memory is needed for, remedy what needs less.
+    """Wraps a whole program. Where memory runs out, the message says what `needs` it, and the `remedy`.
 
-    Yields a namespace: resume is the command that continues the run, once it has begun.
+    Yields a namespace; set its `resume` to the command that resumes, once the run has begun.
     """
     ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None)
     try:
@@ -70,13 +67,13 @@ def worded(parser, needs, remedy):
 
 
 def last_words(error, ending):
-    """(exit status, None for a bug; what is said) of what ends a program."""
+    """(exit status, or None for a bug; message) of an exception."""
     go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
     kept = f"; {KEPT}" if ending.resume else ""
     if out_of_memory(error):
         return 1, f"memory ran out for {ending.needs}: choose {ending.remedy}{kept}"
     if lost_peer(error):
-        return 1, f"another process of this run has ended, see what it says{kept}"
+        return 1, f"another process of this run has ended, see its message{kept}"
     if isinstance(error, Refused):
         return error.status, str(error)
     if isinstance(error, Stopped):
@@ -86,12 +83,12 @@ def last_words(error, ending):
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, f"nobody reads its output{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
-        return 1 if ending.resume else 2, f"{error.filename}: {error.strerror}{kept}"
+        return 1 if ending.resume or error.errno in FAILED_LATER else 2, f"{error.filename}: {error.strerror}{kept}"
     return None, f"this is a bug{go_on}"
 
 
 def out_of_memory(error):
-    """Whether the error, or what it came from, says that a GPU or the machine has no memory left."""
+    """Whether the error or one of its causes means out of memory, on a GPU or the host."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno == errno.ENOMEM
         told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
@@ -102,7 +99,7 @@ def out_of_memory(error):
 
 
 def lost_peer(error):
-    """Whether another process of the run is gone, for which this one waited."""
+    """Whether this process failed because another one of the run is gone."""
     dist = sys.modules.get("torch.distributed")  # not imported here: plot.py needs no torch
     return dist is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
@@ -120,13 +117,13 @@ def memory_advice(args, gpu):
 
 
 def at_least(low, kind=int, high=None):
-    """An argparse type: a number of that kind, not below low and not above high, or HIGHEST."""
-    high = HIGHEST[kind] if high is None else high
+    """An argparse type: a number of type `kind` from low to high."""
+    high = MAX_VALUE[kind] if high is None else high
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {low} or more, {high:g} at most")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be from {low} to {high:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -146,7 +143,7 @@ def named(kind):
 
 @contextlib.contextmanager
 def naming(path):
-    """An OSError inside is one of this file: the system does not name a file that it fails to write to."""
+    """Gives an OSError raised inside the file's name; errors of writing come without one."""
     try:
         yield
     except OSError as error:
@@ -156,7 +153,7 @@ def naming(path):
 
 
 def say(*lines, write=print):
-    """Prints lines at once: a log is up to date, and a reader that left, or a full disk, is noticed now and not in the end."""
+    """Prints and flushes, so that a closed pipe or a full disk is noticed at once."""
     if sys.stdout is not None:  # None where it was closed from the start
         with naming("standard output"):
             for line in lines:
@@ -172,9 +169,9 @@ def resume_command(num_processes):
 
 
 class StopSignals:
-    """Notes the first SIGINT, SIGTERM or SIGHUP, for the training loop to see; a second one ends the program at once.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP for the training loop; a second SIGINT or SIGTERM ends the program.
 
-    SIGHUP, a closed terminal, is ignored under nohup. It is never a second signal: the system and the shell both send it.
+    SIGHUP, a closed terminal, is ignored under nohup, and never counts as a second signal: system and shell both send it.
     """
 
     def __init__(self):
@@ -195,7 +192,7 @@ class StopSignals:
 
 
 def silence_broken_streams():
-    """Drops what stdout and stderr hold and nobody takes: the interpreter would complain of it at its end."""
+    """Discards unwritable output of stdout and stderr, of which the interpreter would complain at its end."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -204,7 +201,7 @@ def silence_broken_streams():
 
 
 def silence(descriptor):
-    """Drops what is written there from now on."""
+    """Redirects a file descriptor to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)

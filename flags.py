@@ -7,11 +7,11 @@ import torch
 
 from data import IMAGE_SIZE, SOURCES
 from densenet import ArgumentError, DenseNet
-from endings import HIGHEST, Refused, at_least, named
+from endings import MAX_VALUE, Refused, at_least, named
 from machine import DTYPES
 
 USAGE = "%(prog)s [options], which --help lists"
-LARGEST = 10**4  # allowed value of what makes a net's size
+MAX_SIZE = 10**4  # allowed value of what makes a net's size
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
@@ -20,7 +20,13 @@ PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(au
 def add_data_flags(group):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
     add("--dataset", choices=sorted(SOURCES), default="cifar10", help="(%(default)s)")
-    add("--data", metavar="DIR", type=named(str), default="data", help="its folder; downloaded to it if missing (%(default)s)")
+    add(
+        "--data",
+        metavar="DIR",
+        type=named(str),
+        default="data",
+        help="where the data set is, or is downloaded to (%(default)s)",
+    )
     add("--augment", action=switch, default=True, help="random crop and flip (yes; no for svhn and digits)")
     add("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
     add("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
@@ -30,10 +36,10 @@ def add_data_flags(group):
 
 def add_model_flags(group, depth=100):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
-    size = at_least(0, high=LARGEST)  # what DenseNet makes of 0, it says itself
+    size = at_least(0, high=MAX_SIZE)  # what DenseNet makes of 0, it says itself
     add("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
     add("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
-    add("--reduction", type=at_least(0, float), help="share of the channels a transition keeps (0.5; plain net 1.0)")
+    add("--reduction", type=at_least(0, float), help="fraction of the channels a transition keeps (0.5; plain net 1.0)")
     add("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
     add("--drop-rate", type=at_least(0, float), help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
@@ -42,10 +48,10 @@ def add_model_flags(group, depth=100):
 
 def add_optimisation_flags(group):
     add, number = group.add_argument, at_least(0, float)
-    add("--epochs", "--nEpochs", type=at_least(1), default=300, help="(%(default)s; 40 for svhn)")
+    add("--epochs", "--nEpochs", type=at_least(1, high=10**5), default=300, help="(%(default)s; 40 for svhn)")
     add("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
     add("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
-    add("--lr", type=number, help="sgd: initial rate (0.1), divided by 10 at 1/2 and 3/4; else constant (PyTorch's default)")
+    add("--lr", type=number, help="sgd: 0.1, divided by 10 at 1/2 and 3/4 of the epochs; else PyTorch's default, constant")
     add("--momentum", type=number, default=0.9, help="of sgd (%(default)s)")
     add("--weight-decay", type=number, default=1e-4, help="on all parameters (%(default)s)")
     add("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
@@ -75,10 +81,10 @@ def add_run_flags(group):
 
 
 def image_size(text):
-    """An argparse type: a side that can be halved twice."""
+    """An argparse type: a multiple of 4 from 8."""
     size = int(text)
-    if size % 4 or not 8 <= size <= HIGHEST[int]:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {HIGHEST[int]:g}")
+    if size % 4 or not 8 <= size <= MAX_VALUE[int]:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {MAX_VALUE[int]:g}")
     return size
 
 
@@ -113,8 +119,9 @@ def make_net(args, num_classes=10):
 
 def refuse_contradictions(args, device):
     """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written."""
-    with torch.device("meta"):
-        make_net(args)
+    if args.depth is not None:  # the control experiment has a net of its own
+        with torch.device("meta"):
+            make_net(args)
     if args.sync_bn and args.efficient:
         raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":

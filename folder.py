@@ -1,4 +1,4 @@
-"""A folder of a person's own images as a data set: root/train/<class>/ and root/test/<class>/ with pictures in them.
+"""A folder of your own images as a data set: root/train/<class>/ and root/test/<class>/ with pictures in them.
 
 `images, labels, classes = read_part(Path("pets"), "train", image_size=64)` are tensors and names.
 """
@@ -28,7 +28,7 @@ def read_part(root, part, image_size, quiet=False):
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
     title = None if quiet else f"reading {len(files):,} pictures in {root / part}"
-    images = read_pictures(files, image_size, places=order.argsort().tolist(), title=title)
+    images = read_pictures([files[i] for i in order.tolist()], image_size, title)
     return images, labels[order], list(classes)
 
 
@@ -69,10 +69,13 @@ def list_classes(folder):
     if not folders:
         raise Refused(f"{folder} holds no folder: make one for each class and put its pictures there")
     classes = {path.name: sorted(list_pictures(path), key=lambda file: (str(file.parent), file.name)) for path in folders}
+    odd = next((name for name in classes if name.encode(errors="replace").decode() != name), None)
+    if odd:
+        raise Refused(f"{folder}: the name of the class {odd!r} is not UTF-8: rename its folder")
     empty = next((name for name, files in classes.items() if not files), None)
     if empty:
-        endings = ", ".join(EXTENSIONS)
-        raise Refused(f"{folder}: the class {empty} holds no picture ({endings}): put pictures into its folder or remove it")
+        extensions = ", ".join(EXTENSIONS)
+        raise Refused(f"{folder}: the class {empty} holds no picture ({extensions}): put pictures into its folder or remove it")
     return classes
 
 
@@ -92,7 +95,7 @@ def visible(folder):
 
 
 def describe_classes(names, train_labels, test_labels):
-    """Lines for a person: how many images each class has, and which has more than ten times those of another."""
+    """A line per class with its image counts, and a warning if they differ by more than ten times."""
     width = max(map(len, names))
     train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
     if len(names) <= MANY_CLASSES:

@@ -28,12 +28,12 @@ def choose_device(name):
         raise Refused(f"--device {name}: the machine has {counts[kind]} of them, counted from 0: choose a lower number")
     device = torch.device(name)
     if kind == "cuda" and index:
-        torch.cuda.set_device(device)  # for what is said to "cuda" without a number, such as to wait for it
+        torch.cuda.set_device(device)  # so that "cuda" without an index means this one
     return device
 
 
 def describe(device):
-    """What the device is called, for a person who reads a result."""
+    """The device's name, for results."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -48,7 +48,7 @@ def make_repeatable(deterministic):
 
 
 def keep_freed_memory(device):
-    """Lets glibc keep what a step on the CPU frees for the next step, unless a person has own settings of malloc.
+    """Makes glibc keep freed memory for the next step, unless MALLOC_… or GLIBC_TUNABLES is set.
 
     By default large tensors are mapped anew, page by page, in every step.
     """

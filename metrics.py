@@ -1,4 +1,4 @@
-"""What a net answers to a whole set of images, and its loss and error, exact over all of them."""
+"""Predictions for a whole set of images, and their exact loss and error."""
 
 import sys
 
@@ -15,7 +15,7 @@ BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net
 def predict(net, images, mean, std, title=None):
     """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a terminal shows a bar."""
     net.eval()
-    batches = images.split(max(1, BATCH_PIXELS // images[0, 0].numel()))
+    batches = images.split(max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
     if title and sys.stderr.isatty():
         batches = tqdm(batches, desc=title, leave=False, dynamic_ncols=True)
     return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()

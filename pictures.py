@@ -27,11 +27,8 @@ TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # PNG names a transparent grey b
 SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
-def read_pictures(paths, size, places=None, title=None):
-    """All pictures as one tensor (M, 3, size, size) uint8; places are the indices that they get, if not 0, 1, 2, ….
-
-    With a title, a terminal shows a bar; elsewhere it is printed. Refused, with the name of the first file that is no picture.
-    """
+def read_pictures(paths, size, title=None):
+    """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     bar = tqdm(desc=title, total=len(paths), unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
@@ -40,8 +37,8 @@ def read_pictures(paths, size, places=None, title=None):
     with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well
         try:
             pictures = pool.map(partial(read_picture, size=size), paths)
-            for place, picture in zip(places or range(len(paths)), pictures, strict=True):
-                images[place] = picture
+            for i, picture in enumerate(pictures):
+                images[i] = picture
                 bar.update()
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)

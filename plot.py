@@ -97,7 +97,7 @@ def read_run(folder, smooth):
 
 
 def check_since(runs, since):
-    """Refused if there is nothing that late to be drawn."""
+    """Refused if --since is after the last epoch."""
     last = max(table["epoch"].max() for tables in runs.values() for table in tables if not table.empty)
     if since > last:
         raise Refused(f"--since {since:g} is behind the last epoch that there is, {last:g}: choose less")

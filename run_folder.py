@@ -1,6 +1,6 @@
 """The folder of a run: its lock, args.json, train.csv, test.csv and figures; how a run is begun and resumed.
 
-Rows of the CSVs reach the disk before the checkpoint that they belong to; those that are newer are cut off by a resume.
+CSV rows are on the disk before the checkpoint of their epoch; --resume removes newer rows.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
-from endings import HIGHEST, Refused, naming, say
+from endings import MAX_VALUE, Refused, naming, say
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
 
-# What args.json holds that does not change what a run computes; all else must be the same when it is resumed.
-FREE = {"data", "device", "compile", "efficient", "deterministic", "save", "resume", "force", "plot"}
-FREE |= {"epochs", "torch", "hardware", "commit"}  # epochs have a check of their own; the others are no arguments
+# Entries of args.json that may differ when a run is resumed; epochs have a check of their own.
+MAY_CHANGE = {"data", "device", "compile", "efficient", "deterministic", "save", "resume", "force", "plot"}
+MAY_CHANGE |= {"epochs", "torch", "hardware", "commit"}
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 
-NUMBER = r"(-?\d[\d.e+-]*|-?inf|nan)"  # as append_rows writes it
+NUMBER = r"(-?\d+(\.\d+)?(e[+-]\d+)?|-?inf|nan)"  # as append_rows writes it
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if the folder holds a run and neither flag says what shall become of it."""
+    """Refused if the folder holds a run and neither --resume nor --force is given."""
     if not (resume or force) and any((save / name).exists() for name in FILES):
         ways = "continue it with --resume, replace it with --force, or choose another --save"
         raise Refused(f"{save} already holds a run: {ways}")
@@ -38,14 +38,11 @@ def refuse_to_replace(save, resume, force):
 
 @contextlib.contextmanager
 def locked(save):
-    """Within it no other process gets the lock of the folder, which is made. The lock dies with its holder.
+    """Creates the folder and holds its lock, which is released when the process dies.
 
-    Where the file system has no locks, the run goes on without one. (A soft lock, a file, would outlive a killed run.)
+    Without file locks the run goes on unlocked: a lock that is a mere file would outlive a killed run.
     """
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--save {save} cannot be written ({error.strerror}): choose another folder") from error
+    save.mkdir(parents=True, exist_ok=True)
     lock = FileLock(save / ".lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -54,7 +51,7 @@ def locked(save):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise Refused(f"{save / '.lock'} cannot be written ({error.strerror}): choose another --save") from error
-        say(f"{save}: its file system has no locks; see to it that no other process trains there")
+        say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:
         yield
     finally:
@@ -62,12 +59,12 @@ def locked(save):
 
 
 def continues(save, resume):
-    """Whether there is a checkpoint for a run with --resume to go on from."""
+    """Whether --resume is given and there is a checkpoint."""
     return resume and (save / "latest.pth").exists()
 
 
 def read_arguments(save):
-    """What args.json says of the run in the folder; nothing where there is none."""
+    """args.json of the run in the folder, or {}."""
     path = save / "args.json"
     if not path.exists():
         return {}
@@ -75,17 +72,17 @@ def read_arguments(save):
         facts = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {REMEDY}") from error
-    epochs = facts.get("epochs") if isinstance(facts, dict) else None
-    if type(epochs) is not int or not 1 <= epochs <= HIGHEST[int]:
+    size, epochs = (facts.get(name) if isinstance(facts, dict) else "" for name in ("image_size", "epochs"))
+    if not isinstance(size, int | None) or type(epochs) is not int or not 1 <= epochs <= MAX_VALUE[int]:
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
 
 
 def begin(save, facts):
-    """Removes the files of a run that was there, and writes args.json and the CSVs with their header lines."""
+    """Deletes an earlier run and writes args.json and empty CSVs."""
     refuse_folders(save)
     for name in FILES:
-        if not (save / name).is_dir():  # where a figure should be: drawing it will fail, and say so
+        if not (save / name).is_dir():  # a folder named like a figure: plotting reports it
             (save / name).unlink(missing_ok=True)
     replace_file(save / "args.json", as_json(facts))
     for name, header in headers(facts).items():
@@ -99,10 +96,10 @@ def headers(facts):
 
 
 def resume(save, facts, net, old_rates, new_rates):
-    """The checkpoint of the run in the folder, its CSVs cut off behind it; None where there is none yet.
+    """The run's checkpoint, with newer CSV rows removed; None if there is none yet.
 
-    The lists have the learning rate of each epoch, with the epochs the run was begun with and those it is to have now.
-    Refused, and nothing is touched, if a file is missing or damaged or belongs to another net or other arguments.
+    The lists have the learning rate of each epoch, with the run's old --epochs and with the new one.
+    Refused, before anything is changed, if a file is missing or damaged or of another net or other arguments.
     """
     refuse_folders(save)
     begun = read_arguments(save)
@@ -126,46 +123,44 @@ def resume(save, facts, net, old_rates, new_rates):
 
 
 def refuse_lost_checkpoint(save):
-    """Refused if the CSVs go on behind the first epoch: a checkpoint was written at its end, and is gone."""
+    """Refused if the CSVs go beyond the first epoch: then a checkpoint has been lost."""
     for path in (save / "train.csv", save / "test.csv"):
         if path.exists() and re.search(rb"^(1\.|[2-9]|\d\d)", path.read_bytes(), re.MULTILINE):
             raise Refused(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 
 
 def refuse_folders(save):
-    """Refused if there is a folder where a file of the run should be, but for the figures."""
+    """Refused if a folder is where a file of the run belongs, but for the figures."""
     for name in FILES:
         if not name.endswith(".png") and (save / name).is_dir():
-            raise Refused(f"{save / name} is a folder, and a run has a file there: remove it, or choose another --save")
+            raise Refused(f"{save / name} is a folder where a file is expected: remove it, or choose another --save")
 
 
 def compare_arguments(old, new):
-    """Refused, with the name of the first argument that would change the result of the run."""
+    """Refused if an argument that changes the result differs."""
     for name in old:
-        if name in new and name not in FREE and old[name] != new[name]:
+        if name in new and name not in MAY_CHANGE and old[name] != new[name]:
             raise Refused(f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments")
 
 
 def compare_rates(old, new, epochs_done):
-    """Refused if the epochs that are done had other learning rates than they have now, or are too many."""
+    """Refused if the finished epochs had other learning rates, or are more than --epochs."""
     if old[:epochs_done] != new[:epochs_done] or epochs_done > len(new):
         changed = f"--epochs {len(new)} instead of {len(old)}"
         raise Refused(f"{changed} changes the schedule of the {epochs_done} epochs already done")
 
 
 def rows_until(path, facts, epochs_done, steps):
-    """The content of a CSV up to the last of `epochs_done` epochs of so many steps. Refused if it is not all there."""
+    """The CSV's content up to `epochs_done` epochs of `steps` rows. Refused if rows are missing or damaged."""
     header = headers(facts)[path.name]
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
-    try:
-        lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
-    except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
     if lines[:1] != [header]:
         raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
     row = re.compile(NUMBER + f",{NUMBER}" * header.count(",") + "\n")
     if [line.split(",")[0] for line in lines[1:]] != expected or not all(map(row.fullmatch, lines[1:])):
-        raise Refused(f"{path} is damaged, it has not the {steps} rows of each of the {epochs_done} epochs: {REMEDY}")
+        raise Refused(f"{path} is damaged, expected {steps} rows for each of {epochs_done} epochs: {REMEDY}")
     return "".join(lines).encode()
 
 
@@ -189,7 +184,7 @@ def end_epoch(save, result, checkpoint):
 
 
 class Plots:
-    """Redraws a run's figures with plot.py in a process of its own, so that no epoch waits for them."""
+    """Draws a run's figures in the background, by plot.py."""
 
     def __init__(self, save, enabled):
         self.command = [sys.executable, str(HERE / "plot.py"), str(save)]
@@ -198,7 +193,7 @@ class Plots:
         self.warned = False
 
     def redraw(self):
-        """Starts drawing, unless the last drawing still goes on."""
+        """Starts plot.py, unless it is still running."""
         if self.enabled and (self.process is None or self.process.poll() is not None):
             self.wait()
             self.process = subprocess.Popen(  # start_new_session: Ctrl-C is not meant for it
@@ -206,11 +201,12 @@ class Plots:
             )
 
     def wait(self):
-        """Waits for the drawing and says, the first time it fails, why there is no figure."""
+        """Waits for plot.py; its first failure is reported."""
         _, errors = self.process.communicate() if self.process else (None, "")
         if self.process and self.process.returncode and not self.warned:
-            reason = errors.strip().splitlines() or [f"plot.py ended with status {self.process.returncode}"]
-            say(f"the figures could not be drawn, training goes on: {reason[-1]}", write=tqdm.write)
+            reasons = [line for line in errors.splitlines() if "this is a bug" not in line]
+            reason = reasons[-1] if reasons else f"plot.py ended with status {self.process.returncode}"
+            say(f"the figures could not be drawn, training goes on: {reason}", write=tqdm.write)
             self.warned = True
         self.process = None
 

@@ -1,12 +1,10 @@
-"""How a net is trained on one batch: optimiser, schedule, precision, compilation, and the step itself.
+"""One training step: optimiser, learning-rate schedule, precision, compilation. It knows no folders and no CSVs.
 
-    step = TrainingStep(net, args, device, world)
-    for rate in schedule(args, args.epochs):
-        step.begin_epoch(rate)
-        for images, labels, share in batches:
-            loss, error = step(images, labels, share)
-
-It knows no folders and no CSVs.
+step = TrainingStep(net, args, device, world)
+for rate in schedule(args, args.epochs):
+    step.begin_epoch(rate)
+    for images, labels, share in batches:
+        loss, error = step(images, labels, share)
 """
 
 import contextlib
@@ -20,7 +18,7 @@ from machine import DTYPES
 
 
 class TrainingStep:
-    """Trains a net on a batch whenever it is called; args are those of train.py."""
+    """Callable that trains the net on one batch; args are those of train.py."""
 
     def __init__(self, net, args, device, world):
         self.world = world
@@ -31,22 +29,22 @@ class TrainingStep:
         self.autocast = contextlib.nullcontext() if exact else torch.autocast(device.type, DTYPES[args.precision])
 
     def __call__(self, images, labels, share):
-        """This rank's part of (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch.
+        """This rank's contribution to (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch.
 
-        Gradients are freed before the forward pass, all else when this returns: nothing may outlive a step in a CUDA graph.
+        Nothing may outlive a step in a CUDA graph, so gradients are freed before the forward pass.
         """
         self.optimizer.zero_grad()
         with self.autocast:
             logits = self.model(images)  #                         (N, num_classes)
-            loss = share * F.cross_entropy(logits, labels)  #      (), summed over the ranks the mean of the batch
-        self.scaler.scale(self.world.size * loss).backward()  #    the ranks' gradients are averaged, not summed
+            loss = share * F.cross_entropy(logits, labels)  #     (), sums to the batch mean over the ranks
+        self.scaler.scale(self.world.size * loss).backward()  #   DDP averages gradients: this makes it a sum
         self.scaler.step(self.optimizer)
         self.scaler.update()
         error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
         return torch.stack([loss.detach(), error])  #              (2,)
 
     def begin_epoch(self, rate):
-        """To be called before an epoch's first step. Sets the learning rate unless it is None; returns the one that holds."""
+        """Switches to training mode and sets the learning rate (None keeps it); returns the current one."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate
@@ -66,12 +64,12 @@ def make_optimizer(net, args):
 
 
 def learning_rate(epoch, epochs, initial):
-    """The paper's schedule: divided by 10 when 50 % and again when 75 % of the epochs are done; epoch counts from 0."""
+    """The paper's schedule: divided by 10 after 50 % and after 75 % of the epochs; epoch counts from 0."""
     return initial * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
 
 
 def schedule(args, epochs):
-    """The learning rate of each epoch, for SGD; None for the other optimisers, which keep theirs."""
+    """The learning rate of each epoch; None for Adam and RMSprop, which keep theirs."""
     return [learning_rate(epoch, epochs, args.lr) if args.opt == "sgd" else None for epoch in range(epochs)]
 
 
@@ -87,7 +85,7 @@ def prepare(net, args, device, world):
 
 
 class WholeBatchesCompiled(nn.Module):
-    """The model, compiled. A smaller batch, the last of an epoch, goes through the bare one: one graph, compiled once."""
+    """The compiled model. The smaller last batch runs uncompiled, so that only one shape is compiled."""
 
     def __init__(self, model, mode, batch_size):
         super().__init__()

@@ -4,7 +4,7 @@
     ./train.py                                                  DenseNet-BC, L=100, k=12, CIFAR-10 with augmentation, 300 epochs
     ./train.py --no-bottleneck --depth 40 --no-augment          the plain DenseNet, L=40, k=12, without augmentation
     ./train.py --dataset digits --depth 22 --epochs 20          a small net on a data set that needs no download
-    ./train.py --init net.pth --lr 0.01 --epochs 10             ten epochs more for a net that is trained already
+    ./train.py --init net.pth --lr 0.01 --epochs 10             fine-tune a trained net for ten epochs
 
 work/<dataset>.base, or --save DIR, then holds: args.json (arguments, versions, device), train.csv (a row for each step),
 test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error.png, loss-error.png.
@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,7 @@ from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep, schedule
 
-GROUP_STEPS = 20  # the device is waited for once in so many steps, to write their losses to train.csv
+GROUP_STEPS = 20  # steps between two writes to train.csv; each write waits for the device
 
 
 def main():
@@ -49,11 +50,11 @@ def main():
             flags.refuse_contradictions(args, device)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
-            begins = not run_folder.continues(args.save, args.resume)
-            init, args.image_size = distributed.share_object(read_init(args, begins) if world.rank == 0 else None, world)
+            fresh = not run_folder.continues(args.save, args.resume)
+            init, args.image_size = distributed.share_object(read_init(args, fresh) if world.rank == 0 else None, world)
             dataset = load_data(args, device, world)
             net = initial_net(args, len(dataset.classes), init).to(device, memory_format=torch.channels_last)
-            run(net, dataset, args, world, ending, begins)
+            run(net, dataset, args, world, ending, fresh)
 
 
 def build_parser():
@@ -62,24 +63,24 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    words = "begin with these weights: a latest.pth, or what evaluate.py exported"
-    model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=words)
+    text = "start from these weights: a latest.pth, or a file that evaluate.py exported"
+    model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
     return parser
 
 
-def read_init(args, begins):
-    """(weights of --init, size of the images); a run that goes on needs no weights, and has a size."""
-    init = load_checkpoint(Path(args.init)) if args.init and begins else None
+def read_init(args, fresh):
+    """(weights of --init or None, image size); a run that continues ignores --init and keeps its image size."""
+    init = load_checkpoint(Path(args.init)) if args.init and fresh else None
     begun = run_folder.read_arguments(args.save) if args.resume else {}
     init_size = init["args"].get("image_size") if init and args.dataset == "folder" else None
     return init and init["net"], args.image_size or begun.get("image_size") or init_size or data.IMAGE_SIZE
 
 
 def load_data(args, device, world):
-    """The data set on the device; the first process of a machine downloads it, if need be, before the others look for it."""
+    """The data set on the device; on each machine one process downloads it first."""
     with distributed.first_rank_first(world):
         dataset = data.load(args.dataset, args.data, args.val, args.limit, args.image_size, quiet=world.rank > 0)
     distributed.check_batches(world, args.batch_size, len(dataset.train))
@@ -87,7 +88,7 @@ def load_data(args, device, world):
 
 
 def initial_net(args, num_classes, weights):
-    """The net as the run begins with it: by --seed, or with the weights of --init. Refused if they are of another net."""
+    """The net at the start of the run: initialised from --seed, or with the weights of --init."""
     torch.manual_seed(args.seed)
     net = flags.make_net(args, num_classes)
     if weights:
@@ -97,20 +98,20 @@ def initial_net(args, num_classes, weights):
     return net
 
 
-def run(net, dataset, args, world, ending, begins):
+def run(net, dataset, args, world, ending, fresh):
     """Begins the run in its folder, or continues it, and trains to the end."""
     with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext():
-        checkpoint = open_run(net, dataset, args, world, begins) if world.rank == 0 else None
+        checkpoint = open_run(net, dataset, args, world, fresh) if world.rank == 0 else None
         checkpoint = distributed.share_object(checkpoint, world)
         ending.resume = endings.resume_command(world.size)
         fit(net, dataset, args, world, checkpoint)
 
 
-def open_run(net, dataset, args, world, begins):
+def open_run(net, dataset, args, world, fresh):
     """Begins the run, or continues it with --resume. Returns its checkpoint, or None."""
     run_folder.refuse_to_replace(args.save, args.resume, args.force)  # again: another process may have had the folder
-    if begins == run_folder.continues(args.save, args.resume):
-        raise Refused(f"another process has changed {args.save} meanwhile: start again")
+    if fresh != (not run_folder.continues(args.save, args.resume)):
+        raise Refused(f"another process has changed {args.save} in the meantime: start again")
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
@@ -127,15 +128,16 @@ def open_run(net, dataset, args, world, begins):
 
 
 def fit(net, dataset, args, world, checkpoint):
-    """Trains, tests, saves and draws, epoch by epoch, from the beginning or from behind the checkpoint."""
+    """The training loop: trains, tests, saves and plots each epoch, starting after the checkpoint."""
     stop = endings.StopSignals()
-    setproctitle(str(args.save))
+    setproctitle(str(args.save).encode(errors="replace").decode())
     step = TrainingStep(net, args, dataset.mean.device, world)
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
     rates = schedule(args, args.epochs)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
-    shown = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": None if world.rank == 0 else True}
+    hidden = None if world.rank == 0 and sys.stderr else True  # None: where there is no terminal
+    shown = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": hidden}
     with tqdm(initial=first_epoch * len(dataset.train), total=args.epochs * len(dataset.train), **shown) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
@@ -154,12 +156,12 @@ def fit(net, dataset, args, world, checkpoint):
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
                 print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), result, rate, len(dataset.train) / seconds, left)
     plots.wait()
-    plots.redraw()  # of what the CSVs now hold
+    plots.redraw()  # the final state
     plots.wait()
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """The batches of an epoch, and the seed of its dropout: functions of --seed, the epoch and, for dropout, the rank alone."""
+    """One epoch's batches, after seeding dropout; depends only on --seed, the epoch and, for dropout, the rank."""
     data_seed, *dropout_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
     torch.manual_seed(dropout_seeds[world.rank])
     generator = torch.Generator(dataset.mean.device).manual_seed(data_seed)
@@ -167,18 +169,18 @@ def epoch_batches(dataset, epoch, args, world):
 
 
 class EpochLog:
-    """The losses and errors of an epoch's steps, on their way from the device to train.csv, in groups of steps."""
+    """Collects the loss and error of each step and writes them to train.csv in groups."""
 
     def __init__(self, args, epoch, num_images, world):
         self.path = args.save / "train.csv"
         self.epoch = epoch
         self.world = world
         self.sizes = [min(args.batch_size, num_images - first) for first in range(0, num_images, args.batch_size)]
-        self.group = []  # of the steps that are not written yet, on the device
-        self.rows = []  # of those that are
+        self.group = []  # steps not yet written, on the device
+        self.rows = []  # (loss, error) of the steps written
 
     def add(self, result, stop, bar):
-        """Takes a step's (loss, error), and writes the group when it is full, or a signal has come. Stopped on a signal."""
+        """Adds a step's (loss, error); writes the group when it is full or a signal was received, then raises Stopped."""
         self.group.append(result)
         done = len(self.rows) + len(self.group)
         bar.update(self.sizes[done - 1])
@@ -189,7 +191,7 @@ class EpochLog:
                 raise Stopped(signum) if self.world.rank == 0 else SystemExit(128 + signum)
 
     def write(self, received):
-        """Writes the group's rows; returns the signal if a rank has received one. Here the device is waited for."""
+        """Writes the group to train.csv and returns the signal that any rank received, or 0. Waits for the device."""
         table = torch.stack([*self.group, torch.full_like(self.group[0], received)])
         *rows, (signals, _) = distributed.sum_over_ranks(table, self.world).tolist()
         first = len(self.rows) + 1
@@ -203,17 +205,18 @@ class EpochLog:
         return signals and (received or signal.SIGTERM)
 
     def mean(self):
-        """(loss, error) of the epoch, exact over its images."""
+        """Mean (loss, error) over the epoch's images."""
         return np.average(self.rows, axis=0, weights=self.sizes)
 
 
 def check_finite(loss, where):
     if not math.isfinite(loss):
-        raise endings.Diverged(f"the loss is {loss} {where}: begin again with a lower --lr, in another --save or with --force")
+        sentence = f"the loss is {loss} {where}: start again with a lower --lr, in another --save or with --force"
+        raise Refused(sentence, status=1)
 
 
 def test(net, dataset, world):
-    """Loss and error in % of the test set, and then of the held-out images if there are any, exact over all images."""
+    """[loss, error in %] of the test set, followed by those of the held-out images if there are any."""
     distributed.share_buffers(net, world)
     results = []
     for split in filter(None, [dataset.test, dataset.val]):

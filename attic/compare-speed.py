@@ -60,7 +60,7 @@ def main():
 def build_parser():
     parser = bench.build_parser(__doc__, VARIANTS)
     parser.add_argument(
-        "--depths", nargs="+", metavar="L", type=endings.at_least(0, high=flags.LARGEST), help="instead of --depth"
+        "--depths", nargs="+", metavar="L", type=endings.at_least(0, high=flags.MAX_SIZE), help="instead of --depth"
     )
     parser.add_argument(
         "--data", metavar="DIR", type=endings.named(str), help="time batches of the CIFAR-10 in this folder instead"

@@ -38,14 +38,15 @@ def main():
     with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
+        flags.refuse_contradictions(args, device)
         keep_freed_memory(device)
         make_repeatable(args.deterministic)
-        begins = not run_folder.continues(args.save, args.resume)
+        fresh = not run_folder.continues(args.save, args.resume)
         args.image_size = args.image_size or data.IMAGE_SIZE
         dataset = train.load_data(args, device, World())
         torch.manual_seed(args.seed)
         net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
-        train.run(net, dataset, args, World(), ending, begins)
+        train.run(net, dataset, args, World(), ending, fresh)
         sys.exit(print_verdict(args))
 
 
