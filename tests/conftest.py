@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def call_main(monkeypatch, capsys):
-    """Calls the main function of a script with arguments; returns (exit status, stdout, stderr)."""
+    """Calls the main function of a script with arguments; returns (exit status, stdout, stderr). A bug is raised."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
@@ -49,7 +51,10 @@ def call_main(monkeypatch, capsys):
             status = stop.code
         return status, *capsys.readouterr()
 
-    return call
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -67,6 +67,20 @@ def test_a_vgg_is_trained_by_the_functions_of_train(run_script, tmp_path):
     assert len((tmp_path / "run" / "test.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(("place", "begun"), [("data.load", False), ("step.TrainingStep.__call__", True)])
+def test_a_bug_is_a_traceback(call_main, monkeypatch, tmp_path, place, begun):
+    def planted(*arguments, **options):
+        raise ValueError("planted")
+
+    monkeypatch.setattr(place, planted)
+    flags = ["--dataset", "digits", "--limit", 8, "--epochs", 1, "--device", "cpu", "--no-plot", "--save", tmp_path / "run"]
+    with pytest.raises(ValueError, match="planted") as caught:
+        call_main(script("train-vgg"), *flags)
+    (note,) = caught.value.__notes__
+    assert note.startswith("train-vgg.py: this is a bug")
+    assert ("this continues the run: " in note) == begun
+
+
 @pytest.mark.parametrize(("error", "status"), [(11.99, 0), (12.0, 1)])
 def test_the_verdict_on_the_training_code(error, status, tmp_path):
     vgg = script("train-vgg")

@@ -3,16 +3,22 @@
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY
+from PIL import Image
 from test_distributed import torchrun
 from test_run_folder import assert_same_run
 
 import endings
+import evaluate
+import make_graph
+import plot
 import train
 from endings import Refused
 
@@ -29,7 +35,7 @@ module.main()
 """
 
 # train.py with a bug.
-BROKEN = """
+FAILING = """
 import sys, train
 def fail(*arguments):
     raise KeyError("unforeseen")
@@ -181,7 +187,7 @@ def test_a_log_that_does_not_fit_on_the_disk(tmp_path):
 
 def test_a_bug_shows_its_traceback_and_how_to_go_on(call_main, tiny_run, tmp_path):
     program = tmp_path / "broken.py"
-    program.write_text(BROKEN)
+    program.write_text(FAILING)
     done = run(program, *flags(tmp_path / "run"), env={"PYTHONPATH": str(ROOT)})
     *traceback, last = done.stderr.splitlines()
     assert (done.returncode, "KeyError: 'unforeseen'" in traceback) == (1, True)
@@ -189,6 +195,139 @@ def test_a_bug_shows_its_traceback_and_how_to_go_on(call_main, tiny_run, tmp_pat
     assert "this continues the run: " in last
     assert call_main(train, *flags(tmp_path / "run", "--resume"))[0] == 0
     assert_same_run(tiny_run, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------ bugs, wherever they are
+
+
+def value_error(*arguments, **options):
+    raise ValueError("planted")
+
+
+def type_error(*arguments, **options):
+    raise TypeError("planted")
+
+
+def unequal_lengths(*arguments, **options):
+    return list(zip([1], [], strict=True))
+
+
+BUGS = [value_error, type_error, unequal_lengths]
+PLACES = {  # what each program calls, by the names it calls it by
+    "train": """densenet.DenseNet.__init__ densenet.block_channels densenet.init_weights flags.make_net train.choose_device
+        train.make_repeatable train.initial_net data.load data.hold_out data.mean_and_std
+        distributed.check_batches run_folder.refuse_to_replace run_folder.git_commit run_folder.begin""",
+    "train, begun": """step.TrainingStep.__init__ step.TrainingStep.__call__ step.make_optimizer densenet.DenseNet.forward
+        data.training_batches data.normalize train.EpochLog.write train.EpochLog.mean train.restore train.make_card
+        train.predict train.loss_and_error_sums run_folder.append_rows run_folder.end_epoch run_folder.flush_to_disk
+        run_folder.encoded run_folder.Plots.redraw run_folder.Plots.wait train.print_epoch""",
+    "train --resume": "run_folder.resume run_folder.compare_rates run_folder.fits run_folder.rows_until",
+    "train --init": "train.read_init train.load_checkpoint train.fits",
+    "train on pictures": "folder.list_classes folder.check_classes folder.read_pictures pictures.to_rgb pictures.num_cpus",
+    "evaluate": """evaluate.load_checkpoint evaluate.build_net checkpoint.fits densenet.DenseNet.__init__
+        densenet.DenseNet.forward data.read_part evaluate.predict evaluate.confusion_matrix evaluate.mean_class_error
+        evaluate.class_lines evaluate.write_csv evaluate.draw drawing.as_text drawing.save""",
+    "evaluate --image": "evaluate.read_pictures pictures.to_rgb pictures.signed pictures.pil_to_tensor evaluate.predict",
+    "evaluate --export": "evaluate.export checkpoint.encoded checkpoint.replace_file",
+    "plot": """plot.name_runs plot.read_run plot.moving_average plot.check_since plot.panels plot.draw plot.draw_run
+        drawing.font_families drawing.save""",
+    "make_graph": """make_graph.make_net densenet.DenseNet.__init__ densenet.DenseNet.forward make_graph.write_dot
+        torchviz.make_dot""",
+}
+
+
+@pytest.fixture
+def command(tiny_run, pictures, tmp_path):
+    """(a program's module, arguments with which it succeeds) for each key of PLACES."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    small = [*TINY, "--limit", "8", "--epochs", "1", "--no-plot", "--save", tmp_path / "run"]
+    trained = shutil.copytree(tiny_run, tmp_path / "trained") / "latest.pth"
+    return {
+        "train": (train, *small),
+        "train, begun": (train, *small),
+        "train --resume": (train, *flags(tmp_path / "trained", "--resume")),
+        "train --init": (train, *small, "--init", trained),
+        "train on pictures": (train, *small, "--dataset", "folder", "--data", pictures, "--drop-rate", 0),
+        "evaluate": (evaluate, trained, "--out", tmp_path),
+        "evaluate --image": (evaluate, trained, "--image", tmp_path / "one.png"),
+        "evaluate --export": (evaluate, trained, "--export", tmp_path / "net.pth"),
+        "plot": (plot, tiny_run, "--out", tmp_path),
+        "make_graph": (make_graph, "--out", tmp_path / "graph"),
+    }
+
+
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, places in PLACES.items() for place in places.split()])
+def test_a_bug_anywhere_is_a_traceback_and_no_sentence(call_main, command, monkeypatch, capsys, name, place):
+    """What is raised here, the interpreter shows, with status 1; below it stands what is to be said."""
+    module, *arguments = command[name]
+    for bug in BUGS:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, bug)
+            with pytest.raises((ValueError, TypeError)) as caught:
+                call_main(module, *arguments, *["--force"] * (name[:5] == "train" and "--resume" not in arguments))
+        assert bug.__name__ in [entry.name for entry in caught.traceback]
+        assert "error:" not in capsys.readouterr().err
+        (note,) = caught.value.__notes__
+        said = f"{Path(module.__file__).name}: this is a bug"
+        assert note.startswith(f"{said}; this continues the run: ") if name == "train, begun" else note == said
+        assert note.endswith(" --resume") == (name == "train, begun")
+
+
+BROKEN = """
+import sys, evaluate, plot, make_graph, train
+def planted(*arguments):
+    raise ValueError("planted")
+module, name = (sys.argv.pop(1) for _ in range(2))
+sys.argv[0] = sys.modules[module].__file__
+setattr(sys.modules[module], name, planted)
+sys.modules[module].main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("train", "load_data"), ("evaluate", "draw"), ("plot", "draw"), ("make_graph", "write_dot")]
+)
+def test_a_bug_in_a_process_of_its_own(command, name, place):
+    module, *arguments = command[name]
+    done = run("-c", BROKEN, module.__name__, place, *arguments)
+    first, *_, error, last = done.stderr.splitlines()
+    assert (done.returncode, first, error) == (1, "Traceback (most recent call last):", "ValueError: planted")
+    assert last == f"{Path(module.__file__).name}: this is a bug"
+    assert done.stderr.count("this is a bug") == 1
+
+
+def raising(error):
+    def planted(*arguments, **options):
+        raise error
+
+    return planted
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "status"),
+    [
+        ("train", "data.load", 2),
+        ("train", "run_folder.begin", 2),
+        ("train, begun", "run_folder.end_epoch", 1),
+        ("train, begun", "train.predict", 1),
+        ("evaluate", "data.read_part", 2),
+        ("evaluate", "evaluate.draw", 2),
+        ("plot", "plot.draw", 2),
+        ("make_graph", "make_graph.write_dot", 2),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main, command, monkeypatch, name, place, status):
+    module, *arguments = command[name]
+    monkeypatch.setattr(place, raising(OSError(5, "Input/output error", "some/file")))
+    told, _, errors = call_main(module, *arguments)
+    kept = f"; {endings.KEPT}" * (status == 1)
+    assert (told, errors.splitlines()[-1].endswith(f": some/file: Input/output error{kept}")) == (status, True)
+    assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
+    for error in (OSError(5, "Input/output error"), OSError("planted")):
+        monkeypatch.setattr(place, raising(error))
+        with pytest.raises(OSError, match=r"Input/output error|planted") as caught:
+            call_main(module, *arguments, *["--force"] * (name[:5] == "train"))
+        assert "this is a bug" in caught.value.__notes__[0]
 
 
 def test_a_process_whose_partner_is_gone_says_so(capsys):

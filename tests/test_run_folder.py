@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, contents
 
+import data
 import evaluate
 import plot
 import run_folder
@@ -161,6 +162,44 @@ def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
     with run_folder.locked(tmp_path / "run"):
         status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
     assert (status, "another process is training in" in errors) == (2, True)
+
+
+def meanwhile(monkeypatch, happens):
+    """While the data is read, before the folder is locked, another process does what happens."""
+    real = data.load
+
+    def load(*arguments, **options):
+        happens()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(data, "load", load)
+
+
+def test_of_two_equal_starts_the_second_leaves_the_run_of_the_first(call_main, monkeypatch, tiny_run, tmp_path):
+    save = tmp_path / "run"
+    meanwhile(monkeypatch, lambda: shutil.copytree(tiny_run, save))
+    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save)
+    assert (status, f"{save} already holds a run: continue it" in errors) == (2, True)
+    assert {**contents(save), ".lock": b""} == {**contents(tiny_run), ".lock": b""}
+
+
+@pytest.mark.parametrize("vanishes", [True, False])
+@pytest.mark.parametrize("init", [True, False])
+def test_a_checkpoint_that_comes_or_goes_meanwhile(call_main, monkeypatch, tiny_run, tmp_path, vanishes, init):
+    """Whether --init was read depends on it; a run is neither begun nor continued then, and nothing else is touched."""
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    facts = json.loads((save / "args.json").read_text())
+    (save / "args.json").write_text(json.dumps(facts | {"init": str(tiny_run / "latest.pth") if init else None}))
+    if vanishes:
+        meanwhile(monkeypatch, (save / "latest.pth").unlink)
+    else:
+        (save / "latest.pth").unlink()
+        meanwhile(monkeypatch, lambda: shutil.copy(tiny_run / "latest.pth", save))
+    before = contents(save)
+    flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", *(["--init", tiny_run / "latest.pth"] if init else [])]
+    status, _, errors = call_main(train, *flags, "--save", save, "--resume")
+    assert (status, f"another process has changed {save} meanwhile: start again" in errors) == (2, True), errors
+    assert {**before, "latest.pth": b""} == {**contents(save), "latest.pth": b""}
 
 
 def test_the_lock_dies_with_its_holder(tmp_path):

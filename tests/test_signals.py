@@ -1,6 +1,7 @@
 """A terminal that is closed, for real: a run on a pseudo-terminal, whose other end goes away."""
 
 import os
+import pkgutil
 import pty
 import signal
 import subprocess
@@ -111,3 +112,54 @@ def test_the_command_is_told_where_somebody_still_reads(tmp_path):
     assert run.process.returncode == 128 + signal.SIGINT
     assert errors.startswith("train.py: stopped by SIGINT; this continues the run: ")
     assert "Traceback" not in errors
+
+
+# ------------------------------------------------------------------------------------------- Ctrl-C, whenever it is pressed
+
+BEFORE = ["train.choose_device", "flags.make_net", "data.load", "train.initial_net", "run_folder.locked"]
+OPENING = ["run_folder.git_commit", "run_folder.begin"]
+IN_FIT = ["endings.StopSignals.__init__", "train.TrainingStep", "train.restore", "run_folder.Plots", "data.training_batches"]
+IN_FIT += ["train.test", "run_folder.end_epoch", "run_folder.Plots.redraw"]
+
+
+def press_ctrl_c_in(place, monkeypatch):
+    """From its first call on, the function, named by its module, presses Ctrl-C and then does what it always did."""
+    holder, name = place.rsplit(".", 1)
+    real = getattr(pkgutil.resolve_name(holder), name)
+
+    def pressing(*arguments, **options):
+        monkeypatch.setattr(place, real)
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(place, pressing)
+
+
+@pytest.mark.parametrize("place", [*BEFORE, *OPENING])
+def test_ctrl_c_before_the_run_began(call_main, monkeypatch, tmp_path, place):
+    press_ctrl_c_in(place, monkeypatch)
+    status, out, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
+    assert (status, out, errors) == (130, "", "train.py: stopped\n")
+    assert (tmp_path / "run").exists() == (place in OPENING)
+    assert not (tmp_path / "run" / "train.csv").exists()
+
+
+@pytest.mark.parametrize("place", IN_FIT)
+def test_ctrl_c_between_the_steps(call_main, monkeypatch, undisturbed, tmp_path, place):
+    """One line, the command that goes on among it; the run then is the one that was never stopped."""
+    press_ctrl_c_in(place, monkeypatch)
+    status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
+    stopped = "stopped" if place == "endings.StopSignals.__init__" else "stopped by SIGINT"
+    assert (status, len(errors.splitlines())) == (130, 1)
+    assert errors.startswith(f"train.py: {stopped}; this continues the run: ")
+    assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["run_folder.end_epoch", "run_folder.Plots.redraw", "run_folder.Plots.wait"])
+def test_ctrl_c_after_the_last_step_comes_too_late(call_main, monkeypatch, tmp_path, place):
+    """The run is complete, and ends as one."""
+    press_ctrl_c_in(place, monkeypatch)
+    status, _, errors = call_main(train, *FLAGS, "--epochs", "1", "--save", tmp_path / "run")
+    assert (status, errors) == (0, "")
+    assert (tmp_path / "run" / "latest.pth").exists()

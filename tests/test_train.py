@@ -9,6 +9,7 @@ import sys
 import termios
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -193,18 +194,95 @@ def test_held_out_images_get_columns_of_their_own(call_main, tmp_path):
     assert not list((tmp_path / "run").glob("*.png"))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--opt", "adam"], ["--opt", "rmsprop"], ["--precision", "bf16"], ["--no-bottleneck"], ["--augment", "--deterministic"]],
-)
-def test_other_ways_to_train(call_main, tmp_path, flags):
-    try:
-        status, out, errors = call_main(train, *TINY, *flags, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that train.py takes, each with what holds while it is taken."""
+    taken = []
+
+    class Noted(TrainingStep):
+        def __call__(self, images, labels, share):
+            net, dtypes = self.model, []
+            hook = net.fc.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+            result = super().__call__(images, labels, share)
+            hook.remove()
+            note = SimpleNamespace(net=net, optimizer=self.optimizer, training=net.training, dtype=dtypes[0], images=images)
+            note.group = dict(self.optimizer.param_groups[0])
+            note.deterministic = torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+            taken.append(note)
+            return result
+
+    monkeypatch.setattr(train, "TrainingStep", Noted)
+    return taken
+
+
+def is_augmented(images):
+    dataset = data.load("digits", ".")
+    known = {image.numpy().tobytes() for image in data.normalize(dataset.train.images, dataset.mean, dataset.std)}
+    return not {image.numpy().tobytes() for image in images} <= known
+
+
+WAYS = {
+    "--opt adam": lambda step: type(step.optimizer) is torch.optim.Adam,
+    "--opt rmsprop": lambda step: type(step.optimizer) is torch.optim.RMSprop,
+    "--lr 0.2": lambda step: step.group["lr"] in (0.2, 0.02),
+    "--momentum 0.5": lambda step: step.group.get("momentum") == 0.5,
+    "--no-nesterov": lambda step: not step.group.get("nesterov") and type(step.optimizer) is torch.optim.SGD,
+    "--weight-decay 0.01": lambda step: step.group["weight_decay"] == 0.01,
+    "--precision bf16": lambda step: step.dtype == torch.bfloat16,
+    "--deterministic": lambda step: step.deterministic,
+    "--augment": lambda step: is_augmented(step.images),
+    "--no-bottleneck": lambda step: "dense1.0.conv2.weight" not in step.net.state_dict(),
+    "--drop-rate 0.4": lambda step: step.net.dense1[0].dropout.p == 0.4,
+    "--efficient": lambda step: step.net.dense1.efficient,
+    "--init-channels 9": lambda step: step.net.conv1.weight.shape[0] == 9,
+    "--batch-size 5": lambda step: len(step.images) == 5,
+}
+
+
+@pytest.mark.parametrize("flags", ["", *WAYS])
+def test_other_ways_to_train(call_main, steps, tmp_path, flags):
+    """A flag changes what it is for, from the first step to the last, and nothing of the other ways; no flag changes any."""
+    small = ["--limit", 10, "--batch-size", 10, "--epochs", 2, "--no-plot", "--save", tmp_path / "run"]
+    status, out, errors = call_main(train, *TINY, *small, *flags.split())
     assert status == 0, errors
-    assert "epoch 1/1" in out
+    assert "epoch 2/2" in out
     assert np.isfinite(pd.read_csv(tmp_path / "run" / "train.csv")).all(axis=None)
+    for step_taken in (steps[0], steps[-1]):
+        assert {way for way, holds in WAYS.items() if holds(step_taken)} == ({flags} if flags else set())
+
+
+def test_every_epoch_trains_with_its_own_rate_channels_last(call_main, steps, tmp_path):
+    """Four epochs of one step each, in one go, and in two of which the second begins behind the first."""
+    flags = [*TINY, "--limit", 8, "--batch-size", 8, "--no-plot"]
+    for save, epochs, more in [("whole", 4, []), ("parts", 1, []), ("parts", 4, ["--resume"])]:
+        status, _, errors = call_main(train, *flags, "--epochs", epochs, "--save", tmp_path / save, *more)
+        assert status == 0, errors
+    rates = [step_taken.group["lr"] for step_taken in steps]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.1, 0.1, 0.01, 0.001])
+    assert all(step_taken.training for step_taken in steps)  # after each epoch the net was tested
+    for weight in (step_taken.net.dense1[0].conv2.weight for step_taken in steps):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "mode"),
+    [
+        (["--compile"], "cpu", "default"),
+        (["--compile"], "cuda", "reduce-overhead"),
+        (["--compile", "default"], "cuda", "default"),
+        (["--compile", "reduce-overhead"], "cpu", "reduce-overhead"),
+        ([], "cuda", None),
+    ],
+)
+def test_what_is_compiled(monkeypatch, flags, device, mode):
+    """Whole batches, in the mode of the flag; a smaller one, and the net that is saved, are not."""
+    compiled, net = [], torch.nn.Identity()
+    monkeypatch.setattr(torch, "compile", lambda model, mode: lambda images: compiled.append((model, mode, len(images))))
+    model = step.prepare(net, parse("--batch-size", "4", *flags), torch.device(device), World())
+    for size in (4, 3):
+        model(torch.zeros(size))
+    assert compiled == ([(net, mode, 4)] if mode else [])
 
 
 @pytest.mark.parametrize("exported", [False, True])
@@ -262,11 +340,18 @@ def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(tmp_path):
         assert part in shown
 
 
-def test_three_epochs_of_cifar_rows(cifar, call_main, tmp_path):
-    flags = ["--depth", 10, "--growth-rate", 4, "--limit", 640, "--epochs", 1, "--no-plot"]
-    status, _, errors = call_main(train, "--data", cifar, *flags, "--save", tmp_path / "run")
+def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
+    flags = ["--depth", 10, "--growth-rate", 2, "--limit", 144, "--epochs", 3, "--device", "cpu", "--no-plot"]
+    status, out, errors = call_main(train, "--data", cifar, *flags, "--save", tmp_path / "run")
     assert status == 0, errors
-    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 10
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    rows, tests = (pd.read_csv(tmp_path / "run" / f"{part}.csv") for part in ("train", "test"))
+    assert rows["epoch"].tolist() == pytest.approx([step / 3 for step in range(1, 10)], abs=1e-6)
+    assert tests["epoch"].tolist() == [1, 2, 3]
+    wrong = tests["error"] * 100  # of 10,000 test images
+    assert wrong.tolist() == pytest.approx(wrong.round().tolist(), abs=0.06)
+    checkpoint = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (checkpoint["epoch"], checkpoint["classes"][3], checkpoint["args"]["augment"]) == (3, "cat", True)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -322,20 +407,26 @@ def test_a_folder_with_a_run_is_kept_unless_forced(call_main, tiny_run, tmp_path
     assert (save / "notes.txt").read_text() == "mine"
 
 
-def test_no_traceback_reaches_a_person(run_script, tmp_path):
-    done = run_script("train.py", "--depth", "41", "--save", tmp_path / "run")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-
-
-def test_ctrl_c_before_the_run_began(call_main, monkeypatch, tmp_path):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "load", interrupted)
-    status, _, errors = call_main(train, *TINY, "--save", tmp_path / "run")
-    assert (status, errors) == (130, "train.py: stopped\n")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--depth", "41", "--save", "run"],
+        ["train.py", "--dataset", "folder", "--data", "missing", "--save", "run"],
+        ["train.py", "--dataset", "digits", "--init", "missing.pth", "--save", "run"],
+        ["train.py", "--dataset", "digits", "--limit", "many", "--save", "run"],
+        ["evaluate.py", "missing.pth"],
+        ["plot.py", "missing"],
+        ["make_graph.py", "--depth", "11"],
+    ],
+)
+def test_no_traceback_reaches_a_person(run_script, tmp_path, command):
+    """Each program in a process of its own: the line of its usage, and one that says what is wrong."""
+    done = run_script(*command, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    usage, line = done.stderr.splitlines()
+    assert usage.startswith(f"usage: {command[0]} ")
+    assert line.startswith(f"{command[0]}: error: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
