@@ -88,3 +88,23 @@ def pictures(tmp_path):
             for i in range(count):
                 Image.new("RGB", (40, 50), color).save(tmp_path / part / name / f"{i}.{'png' if i % 2 else 'jpg'}")
     return tmp_path
+
+
+@pytest.fixture
+def disk(monkeypatch, tmp_path):
+    """What reaches the disk in tmp_path, in its order: ("flush", name, bytes it has then), ("replace", name, new name)."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def flush(descriptor):
+        status = os.fstat(descriptor)
+        (path,) = (each for each in [tmp_path, *tmp_path.iterdir()] if each.stat().st_ino == status.st_ino)
+        events.append(("flush", path.name, path.read_bytes() if path.is_file() else None))
+        fsync(descriptor)
+
+    def renamed(old, new):
+        events.append(("replace", Path(old).name, Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", renamed)
+    return events

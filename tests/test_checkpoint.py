@@ -9,7 +9,8 @@ from conftest import TINY, contents
 
 import evaluate
 import train
-from checkpoint import load_checkpoint, replace_file
+from checkpoint import load_checkpoint, make_checkpoint, replace_file, restore
+from densenet import DenseNet
 from endings import Refused
 
 
@@ -79,6 +80,37 @@ def test_a_checkpoint_that_carries_code_is_refused(call_main, tiny_run, tmp_path
     assert not (tmp_path / "was_run").exists()
     torch.load(save / "latest.pth", weights_only=False)  # the bait was a real one
     assert (tmp_path / "was_run").exists()
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_then_its_name_is(disk, tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    replace_file(tmp_path / "file", b"new")
+    assert disk == [("flush", "file.tmp", b"new"), ("replace", "file.tmp", "file"), ("flush", tmp_path.name, None)]
+    assert contents(tmp_path) == {"file": b"new"}
+
+
+def test_a_checkpoint_brings_back_the_net_the_optimizer_and_the_scaler():
+    """In others that began differently, as a run of fp16 with Adam has them."""
+    parts = []
+    for seed, scale in [(0, 2.0), (1, 8.0)]:
+        torch.manual_seed(seed)
+        net = DenseNet(depth=10, growth_rate=4)
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.1 + seed)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        for _ in range(1 + seed):
+            scaler.scale(net(torch.randn(2, 3, 8, 8)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        parts.append((net, optimizer, scaler))
+    saved = make_checkpoint(*parts[0], 5, {})
+    assert restore(saved, *parts[1]) == 5
+    again = make_checkpoint(*parts[1], 5, {})
+    assert all(torch.equal(saved["net"][name], again["net"][name]) for name in saved["net"])
+    assert saved["scaler"] == again["scaler"]
+    assert saved["optimizer"]["param_groups"] == again["optimizer"]["param_groups"]
+    for number, state in saved["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], again["optimizer"]["state"][number][name]) for name in state)
+    assert restore(None, *parts[0]) == 0
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tiny_run, tmp_path):

@@ -80,6 +80,11 @@ def one_rank(rank, port, folder):
     with distributed.joined(world, torch.device("cpu")):
         for flag in ("--sync-bn", "--efficient", "--no-efficient"):
             torch.save(gradients(world, flag), folder / f"{flag}{rank}.pth")
+        norm = torch.nn.BatchNorm2d(3)
+        norm.running_mean += 1 + rank
+        norm.weight.data += 1 + rank
+        distributed.share_buffers(norm, world)
+        torch.save(norm.state_dict(), folder / f"buffers{rank}.pth")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,12 @@ def test_two_ranks_with_sync_bn_give_the_gradients_of_one_process(two_ranks, ran
 @pytest.mark.parametrize("rank", [0, 1])
 def test_on_two_ranks_the_efficient_blocks_equal_the_plain_ones(two_ranks, rank):
     assert_close(torch.load(two_ranks / f"--efficient{rank}.pth"), torch.load(two_ranks / f"--no-efficient{rank}.pth"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_get_the_running_statistics_of_rank_0_and_nothing_else(two_ranks, rank):
+    state = torch.load(two_ranks / f"buffers{rank}.pth")
+    assert (state["running_mean"].tolist(), state["weight"].tolist()) == ([1.0] * 3, [2.0 + rank] * 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

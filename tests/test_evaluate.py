@@ -26,6 +26,8 @@ def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path
     assert counts.to_numpy().sum() == 360
     wrong = 360 - np.diag(counts).sum()
     assert 100 * wrong / 360 == pytest.approx(last["error"], abs=1e-3)
+    mean = 100 - 100 * np.mean(np.diag(counts) / counts.sum(axis=1))
+    assert f"mean of the classes' errors {mean:.2f} %" in done.stdout
     rows = re.findall(r"(\d+)\s+([\d.]+) %  \((\d+) of (\d+) wrong\)", done.stdout)
     assert len(rows) == 10
     for name, error, errors, total in rows:
@@ -40,7 +42,7 @@ def test_confusion_matrix_has_true_rows_and_predicted_columns():
 
 
 def test_the_mean_of_the_classes_errors_counts_each_class_alike():
-    confusion = np.array([[9, 1, 0], [1, 1, 0], [0, 0, 0]])  # 1 of 10 wrong, 1 of 2, and a class without an image
+    confusion = np.array([[9, 0, 1], [1, 1, 0], [0, 0, 0]])  # 1 of 10 wrong, 1 of 2, and a class without an image
     assert evaluate.mean_class_error(confusion) == pytest.approx((0.1 + 0.5) / 2)
 
 

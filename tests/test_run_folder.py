@@ -158,6 +158,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert not (tmp_path / "latest.pth.tmp").exists()
 
 
+def test_the_rows_of_an_epoch_are_on_the_disk_before_its_checkpoint(disk, tmp_path):
+    for name, header in run_folder.headers({"val": 0}).items():
+        (tmp_path / name).write_text(header)
+    run_folder.append_rows(tmp_path / "train.csv", [(0.5, 3, 90), (1, 2, 80)])
+    run_folder.end_epoch(tmp_path, [1.5, 70], {"epoch": 1})
+    flushed = {name: content for kind, name, content in disk if kind == "flush"}
+    assert flushed["train.csv"] == b"epoch,loss,error\n0.5,3,90\n1,2,80\n"
+    assert flushed["test.csv"] == b"epoch,loss,error\n1,1.5,70\n"
+    assert flushed["latest.pth.tmp"] == (tmp_path / "latest.pth").read_bytes()
+    *rows, whole, replaced, named = [event[:2] for event in disk]
+    assert sorted(rows) == [("flush", "test.csv"), ("flush", "train.csv")]
+    assert [whole, replaced, named] == [("flush", "latest.pth.tmp"), ("replace", "latest.pth.tmp"), ("flush", tmp_path.name)]
+
+
 def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
     with run_folder.locked(tmp_path / "run"):
         status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")

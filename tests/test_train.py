@@ -1,8 +1,10 @@
 import contextlib
+import itertools
 import json
 import math
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +25,14 @@ from torch._dynamo.utils import counters
 
 import data
 import evaluate
+import run_folder
 import step
 import train
 from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
 from flags import model_arguments
+from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
 # ------------------------------------------------------------------------------------------------------------- protocol
@@ -129,6 +133,56 @@ def test_nothing_of_a_step_outlives_it():
     assert all(gradient is None for gradient in gradients)
 
 
+# ------------------------------------------------------------------------------------------------------------ an epoch
+
+
+def an_epoch(epoch, seed=1, rank=0, size=1):
+    """(labels in their order, images, seed of the dropout) of the epoch of 24 digits in batches of 10; the last one has 4."""
+    args = parse("--dataset", "digits", "--augment", "--batch-size", "10", "--seed", str(seed))
+    batches = train.epoch_batches(data.load("digits", ".", limit=24), epoch, args, World(rank, rank, size))
+    dropout_seed = torch.initial_seed()
+    images, labels, shares = zip(*batches, strict=True)
+    return images, labels, shares, dropout_seed
+
+
+def test_each_epoch_and_each_seed_has_its_own_order_crops_and_dropout():
+    epochs = {key: an_epoch(*key) for key in [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2)]}
+    again = an_epoch(1, 1)
+    assert all(torch.equal(*pair) for pair in zip(again[0], epochs[1, 1][0], strict=True))
+    assert again[3] == epochs[1, 1][3]
+    assert len({tuple(torch.cat(labels).tolist()) for _, labels, _, _ in epochs.values()}) == 5
+    assert len({seed for *_, seed in epochs.values()}) == 5
+
+
+def test_crops_are_drawn_anew_for_each_epoch(monkeypatch):
+    """Also where the order of the images is the same."""
+    drawn = []
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: torch.arange(n))
+    monkeypatch.setattr(data, "crop_and_flip", lambda images, *windows: [images, drawn.append(torch.stack(windows))][0])
+    for epoch, seed in [(0, 1), (1, 1), (0, 2)]:
+        an_epoch(epoch, seed)
+    firsts = drawn[::3]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(firsts, 2))
+    assert not torch.equal(drawn[0], drawn[1])  # nor are they those of the batch before
+
+
+def test_ranks_share_the_batches_and_have_dropout_of_their_own():
+    """Three ranks together see what one process sees: the same images, crops and flips, in the same order."""
+    whole, ranks = an_epoch(1), [an_epoch(1, rank=rank, size=3) for rank in range(3)]
+    for i, (images, labels) in enumerate(zip(*whole[:2], strict=True)):
+        assert torch.equal(torch.cat([rank[0][i] for rank in ranks]), images)
+        assert torch.equal(torch.cat([rank[1][i] for rank in ranks]), labels)
+        assert [rank[2][i] for rank in ranks] == [len(rank[1][i]) / len(labels) for rank in ranks]
+    assert len({rank[3] for rank in ranks}) == 3
+
+
+def test_a_net_begins_as_its_seed_says():
+    nets = [train.initial_net(parse("--depth", "10", "--seed", seed), 10, None) for seed in ("1", "1", "2")]
+    weights = [net.fc.weight for net in nets]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
 # --------------------------------------------------------------------------------------------------------- a whole run
 
 
@@ -147,6 +201,56 @@ def test_a_run_writes_its_files(tiny_run):
         assert Image.open(tiny_run / name).size[1] > 300
     lines = (tiny_run / "stdout").read_text().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_the_line_of_an_epoch_has_its_figures(tiny_run):
+    """Of training, the mean over its images: the last batch has 16, the others 40."""
+    steps, epochs = (pd.read_csv(tiny_run / f"{part}.csv") for part in ("train", "test"))
+    for epoch, line in enumerate((tiny_run / "stdout").read_text().splitlines()):
+        means = [np.average(steps[name][3 * epoch : 3 * epoch + 3], weights=[40, 40, 16]) for name in ("loss", "error")]
+        pattern = r"train loss ([\d.]+) error ([\d.]+) %  test loss ([\d.]+) error ([\d.]+) %  lr ([\d.]+)"
+        told = [float(number) for number in re.search(pattern, line).groups()]
+        expected = [*means, epochs["loss"][epoch], epochs["error"][epoch], [0.1, 0.01][epoch]]
+        assert told == pytest.approx(expected, abs=0.006, rel=0)
+        assert told[::2] == pytest.approx(expected[::2], abs=6e-5, rel=0)
+
+
+def test_rows_stand_at_the_end_of_their_steps_over_many_groups(call_main, tmp_path):
+    """50 steps an epoch, written in groups of 20, the last of a single image; errors are in percent of a step's images."""
+    flags = [*TINY, "--limit", 99, "--batch-size", 2, "--epochs", 2, "--no-plot", "--save", tmp_path]
+    status, out, errors = call_main(train, *flags)
+    assert status == 0, errors
+    rows = pd.read_csv(tmp_path / "train.csv")
+    assert rows["epoch"].tolist() == pytest.approx([step / 50 for step in range(1, 101)], abs=1e-6)
+    assert {50, 100} <= set(rows["error"]) <= {0, 50, 100}
+    sizes = [2] * 49 + [1]
+    for epoch, line in enumerate(out.splitlines()):
+        assert f"error {np.average(rows['error'][50 * epoch :][:50], weights=sizes):.2f} %  test" in line
+
+
+def test_the_last_figures_are_of_the_finished_run(call_main, monkeypatch, tmp_path):
+    """Each drawing lasts until it is waited for: the last one begins behind the last row, and is waited for."""
+    seen, waited_for = [], []
+
+    class Drawing:
+        returncode = None
+
+        def __init__(self, command, **options):
+            seen.append(len((tmp_path / "test.csv").read_text().splitlines()) - 1)
+
+        def poll(self):
+            return self.returncode
+
+        def communicate(self):
+            self.returncode = 0
+            waited_for.append(seen[-1])
+            return "", ""
+
+    monkeypatch.setattr(run_folder, "git_commit", lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", Drawing)
+    status, _, errors = call_main(train, *TINY, "--limit", 8, "--epochs", 3, "--save", tmp_path)
+    assert status == 0, errors
+    assert (seen, waited_for) == ([1, 3], [1, 3])
 
 
 def test_test_csv_holds_exact_figures(tiny_run):
@@ -190,7 +294,9 @@ def test_held_out_images_get_columns_of_their_own(call_main, tmp_path):
     assert status == 0, errors
     table = pd.read_csv(tmp_path / "run" / "test.csv")
     assert list(table.columns) == ["epoch", "loss", "error", "val_loss", "val_error"]
-    assert table["val_error"].item() * 50 / 100 == pytest.approx(round(table["val_error"].item() * 50 / 100), abs=1e-3)
+    net, dataset = build_net(load_checkpoint(tmp_path / "run" / "latest.pth")), data.load("digits", ".", val=50)
+    sums = loss_and_error_sums(predict(net, dataset.val.images, dataset.mean, dataset.std), dataset.val.labels) / 50
+    assert table[["val_loss", "val_error"]].iloc[0].tolist() == pytest.approx([sums[0].item(), 100 * sums[1].item()], rel=1e-5)
     assert not list((tmp_path / "run").glob("*.png"))
 
 
@@ -224,7 +330,7 @@ def is_augmented(images):
 WAYS = {
     "--opt adam": lambda step: type(step.optimizer) is torch.optim.Adam,
     "--opt rmsprop": lambda step: type(step.optimizer) is torch.optim.RMSprop,
-    "--lr 0.2": lambda step: step.group["lr"] in (0.2, 0.02),
+    "--lr 0.2": lambda step: step.group["lr"] in (0.2, 0.2 * 0.1),
     "--momentum 0.5": lambda step: step.group.get("momentum") == 0.5,
     "--no-nesterov": lambda step: not step.group.get("nesterov") and type(step.optimizer) is torch.optim.SGD,
     "--weight-decay 0.01": lambda step: step.group["weight_decay"] == 0.01,
