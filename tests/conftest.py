@@ -1,11 +1,11 @@
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +13,8 @@ TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit",
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs have the same bits where they have as many threads
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         pytest.exit("this machine has no GPU that PyTorch can use: nothing is tested", returncode=0)
 
@@ -57,23 +59,29 @@ def call_main(monkeypatch, capsys):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """Starts a process of Python that has imported the programs already, see forked.py."""
+    server = Forked()
+    yield server.start
+    server.stop()
+
+
 @pytest.fixture
-def run_script():
+def run_script(forked):
     """Runs a script of the project in a process of its own; returns the completed process."""
 
     def run(name, *arguments, **options):
-        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+        return forked([ROOT / name, *arguments], **options).wait()
 
     return run
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+def tiny_run(tmp_path_factory, forked):
     """Folder of a finished run of the real program: two epochs of a tiny net on 96 digits, with figures."""
     save = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--epochs", "2", "--batch-size", "40", "--save", str(save)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked(["train.py", *TINY, "--epochs", "2", "--batch-size", "40", "--save", save]).wait()
     assert done.returncode == 0, done.stderr
     (save / "stdout").write_text(done.stdout)
     return save

@@ -2,10 +2,8 @@
 
 import argparse
 import os
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,10 +43,10 @@ train.main()
 """
 
 
-def run(*command, env=(), **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options)
+@pytest.fixture
+def run(forked):
+    """Runs `python` with arguments; returns the completed process."""
+    return lambda *command, **options: forked(command, **options).wait()
 
 
 def flags(save, *more):
@@ -77,7 +75,7 @@ def flags(save, *more):
         ),  # the test, 250 images at a time
     ],
 )
-def test_memory_that_runs_out_is_one_sentence(tmp_path, megabytes, more, asked, remedies):
+def test_memory_that_runs_out_is_one_sentence(run, tmp_path, megabytes, more, asked, remedies):
     done = run("-c", LIMITED, "train", megabytes, *flags(tmp_path / "run", *more))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -86,7 +84,7 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path, megabytes, more, asked, 
     assert "--precision bf16" not in line  # which needs no less memory on a CPU for what cannot be trained there
 
 
-def test_memory_that_runs_out_in_a_resumed_run_keeps_its_checkpoint(call_main, tiny_run, tmp_path):
+def test_memory_that_runs_out_in_a_resumed_run_keeps_its_checkpoint(run, call_main, tiny_run, tmp_path):
     save = tmp_path / "run"
     assert call_main(train, *flags(save, "--epochs", "1"))[0] == 0
     before = (save / "latest.pth").read_bytes()
@@ -98,7 +96,7 @@ def test_memory_that_runs_out_in_a_resumed_run_keeps_its_checkpoint(call_main, t
     assert_same_run(tiny_run, save)
 
 
-def test_memory_that_runs_out_in_evaluate(tiny_run):
+def test_memory_that_runs_out_in_evaluate(run, tiny_run):
     done = run("-c", LIMITED, "evaluate", 20, tiny_run / "latest.pth")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "evaluate.py: memory ran out for the net and its images" in done.stderr
@@ -143,10 +141,13 @@ def test_all_ways_to_say_that_memory_ran_out(error):
 # --------------------------------------------------------------------------------------------- pipes, disks and mistakes
 
 
-def test_a_reader_that_leaves_ends_the_run_and_is_told_how_to_go_on(tiny_run, tmp_path):
-    command = shlex.join([sys.executable, "train.py", *flags(tmp_path / "run")])
-    piped = f"set -o pipefail; {command} | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True)
+def test_a_reader_that_leaves_ends_the_run_and_is_told_how_to_go_on(forked, tiny_run, tmp_path):
+    reader, writer = os.pipe()
+    started = forked(["train.py", *flags(tmp_path / "run")], stdout=writer)
+    os.close(writer)
+    assert os.read(reader, 1) == b"e"  # the first letter of its first epoch
+    os.close(reader)
+    done = started.wait()
     if done.returncode == 0:
         pytest.fail("the program had written all before its reader left")
     assert (done.returncode, len(done.stderr.splitlines())) == (141, 1)
@@ -156,7 +157,7 @@ def test_a_reader_that_leaves_ends_the_run_and_is_told_how_to_go_on(tiny_run, tm
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plot.py", "make_graph.py"])
-def test_a_reader_that_has_left_already(tiny_run, tmp_path, program):
+def test_a_reader_that_has_left_already(run, tiny_run, tmp_path, program):
     arguments = {
         "train.py": [*flags(tmp_path / "run", "--resume")],
         "evaluate.py": [tiny_run / "latest.pth", "--out", tmp_path],
@@ -165,8 +166,7 @@ def test_a_reader_that_has_left_already(tiny_run, tmp_path, program):
     }
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, ROOT / program, *arguments[program]]
-    done = subprocess.run(list(map(str, command)), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    done = run(program, *arguments[program], stdout=writer)
     os.close(writer)
     assert done.returncode in (141, -13)
     assert "Traceback" not in done.stderr
@@ -174,21 +174,20 @@ def test_a_reader_that_has_left_already(tiny_run, tmp_path, program):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_log_that_does_not_fit_on_the_disk(tmp_path):
+def test_a_log_that_does_not_fit_on_the_disk(run, tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full")
     with open("/dev/full", "w") as full:
-        command = [sys.executable, ROOT / "train.py", *flags(tmp_path / "run")]
-        done = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = run("train.py", *flags(tmp_path / "run"), stdout=full.fileno())
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "No space left on device; the last complete checkpoint is kept" in done.stderr
 
 
-def test_a_bug_shows_its_traceback_and_how_to_go_on(call_main, tiny_run, tmp_path):
+def test_a_bug_shows_its_traceback_and_how_to_go_on(run, call_main, tiny_run, tmp_path):
     program = tmp_path / "broken.py"
     program.write_text(FAILING)
-    done = run(program, *flags(tmp_path / "run"), env={"PYTHONPATH": str(ROOT)})
+    done = run(program, *flags(tmp_path / "run"))
     *traceback, last = done.stderr.splitlines()
     assert (done.returncode, "KeyError: 'unforeseen'" in traceback) == (1, True)
     assert "this is a bug" in last
@@ -287,7 +286,7 @@ sys.modules[module].main()
 @pytest.mark.parametrize(
     ("name", "place"), [("train", "load_data"), ("evaluate", "draw"), ("plot", "draw"), ("make_graph", "write_dot")]
 )
-def test_a_bug_in_a_process_of_its_own(command, name, place):
+def test_a_bug_in_a_process_of_its_own(run, command, name, place):
     module, *arguments = command[name]
     done = run("-c", BROKEN, module.__name__, place, *arguments)
     first, *_, error, last = done.stderr.splitlines()

@@ -1,16 +1,15 @@
 """A person's own pictures, from the folder to a classified picture, by the real programs."""
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, contents
+from conftest import contents
 from PIL import Image
 
 import evaluate
@@ -111,7 +110,7 @@ def test_a_picture_that_cannot_be_read_stops_the_run_before_it_begins(call_main,
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_while_pictures_are_read(tmp_path):
+def test_ctrl_c_while_pictures_are_read(forked, tmp_path):
     """The same large picture two thousand times, which takes far longer than the signal."""
     pixels = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "large.png", compress_level=1)
@@ -120,10 +119,12 @@ def test_ctrl_c_while_pictures_are_read(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(number):
                 (tmp_path / part / name / f"{i}.png").symlink_to(tmp_path / "large.png")
-    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--data", str(tmp_path), "--save", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == f"reading 2,000 pictures in {tmp_path / 'train'}\n"
+    reader, writer = os.pipe()
+    process = forked(["train.py", *FLAGS, "--data", tmp_path, "--save", tmp_path / "run"], stdout=writer)
+    os.close(writer)
+    with open(reader) as out:
+        assert out.readline() == f"reading 2,000 pictures in {tmp_path / 'train'}\n"
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out, errors) == (130, "", "train.py: stopped\n")
+        process.wait(timeout=60)
+        assert (process.returncode, out.read(), process.stderr) == (130, "", "train.py: stopped\n")
     assert not (tmp_path / "run").exists()

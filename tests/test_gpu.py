@@ -35,6 +35,17 @@ ON_DEVICE = [*TINY[: TINY.index("--device")], "--batch-size", 32, "--drop-rate",
 
 
 @pytest.fixture
+def run_script():
+    """Runs a script of the project in a process that is not forked: with a GPU, it must not be."""
+
+    def run(name, *arguments):
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
 def run(run_script):
     """Runs a script that is to succeed; returns what it printed."""
 

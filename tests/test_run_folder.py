@@ -1,15 +1,15 @@
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 
 import hypothesis
 import hypothesis.strategies as st
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, contents
+from conftest import TINY, contents
 
 import data
 import evaluate
@@ -143,14 +143,21 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
 # -------------------------------------------------------------------------------------------- disks, and other processes
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    flags = [*map(str, FLAGS), "--opt", "adam", "--save", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    assert subprocess.run([*command, "--epochs", "1"], capture_output=True).returncode == 0
+FULL = """
+import resource, sys, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, 20 * 1024))
+sys.argv[0] = train.__file__
+train.main()
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(call_main, forked, tmp_path):
+    """The kernel refuses to make a file of over 20 kB."""
+    flags = [*FLAGS, "--opt", "adam", "--save", tmp_path]
+    assert call_main(train, *flags, "--epochs", "1")[0] == 0
     before = (tmp_path / "latest.pth").read_bytes()
-    assert len(before) > 20_000
-    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]  # the kernel refuses to make a file of over 20 kB
-    done = subprocess.run([*limited, "--epochs", "2", "--resume"], capture_output=True, text=True)
+    assert len(before) > 20_480
+    done = forked(["-c", FULL, *flags, "--epochs", "2", "--resume"]).wait()
     assert done.returncode == 1
     assert "latest.pth: File too large; the last complete checkpoint is kept, --resume continues from it" in done.stderr
     assert "Traceback" not in done.stderr
@@ -216,20 +223,25 @@ def test_a_checkpoint_that_comes_or_goes_meanwhile(call_main, monkeypatch, tiny_
     assert {**before, "latest.pth": b""} == {**contents(save), "latest.pth": b""}
 
 
-def test_the_lock_dies_with_its_holder(tmp_path):
+def test_the_lock_dies_with_its_holder(forked, tmp_path):
     code = f"""
-import pathlib, run_folder
+import os, pathlib, run_folder
 with run_folder.locked(pathlib.Path({str(tmp_path)!r})):
-    print(1, flush=True)
-    input()
+    os.write(100, b"1")
+    os.read(101, 1)
 """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline()
-        with pytest.raises(Refused, match="another process"), run_folder.locked(tmp_path):
-            pass
-        holder.kill()
+    (ready, its_ready), (its_go, go) = os.pipe(), os.pipe()
+    holder = forked(["-c", code], more=[its_ready, its_go])
+    os.close(its_ready)
+    assert os.read(ready, 1)
+    with pytest.raises(Refused, match="another process"), run_folder.locked(tmp_path):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    assert holder.wait().returncode == -signal.SIGKILL
     with run_folder.locked(tmp_path):
         pass
+    for descriptor in (ready, its_go, go):
+        os.close(descriptor)
 
 
 LOCKLESS = """
@@ -244,13 +256,12 @@ train.main()
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_a_file_system_without_locks(tiny_run, tmp_path, name):
+def test_a_file_system_without_locks(forked, tiny_run, tmp_path, name):
     """The run goes on, says so once, and leaves nothing that would stand in the way of the next."""
     save = tmp_path / "run"
     flags = [*TINY, "--epochs", "2", "--batch-size", "40", "--no-plot", "--save", str(save)]
     for more in ([], ["--resume"]) if name == "ENOSYS" else ([],):
-        command = [sys.executable, "-c", LOCKLESS, name, *flags, *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = forked(["-c", LOCKLESS, name, *flags, *more]).wait()
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.count(f"{save}: its file system has no locks") == 1
         assert_same_run(tiny_run, save)

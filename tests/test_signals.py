@@ -4,114 +4,116 @@ import os
 import pkgutil
 import pty
 import signal
-import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY
 from test_run_folder import assert_same_run
 
 import train
 
-# A run that says when its third step is under way, and waits there until a byte comes by the pipe whose number is in argv.
+# A run that says when its third step is under way, and waits there until a byte comes: by the descriptors 100 and 101.
 WAITING = """
 import os, sys, step, train
-ready, go = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 sys.argv[0] = train.__file__
 taken = []
 def take(*arguments, real=step.TrainingStep.__call__):
     taken.append(1)
     if len(taken) == 3:
-        os.write(ready, b"1")
-        os.read(go, 1)
+        os.write(100, b"1")
+        os.read(101, 1)
     return real(*arguments)
 step.TrainingStep.__call__ = take
 train.main()
 """
+# As nohup starts a program, and as a terminal of its own does.
+NOHUP = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+TERMINAL = "import fcntl, os, termios\nos.setsid()\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 FLAGS = [*TINY, "--batch-size", "8", "--epochs", "2", "--no-plot"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, forked):
     save = tmp_path_factory.mktemp("runs") / "undisturbed"
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *FLAGS, "--save", str(save)], check=True, capture_output=True)
+    assert forked(["train.py", *FLAGS, "--save", save]).wait().returncode == 0
     return save
 
 
-class Run:
-    """A run that waits in its third step; before is a program that starts it, such as nohup."""
+@pytest.fixture
+def start(forked, tmp_path):
+    """Starts a run in tmp_path / "run" that waits in its third step, and returns it when it is there."""
 
-    def __init__(self, save, before=(), **options):
-        self.ready, ready = os.pipe()
-        go, self.go = os.pipe()
-        command = [*before, sys.executable, "-c", WAITING, str(ready), str(go), *FLAGS, "--save", str(save)]
-        self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=(ready, go), text=True, **options)
-        os.close(ready)
-        os.close(go)
-        assert os.read(self.ready, 1), "the run ended before its third step"
+    def start(before="", **streams):
+        ready, its_ready = os.pipe()
+        its_go, go = os.pipe()
+        run = forked(["-c", before + WAITING, *FLAGS, "--save", tmp_path / "run"], more=[its_ready, its_go], **streams)
+        os.close(its_ready)
+        assert os.read(ready, 1), "the run ended before its third step"
+        run.go = lambda: os.write(go, b"1" * 100)
+        descriptors.extend([ready, its_go, go])
+        return run
 
-    def finish(self):
-        os.write(self.go, b"1" * 100)
-        outputs = self.process.communicate(timeout=100)
-        os.close(self.ready)
-        os.close(self.go)
-        return outputs
+    descriptors = []
+    yield start
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def finish(run):
+    run.go()
+    return run.wait(timeout=100)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
-def test_the_step_is_finished_and_the_command_that_goes_on_is_told(call_main, undisturbed, tmp_path, signum):
-    run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    run.process.send_signal(signum)
-    out, errors = run.finish()
-    assert (run.process.returncode, out) == (128 + signum, "")
-    assert errors.startswith(f"train.py: stopped by {signum.name}; this continues the run: {sys.executable} -c ")
-    assert errors.endswith(f"{tmp_path / 'run'} --resume\n")
+def test_the_step_is_finished_and_the_command_that_goes_on_is_told(call_main, start, undisturbed, tmp_path, signum):
+    run = start()
+    run.send_signal(signum)
+    finish(run)
+    assert (run.returncode, run.stdout) == (128 + signum, "")
+    assert run.stderr.startswith(f"train.py: stopped by {signum.name}; this continues the run: {sys.executable} -c ")
+    assert run.stderr.endswith(f"{tmp_path / 'run'} --resume\n")
     assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 3
     assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_a_closed_terminal_stops_after_the_step(call_main, undisturbed, tmp_path):
+def test_a_closed_terminal_stops_after_the_step(call_main, start, undisturbed, tmp_path):
     """Its messages and its bar go to the terminal, which is there no more; the shell says it once again."""
     master, slave = pty.openpty()
-    script = ["setsid", "--ctty", "--wait"]  # the terminal is its own, so that the system tells it
-    run = Run(tmp_path / "run", script, stdin=slave, stdout=slave, stderr=slave)
+    run = start(TERMINAL, stdin=slave, stdout=slave, stderr=slave)  # it is its own, so that the system tells it
     os.close(slave)
     os.close(master)
-    run.finish()
-    assert run.process.returncode == 128 + signal.SIGHUP
+    assert finish(run).returncode == 128 + signal.SIGHUP
     assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 3
     assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_a_second_hangup_is_no_second_signal(tmp_path):
-    run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_second_hangup_is_no_second_signal(start):
+    run = start()
     for signum in (signal.SIGHUP, signal.SIGHUP):
-        run.process.send_signal(signum)
-    run.finish()
-    assert run.process.returncode == 128 + signal.SIGHUP
+        run.send_signal(signum)
+    assert finish(run).returncode == 128 + signal.SIGHUP
 
 
-def test_under_nohup_the_run_goes_on(undisturbed, tmp_path):
-    run = Run(tmp_path / "run", ["nohup"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    run.process.send_signal(signal.SIGHUP)
-    run.finish()
-    assert run.process.returncode == 0
+def test_under_nohup_the_run_goes_on(start, undisturbed, tmp_path):
+    run = start(NOHUP)
+    run.send_signal(signal.SIGHUP)
+    assert finish(run).returncode == 0
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_the_command_is_told_where_somebody_still_reads(tmp_path):
+def test_the_command_is_told_where_somebody_still_reads(start):
     """As with `train.py | tee log`: Ctrl-C has ended the reader before the run has finished its step."""
-    run = Run(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    run.process.stdout.close()
-    run.process.send_signal(signal.SIGINT)
-    run.process.stdout = None
-    _, errors = run.finish()
-    assert run.process.returncode == 128 + signal.SIGINT
-    assert errors.startswith("train.py: stopped by SIGINT; this continues the run: ")
-    assert "Traceback" not in errors
+    reader, writer = os.pipe()
+    run = start(stdout=writer)
+    os.close(writer)
+    os.close(reader)
+    run.send_signal(signal.SIGINT)
+    assert finish(run).returncode == 128 + signal.SIGINT
+    assert run.stderr.startswith("train.py: stopped by SIGINT; this continues the run: ")
+    assert "Traceback" not in run.stderr
 
 
 # ------------------------------------------------------------------------------------------- Ctrl-C, whenever it is pressed

@@ -7,7 +7,6 @@ import pty
 import re
 import shutil
 import subprocess
-import sys
 import termios
 import weakref
 from functools import partial
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, contents
+from conftest import TINY, contents
 from PIL import Image
 from test_flags import parse
 from test_run_folder import assert_same_run
@@ -430,18 +429,19 @@ def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_ru
     assert contents(tmp_path / "parts") == before
 
 
-def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(tmp_path):
+def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(forked, tmp_path):
     """The program on a real pseudo-terminal."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (40, 160))
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--epochs", "1", "--no-plot", "--save", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=slave, stderr=slave) as process:
-        os.close(slave)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
-            while chunk := os.read(master, 65536):
-                shown += chunk
-    assert process.returncode == 0
+    flags = [*TINY, "--epochs", 1, "--no-plot", "--save", tmp_path / "run"]
+    process = forked(["train.py", *flags], stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    assert process.wait().returncode == 0
     for part in (b"images/s", b"loss", b"error", b"lr 0.1", b"epoch 1", b"96.0/96.0"):
         assert part in shown
 

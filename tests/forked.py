@@ -1,0 +1,125 @@
+"""Processes that need not import PyTorch: a server, itself a process, has done so, and forks one for each command.
+
+    python = Forked()                                  # the server
+    done = python.start(["train.py", "--depth", "41"])  # as `python train.py --depth 41` does, from the project's folder
+    done.wait(); done.returncode, done.stdout, done.stderr
+
+Real processes with their own arguments, environment, folder, descriptors, signals and exit status; only the import is shared.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ["train", "evaluate", "plot", "make_graph", "pandas", "sklearn.datasets", "sklearn.model_selection"]
+
+
+class Forked:
+    """The server."""
+
+    def __init__(self):
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+
+    def start(self, command, cwd=ROOT, env=None, stdout=None, stderr=None, stdin=None, more=()):
+        """A process of `python COMMAND`; its streams are files, or the descriptors given; more of these are 100, 101, ...."""
+        return Process(self.socket, [*map(str, command)], str(cwd), dict(env or os.environ), [stdin, stdout, stderr], more)
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.socket.close()
+
+
+class Process:
+    def __init__(self, server, command, cwd, env, streams, more):
+        self.files = [tempfile.TemporaryFile() for _ in streams]  # noqa: SIM115
+        given = [file.fileno() if each is None else each for each, file in zip(streams, self.files, strict=True)]
+        ours, theirs = os.pipe()
+        socket.send_fds(server, [json.dumps([command, cwd, env]).encode()], [theirs, *given, *more])
+        os.close(theirs)
+        self.status = os.fdopen(ours)
+        self.pid = int(self.status.readline())
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def wait(self, timeout=300):
+        assert select.select([self.status], [], [], timeout)[0], "the process does not end"
+        self.returncode = int(self.status.readline())
+        for file in self.files:
+            file.seek(0)
+        _, self.stdout, self.stderr = (file.read().decode() for file in self.files)
+        return self
+
+
+def serve(requests):
+    """Returns, in a process that it has forked, the command which that is to run."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 20)
+        if not message:
+            os._exit(0)
+        status, *descriptors = descriptors
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if pid := os.fork():
+                report(status, pid, descriptors)
+            requests.close()
+            os.close(status)
+            command, *circumstances = json.loads(message)
+            prepare(command, *circumstances, descriptors)
+            return command
+        for descriptor in (status, *descriptors):
+            os.close(descriptor)
+
+
+def report(status, pid, descriptors):
+    """Tells the number of a process, and then its exit status."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+    os.write(status, f"{pid}\n".encode())
+    os.write(status, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+    os._exit(0)
+
+
+def prepare(command, folder, environment, descriptors):
+    """Makes this process that of the command; its first descriptors are 0, 1 and 2, the others 100, 101, ...."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, descriptor in zip([0, 1, 2, *range(100, 117)], descriptors, strict=False):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.orig_argv, sys.argv = [sys.executable, *command], command
+    sys.path[0] = "" if command[0] == "-c" else str(Path(command[0]).resolve().parent)
+
+
+def execute(command):
+    if command[0] != "-c":
+        runpy.run_path(command[0], run_name="__main__")
+        return
+    code = compile(command.pop(1), "<string>", "exec")
+    exec(code, {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    for module in MODULES:
+        importlib.import_module(module)
+    gc.freeze()
+    execute(serve(socket.socket(fileno=int(sys.argv[1]))))
