@@ -20,13 +20,7 @@ PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(au
 def add_data_flags(group):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
     add("--dataset", choices=sorted(SOURCES), default="cifar10", help="(%(default)s)")
-    add(
-        "--data",
-        metavar="DIR",
-        type=named(str),
-        default="data",
-        help="where the data set is, or is downloaded to (%(default)s)",
-    )
+    add("--data", metavar="DIR", type=named(str), default="data", help="its folder; downloaded if missing (%(default)s)")
     add("--augment", action=switch, default=True, help="random crop and flip (yes; no for svhn and digits)")
     add("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
     add("--limit", metavar="N", type=at_least(1), help="train on the first N images only")

@@ -221,5 +221,7 @@ def test_half_an_environment_is_a_sentence():
     assert distributed.read_world({}) == World(0, 0, 1)
     second_attempt = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert distributed.read_world(second_attempt) == World(3, 1, 4, attempt=1)
-    with pytest.raises(Refused, match=r"WORLD_SIZE is set, and of RANK and LOCAL_RANK one is not \('RANK'\): use torchrun"):
+    with pytest.raises(
+        Refused, match=r"WORLD_SIZE is set but RANK or LOCAL_RANK is missing or no number \('RANK'\): use torchrun"
+    ):
         distributed.read_world({"WORLD_SIZE": "2"})

@@ -317,14 +317,17 @@ def raising(error):
 )
 def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main, command, monkeypatch, name, place, status):
     module, *arguments = command[name]
-    monkeypatch.setattr(place, raising(OSError(5, "Input/output error", "some/file")))
+    monkeypatch.setattr(place, raising(OSError(13, "Permission denied", "some/file")))
     told, _, errors = call_main(module, *arguments)
     kept = f"; {endings.KEPT}" * (status == 1)
-    assert (told, errors.splitlines()[-1].endswith(f": some/file: Input/output error{kept}")) == (status, True)
+    assert (told, errors.splitlines()[-1].endswith(f": some/file: Permission denied{kept}")) == (status, True)
     assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
-    for error in (OSError(5, "Input/output error"), OSError("planted")):
+    monkeypatch.setattr(place, raising(OSError(28, "No space left on device", "some/file")))
+    told, _, errors = call_main(module, *arguments, *["--force"] * (name[:5] == "train"))
+    assert (told, len(errors.splitlines()), "some/file: No space left on device" in errors) == (1, 1, True)
+    for error in (OSError(13, "Permission denied"), OSError("planted")):
         monkeypatch.setattr(place, raising(error))
-        with pytest.raises(OSError, match=r"Input/output error|planted") as caught:
+        with pytest.raises(OSError, match=r"Permission denied|planted") as caught:
             call_main(module, *arguments, *["--force"] * (name[:5] == "train"))
         assert "this is a bug" in caught.value.__notes__[0]
 
@@ -340,4 +343,4 @@ def test_a_process_whose_partner_is_gone_says_so(capsys):
     for resume, kept in [(None, ""), ("again", f"; {endings.KEPT}")]:
         with pytest.raises(SystemExit, match="1"):
             end(resume)
-        assert capsys.readouterr().err == f"a.py: another process of this run has ended, see what it says{kept}\n"
+        assert capsys.readouterr().err == f"a.py: another process of this run has ended, see its message{kept}\n"

@@ -329,8 +329,6 @@ def test_the_number_of_threads_changes_nothing(twenty, monkeypatch):
         results.append(pictures.read_pictures(twenty, 16))
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(results[0], torch.stack([read(path, 16) for path in twenty]))
-    places = list(reversed(range(20)))
-    assert torch.equal(pictures.read_pictures(twenty, 16, places), results[0].flip(0))
 
 
 def test_of_several_broken_files_the_first_is_named(twenty, monkeypatch):

@@ -469,7 +469,7 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--depth", 41], "depth 41 does not fit: depth - 4 must divide by 6, the nearest are 40 and 46"),
         (["--depth", 41, "--no-bottleneck"], "nearest are 40 and 43"),
         (["--growth-rate", 0], "growth_rate 0 is too small"),
-        (["--batch-size", 0], "--batch-size/--batchSz: 0 is out of range: it must be 1 or more"),
+        (["--batch-size", 0], "--batch-size/--batchSz: 0 is out of range: it must be from 1 to"),
         (["--batch-size", "many"], "invalid int value: 'many'"),
         (["--reduction", 0], "reduction 0.0 is out of range"),
         (["--reduction", 1.5], "reduction 1.5 is out of range"),
@@ -483,8 +483,8 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
         (["--init", "missing.pth"], "missing.pth does not exist"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
-        (["--save", f"{__file__}/run"], "cannot be written (Not a directory)"),
-        (["--save", __file__], f"--save {__file__} cannot be written (File exists): choose another folder"),
+        (["--save", f"{__file__}/run"], "run: Not a directory"),
+        (["--save", __file__], f"{__file__}: File exists"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(call_main, tmp_path, flags, message):
@@ -538,7 +538,7 @@ def test_no_traceback_reaches_a_person(run_script, tmp_path, command):
 def test_a_loss_that_is_not_finite_stops_the_run(call_main, tmp_path):
     flags = ["--lr", "1e30", "--epochs", 3, "--batch-size", 32, "--no-plot", "--save", tmp_path / "run"]
     status, _, errors = call_main(train, *TINY, *flags)
-    assert (status, "at step 2 of epoch 1: begin again with a lower --lr" in errors) == (1, True)
+    assert (status, "at step 2 of epoch 1: start again with a lower --lr" in errors) == (1, True)
     rows = pd.read_csv(tmp_path / "run" / "train.csv")
     assert np.isfinite(rows["loss"][0])
     assert not np.isfinite(rows["loss"][1])
