@@ -5,6 +5,7 @@ are averaged by DistributedDataParallel, and rank 0 alone reads and writes files
 """
 
 import contextlib
+import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -101,7 +102,8 @@ def wrap(net, world, device):
     if world.size == 1:
         return net
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings(action="ignore"):  # older torch does not know the new name of broadcast_buffers
+        return DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def share_buffers(net, world):
