@@ -152,13 +152,13 @@ def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
     assert last["error"] == pytest.approx(100 * wrong, rel=1e-5)
 
 
-def test_two_machines_train_as_one(tmp_path):
+def test_two_machines_train_as_one(call_main, tmp_path):
     """Two nodes of one process each, both on the loopback address, give the figures of one process."""
-    flags = ["train.py", *FLAGS, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save", tmp_path / "two"]
-    for done in torchrun("--nproc-per-node", 1, *flags, nodes=2):
+    flags = [*FLAGS, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save"]
+    for done in torchrun("--nproc-per-node", 1, "train.py", *flags, tmp_path / "two", nodes=2):
         assert done.returncode == 0, done.stderr
-    (done,) = torchrun("--nproc-per-node", 1, *flags[:-1], tmp_path / "one")
-    assert done.returncode == 0, done.stderr
+    status, _, errors = call_main(train, *flags, tmp_path / "one")
+    assert status == 0, errors
     for name in ("train.csv", "test.csv"):
         ours, theirs = (pd.read_csv(tmp_path / folder / name) for folder in ("two", "one"))
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)

@@ -137,7 +137,7 @@ def peak_of_a_step(device, efficient):
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-@BOTH
+@GPU
 def test_runs_are_repeated_and_resumed_byte_for_byte(device, run, tmp_path):
     flags = [*ON_DEVICE, "--device", device, "--deterministic", "--epochs", 4]
     for name in ("one", "two"):
@@ -160,8 +160,6 @@ def kill_after_an_epoch(flags, test_csv):
 
 WAYS = [
     ("cpu", ["--precision", "fp32"]),
-    ("cpu", ["--precision", "bf16"]),
-    ("cpu", ["--efficient"]),
     *[pytest.param("cuda", ["--precision", precision], marks=pytest.mark.gpu) for precision in ("fp32", "bf16", "fp16")],
     *[
         pytest.param("cuda", ["--compile", mode, *more], marks=pytest.mark.gpu)
@@ -206,7 +204,7 @@ def torchrun(number, *flags):
     return subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@BOTH
+@GPU
 def test_torchrun_with_one_process(device, tmp_path):
     done = torchrun(1, *ON_DEVICE, "--device", device, "--epochs", 1, "--save", tmp_path)
     assert done.returncode == 0, done.stderr
