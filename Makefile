@@ -18,7 +18,7 @@ demo: .venv/requirements
 	@ls $(DEMO)/*.png
 
 test: .venv/requirements-test lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 test-faults: .venv/requirements-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m faults

@@ -209,6 +209,7 @@ def test_the_path_of_a_gpu_is_right(monkeypatch):
         assert_equal_training(random_net(arguments), *batch(3, 16))
 
 
+@torch._inductor.config.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 1})  # else programs that try each are compiled first
 def test_what_is_compiled_for_a_gpu_equals_the_eager_functions():
     """By the CPU's compiler; for each function one graph serves blocks of different widths and images."""
     torch._dynamo.reset()

@@ -10,7 +10,6 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-import torch.multiprocessing
 from conftest import ROOT, TINY
 
 import data
@@ -73,9 +72,15 @@ def gradients(world, *flags):
     return result + [buffer.clone() for buffer in net.buffers()]
 
 
-def one_rank(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_ranks(forked, *command):
+    """Runs `python COMMAND` as each of two ranks, as torchrun does, and without it; returns the completed processes."""
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = [forked(command, env=world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    return [each.wait(timeout=200) for each in running]
+
+
+def one_rank(folder):
+    rank = int(os.environ["RANK"])
     world = distributed.read_world(os.environ)
     with distributed.joined(world, torch.device("cpu")):
         for flag in ("--sync-bn", "--efficient", "--no-efficient"):
@@ -88,10 +93,12 @@ def one_rank(rank, port, folder):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory, forked):
     """The folder of what one_rank saves."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(one_rank, (free_port(), folder), nprocs=2)
+    code = "import pathlib, sys; sys.path.append('tests'); from test_distributed import one_rank"
+    for done in run_ranks(forked, "-c", f"{code}; one_rank(pathlib.Path({str(folder)!r}))"):
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -100,16 +107,19 @@ def assert_close(some, others):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.xdist_group("two_ranks")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_with_sync_bn_give_the_gradients_of_one_process(two_ranks, rank):
     assert_close(torch.load(two_ranks / f"--sync-bn{rank}.pth"), gradients(World(), "--sync-bn"))
 
 
+@pytest.mark.xdist_group("two_ranks")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_on_two_ranks_the_efficient_blocks_equal_the_plain_ones(two_ranks, rank):
     assert_close(torch.load(two_ranks / f"--efficient{rank}.pth"), torch.load(two_ranks / f"--no-efficient{rank}.pth"))
 
 
+@pytest.mark.xdist_group("two_ranks")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_get_the_running_statistics_of_rank_0_and_nothing_else(two_ranks, rank):
     state = torch.load(two_ranks / f"buffers{rank}.pth")
@@ -130,6 +140,7 @@ def two_rank_run(tmp_path_factory):
     return save
 
 
+@pytest.mark.xdist_group("two_rank_run")
 def test_no_image_is_lost_or_counted_twice(two_rank_run):
     train_rows, test_rows = (pd.read_csv(two_rank_run / f"{part}.csv") for part in ("train", "test"))
     assert train_rows["epoch"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-6)
@@ -142,6 +153,7 @@ def test_no_image_is_lost_or_counted_twice(two_rank_run):
         assert wrong == pytest.approx([round(count) for count in wrong], abs=1e-3)
 
 
+@pytest.mark.xdist_group("two_rank_run")
 def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
     checkpoint = load_checkpoint(two_rank_run / "latest.pth")
     dataset = data.load("digits", ".")
@@ -176,10 +188,11 @@ def test_batches_that_do_not_fit_the_world():
         check(64, 130)
 
 
-def test_a_world_that_does_not_divide_the_batch_is_a_sentence(tmp_path):
-    (done,) = torchrun("--nproc-per-node", 2, "train.py", *FLAGS, "--batch-size", 41, "--save", tmp_path / "run")
-    assert done.returncode != 0
-    assert "train.py: error: --batch-size 41, the whole batch, must be a multiple of the 2 processes" in done.stderr
+def test_a_world_that_does_not_divide_the_batch_is_a_sentence(forked, tmp_path):
+    for done in run_ranks(forked, "train.py", *FLAGS, "--batch-size", 41, "--save", tmp_path / "run"):
+        assert done.returncode == 2
+        assert "train.py: error: --batch-size 41, the whole batch, must be a multiple of the 2 processes" in done.stderr
+        assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from PIL import Image
-from test_distributed import torchrun
+from test_distributed import run_ranks
 from test_run_folder import assert_same_run
 
 import endings
@@ -103,14 +103,16 @@ def test_memory_that_runs_out_in_evaluate(run, tiny_run):
     assert torch.cuda.is_available() or done.stderr.endswith(": choose a machine that has more\n")
 
 
-def test_memory_that_runs_out_under_torchrun(tmp_path):
-    program = tmp_path / "limited.py"
-    program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{LIMITED}")
+def test_memory_that_runs_out_on_two_ranks(forked, tmp_path):
+    """One of them says so, and the other that, or that it has lost its partner."""
     more = ["--depth", "100", "--batch-size", "96"]
-    (done,) = torchrun("--nproc-per-node", 2, program, "train", 300, *flags(tmp_path / "run", *more))
-    assert done.returncode == 1
-    assert "train.py: memory ran out for batches of 96 and a net of L=100, k=4" in done.stderr
-    assert f'File "{program}' not in done.stderr  # torchrun shows a traceback of its own
+    ranks = run_ranks(forked, "-c", LIMITED, "train", 300, *flags(tmp_path / "run", *more))
+    assert [done.returncode for done in ranks] == [1, 1]
+    assert "train.py: memory ran out for batches of 96 and a net of L=100, k=4" in "".join(done.stderr for done in ranks)
+    for done in ranks:
+        (last,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+        assert "memory ran out" in last or "another process of this run has ended" in last
+        assert "Traceback" not in done.stderr
 
 
 ENDING = argparse.Namespace(needs="x", remedy="y", resume=None)
