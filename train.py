@@ -150,8 +150,7 @@ def fit(net, dataset, args, world, checkpoint):
             result = test(net, dataset, world)
             check_finite(result[0], f"on the test images after epoch {epoch + 1}")
             if world.rank == 0:
-                state = make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card)
-                run_folder.end_epoch(args.save, result, state)
+                run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
                 plots.redraw()
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
                 print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), result, rate, len(dataset.train) / seconds, left)
