@@ -20,7 +20,7 @@ CIFAR_FLAGS = ["--depth", "10", "--growth-rate", "4", "--limit", "1000", "--batc
 
 # A training whose checkpoint stops for ever, when and where the arguments say, having told so; the rest of argv is train.py's.
 PAUSED = """
-import os, sys, checkpoint, train
+import os, sys, run_folder, train
 point, countdown = sys.argv.pop(1), int(sys.argv.pop(1))
 sys.argv[0] = train.__file__
 
@@ -28,7 +28,7 @@ def pause():
     print("paused", flush=True)
     sys.stdin.read()
 
-def replace_file(path, content, real=checkpoint.replace_file):
+def replace_file(path, content, real=run_folder.replace_file):
     global countdown
     countdown -= path.name == "latest.pth"
     if countdown == 0 and point == "half":
@@ -40,7 +40,7 @@ def replace_file(path, content, real=checkpoint.replace_file):
     if countdown == 0:
         pause()
 
-checkpoint.replace_file = replace_file
+run_folder.replace_file = replace_file
 train.main()
 """
 
