@@ -15,6 +15,12 @@ TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit",
 def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs have the same bits where they have as many threads
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    for signum in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # a shell's background job, or nohup, ignores them, and so would all it starts
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         pytest.exit("this machine has no GPU that PyTorch can use: nothing is tested", returncode=0)
 
