@@ -18,7 +18,7 @@ def pytest_configure(config):
     for signum in (
         signal.SIGINT,
         signal.SIGHUP,
-    ):  # a shell's background job, or nohup, ignores them, and so would all it starts
+    ):  # a background job ignores them, and so would all it starts
         if signal.getsignal(signum) == signal.SIG_IGN:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
