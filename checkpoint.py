@@ -119,7 +119,7 @@ def encoded(values):
     """The bytes of torch.save, which does not report a full disk when given a path."""
     content = io.BytesIO()
     torch.save(values, content)
-    return content.getbuffer()
+    return content.getvalue()
 
 
 def as_json(values):
