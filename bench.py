@@ -11,7 +11,6 @@ median, with quartiles in brackets. Memory is the most that PyTorch had allocate
 import argparse
 import contextlib
 import functools
-import json
 import multiprocessing
 import os
 import resource
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import data
 import endings
 import flags
+from checkpoint import as_json, replace_file
 from distributed import World
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from step import TrainingStep
@@ -46,8 +46,7 @@ def main():
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)
         print(*table(results, args, device), sep="\n")
         if args.json:
-            with endings.naming(args.json):
-                args.json.write_text(json.dumps({"table": [*table(results, args, device)], "variants": results}, indent=2))
+            replace_file(args.json, as_json({"table": [*table(results, args, device)], "variants": results}))
 
 
 def build_parser(text, variants):

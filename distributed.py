@@ -102,7 +102,7 @@ def wrap(net, world, device):
     if world.size == 1:
         return net
     device_ids = [device.index] if device.type == "cuda" else None
-    with warnings.catch_warnings(action="ignore"):  # older torch does not know the new name of broadcast_buffers
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name of broadcast_buffers is not in 2.11
         return DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

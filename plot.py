@@ -132,9 +132,9 @@ def moving_average(train, epochs):
 def draw(runs, columns, path, title, since, linear):
     """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
     figure = Figure(figsize=(1.2 + 5.3 * len(columns), 4.3), layout="constrained")
-    (title, *_), style = drawing.as_text([title or "", *runs])
+    (title, *names), style = drawing.as_text([title or "", *runs])
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        for color, (label, tables) in enumerate(runs.items()):
+        for color, (label, tables) in enumerate(zip(names, runs.values(), strict=True)):
             draw_run(axes, column, label, f"C{color}", *(table[table["epoch"] >= since] for table in tables))
         axes.set(xlabel="epoch", ylabel=LABELS[column])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -144,8 +144,7 @@ def draw(runs, columns, path, title, since, linear):
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
         lines = axes.get_lines()
-        labels, _ = drawing.as_text([line.get_label() for line in lines])
-        for text in axes.legend(lines, labels).get_texts():
+        for text in axes.legend(lines, [line.get_label() for line in lines]).get_texts():
             text.set(**style)
     if title:
         figure.suptitle(title, **style)

@@ -115,9 +115,10 @@ def open_run(net, dataset, args, world, fresh):
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
-    epochs = run_folder.read_arguments(args.save).get("epochs", args.epochs) if args.resume else args.epochs
-    rates = schedule(args, epochs), schedule(args, args.epochs)
-    checkpoint = run_folder.resume(args.save, facts, net, *rates) if args.resume else None
+    checkpoint = None
+    if args.resume:
+        old_epochs = run_folder.read_arguments(args.save).get("epochs", args.epochs)
+        checkpoint = run_folder.resume(args.save, facts, net, schedule(args, old_epochs), schedule(args, args.epochs))
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     if args.dataset == "folder":

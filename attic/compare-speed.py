@@ -13,7 +13,6 @@ report of --json holds the counted peak bytes of each net, too, if it is trained
 import argparse
 import functools
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ import data
 import endings
 import flags
 from attic.counting import META, net_of, peak_bytes, step_on
+from checkpoint import as_json, replace_file
 from machine import DTYPES, describe
 
 # Whether it is train.py's step, and the name of the net in attic/counting.py.
@@ -53,8 +53,7 @@ def main():
         device = bench.check_measurement(args)
         report = measure_pipeline(args, device) if args.data else measure_depths(args, device)
         if args.json:
-            with endings.naming(args.json):
-                args.json.write_text(json.dumps(report, indent=2) + "\n")
+            replace_file(args.json, as_json(report))
 
 
 def build_parser():

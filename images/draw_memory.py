@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from endings import Refused, named, naming, worded
+import drawing
+from endings import Refused, named, worded
 
 LABELS = {
     "plain": "plain modules",
@@ -77,8 +78,7 @@ def draw(growth_rate, curves, path):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    with naming(path):
-        figure.savefig(path, dpi=150)
+    drawing.save(figure, path)
 
 
 if __name__ == "__main__":
