@@ -20,6 +20,8 @@ shift = beta - scale mean: one pass over the maps. It is not kept but computed a
 
 import contextlib
 import functools
+import importlib.util
+import os
 
 import torch
 import torch.nn as nn
@@ -58,9 +60,10 @@ def new_channels(layer):
 class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *parameters):
+        kernels = fitting_kernels(x, layers)
         with no_autocast(x.device):
-            maps, mean, rstd, kept = forward_layers(x, layers)
-        ctx.layers = layers
+            maps, mean, rstd, kept = forward_layers(x, layers, kernels)
+        ctx.layers, ctx.kernels = layers, kernels
         out = nchw(maps)
         ctx.save_for_backward(out, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out
@@ -69,10 +72,11 @@ class DenseBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         out, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
-        n = len(ctx.layers)
-        kept = [rest[i : i + 5] for i in range(len(rest) - 5 * n, len(rest), 5)]
+        rest = rest[len(ctx.needs_input_grad) - 2 :]
+        each = len(rest) // len(ctx.layers)
+        kept = [rest[i : i + each] for i in range(0, len(rest), each)]
         with no_autocast(grad.device):
-            grad_x, parameter_grads = backward_layers(grad, nhwc(out), mean, rstd, ctx.layers, kept)
+            grad_x, parameter_grads = backward_layers(grad, nhwc(out), mean, rstd, ctx.layers, kept, ctx.kernels)
         return grad_x, None, *parameter_grads
 
 
@@ -85,25 +89,57 @@ def no_autocast(device):
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward_layers(x, layers):
-    """All maps (N, H, W, C), mean and 1 / std of each (C,), and for each layer what its backward pass needs besides them."""
+def forward_layers(x, layers, kernels):
+    """All maps (N, H, W, C), mean and 1 / std of each, and for each layer what its backward pass needs besides them.
+
+    kernels is the module that computes the layers, None for this one.
+    """
     n, c, h, w = x.shape
     if n * h * w == 1:
         raise ValueError("expected more than 1 value per channel when training")  # as batch norm says it
     count_batches(layers)
-    new = [new_channels(layer) for layer in layers]
-    maps = x.new_empty(n, h, w, c + sum(new))
+    maps = empty_maps(x, c + sum(new_channels(layer) for layer in layers), aligned=kernels is not None)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd, var = torch.zeros(3, c + sum(new), dtype=dtype, device=x.device)
+    mean, rstd, var = torch.zeros(3, maps.stride(2), dtype=dtype, device=x.device)
     write_maps(maps, mean, rstd, var, 0, nhwc(x), layers[0].bn1.eps)
+    kept = (kernels.forward if kernels else forward)(maps, mean, rstd, var, layers)
+    update_running_statistics([layer.bn1 for layer in layers], mean, var)
+    return maps, mean, rstd, kept
+
+
+def fitting_kernels(x, layers):
+    """kernels.py where it computes these layers: bottlenecks without dropout on a GPU. None elsewhere."""
+    if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
+        return None
+    import kernels
+
+    return kernels if kernels.fit(x, layers) else None
+
+
+@functools.cache
+def triton_runs(device):
+    """Whether Triton is there and compiles for the device, or interprets its kernels, on a CPU, for tests."""
+    if device.type == "cuda":
+        capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+        return capable and importlib.util.find_spec("triton") is not None
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def empty_maps(x, channels, aligned):
+    """Memory for maps (N, H, W, channels) of the batch x (N, C, H, W), each pixel's at a multiple of 16 if aligned."""
+    n, _, h, w = x.shape
+    return x.new_empty(n, h, w, -(-channels // 16) * 16 if aligned else channels)[..., :channels]
+
+
+def forward(maps, mean, rstd, var, layers):
+    """Writes all new maps behind the block's input, and their statistics; returns what each layer's backward pass needs."""
     kept = []
-    for layer, k in zip(layers, new, strict=True):
+    for layer in layers:
+        c = layer.bn1.num_features
         out, tensors = forward_layer(maps[..., :c], mean[:c], rstd[:c], layer)
         write_maps(maps, mean, rstd, var, c, out, layer.bn1.eps)
         kept.append(tensors)
-        c += k
-    update_running_statistics([layer.bn1 for layer in layers], mean, var)
-    return maps, mean, rstd, kept
+    return kept
 
 
 def count_batches(layers):
@@ -139,14 +175,15 @@ def forward_layer(maps, mean, rstd, layer):
     if not hasattr(layer, "bn2"):
         return z, (None, None, None, mask1, None)
     bn = layer.bn2
-    b, mean2, rstd2 = kernel(batch_norm_relu, z)(z, *affine(bn), bn.running_mean, bn.running_var, momentum(bn), bn.eps)
+    b, mean2, rstd2 = batch_norm_relu(z, bn)
     new, mask2 = dropout(nhwc(F.conv2d(nchw(b), layer.conv2.weight.to(b.dtype), padding=1)), layer.dropout.p)
     return new, (z, mean2, rstd2, mask1, mask2)
 
 
-def batch_norm_relu(z, gamma, beta, running_mean, running_var, momentum, eps):
+def batch_norm_relu(z, bn):
     """relu of the batch norm of z (N, H, W, c); mean and 1 / std of z; the running statistics are updated."""
-    b, mean, rstd = aten._native_batch_norm_legit(nchw(z), gamma, beta, running_mean, running_var, True, momentum, eps)
+    parameters = bn.weight, bn.bias, bn.running_mean, bn.running_var, True, momentum(bn), bn.eps
+    b, mean, rstd = aten._native_batch_norm_legit(nchw(z), *parameters)
     return nhwc(b.relu_()), mean, rstd
 
 
@@ -155,7 +192,7 @@ def first_convolution(maps, mean, rstd, layer):
     bn, weight = layer.bn1, layer.conv1.weight.to(maps.dtype)
     out = maps.new_empty(*maps.shape[:3], weight.shape[0])
     for part, (scratch,) in slices(maps, scratch=1):
-        a = kernel(activate, maps)(maps[part], mean, rstd, *affine(bn), scratch)
+        a = activate(maps[part], mean, rstd, bn, scratch)
         if weight.shape[2] == 1:  # a matrix product
             torch.mm(rows(a), weight.flatten(1).t(), out=rows(out[part]))
         else:
@@ -163,28 +200,11 @@ def first_convolution(maps, mean, rstd, layer):
     return out
 
 
-def kernel(function, x):
-    """A function of a few tensors for the device of x: compiled on CUDA, to pass over the memory less often; eager elsewhere.
-    On a CPU, where a slice stays in the cache, what the compiler made was not faster.
-    """
-    return compiled(function) if x.device.type == "cuda" else function
-
-
-@functools.cache
-def compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
-def affine(bn):
-    """gamma and beta; detached, or the compiler would take each layer's for constants of its own shape."""
-    return bn.weight.detach(), bn.bias.detach()
-
-
-def activate(x, mean, rstd, gamma, beta, out=None):
-    """Batch norm and relu of maps (n, H, W, c), in one pass where it is compiled."""
-    scale = gamma * rstd
-    shift = beta - scale * mean
-    return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype), out=out).relu_()
+def activate(x, mean, rstd, bn, out=None):
+    """Batch norm and relu of maps (n, H, W, c)."""
+    scale = bn.weight * rstd
+    shift = bn.bias - scale * mean  # both in float32, whatever the type of the maps
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x) if out is None else out).relu_()
 
 
 def dropout(x, rate):
@@ -225,21 +245,27 @@ def nhwc(x):
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def backward_layers(grad, maps, mean, rstd, layers, kept):
+def backward_layers(grad, maps, mean, rstd, layers, kept, kernels):
     """Gradient of the block's input (N, C, H, W), and those of all layers' parameters in the order of layer_parameters."""
-    grads = nhwc(grad).clone(memory_format=torch.contiguous_format)  # G of the derivation
-    c = grads.shape[-1]
-    moments = torch.zeros(2, c, dtype=mean.dtype, device=mean.device)  # offset and slope of the derivation
-    finish = kernel(through_statistics, maps)
+    grads = empty_maps(grad, grad.shape[1], aligned=kernels is not None)  # G of the derivation
+    grads.copy_(nhwc(grad))
+    moments = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)  # offset and slope of the derivation
+    parameter_grads = (kernels.backward if kernels else backward)(grads, maps, mean, rstd, moments, layers, kept)
+    old = slice(layers[0].bn1.num_features)
+    return nchw(through_statistics(grads[..., old], maps[..., old], mean[old], rstd[old], moments[:, old])), parameter_grads
+
+
+def backward(grads, maps, mean, rstd, moments, layers, kept):
+    """Takes G and the moments to those of the block's input; returns the gradients of all layers' parameters."""
     parameter_grads = []
     for layer, tensors in zip(reversed(layers), reversed(kept), strict=True):
-        last, c = c, c - new_channels(layer)
-        new = slice(c, last)
-        grad_new = finish(grads[..., new], maps[..., new], mean[new], rstd[new], moments[:, new])
+        c = layer.bn1.num_features
+        new = slice(c, c + new_channels(layer))
+        grad_new = through_statistics(grads[..., new], maps[..., new], mean[new], rstd[new], moments[:, new])
         grad_z, second = backward_second(grad_new, layer, *tensors)
         first = backward_first(grad_z, grads[..., :c], maps[..., :c], mean[:c], rstd[:c], moments[:, :c], layer)
         parameter_grads = [*first, *second, *parameter_grads]
-    return nchw(finish(grads[..., :c], maps[..., :c], mean[:c], rstd[:c], moments[:, :c])), parameter_grads
+    return parameter_grads
 
 
 def through_statistics(grad, x, mean, rstd, moments):
@@ -247,7 +273,7 @@ def through_statistics(grad, x, mean, rstd, moments):
     offset, slope = moments
     scale = slope * rstd
     shift = torch.addcmul(offset, mean, scale, value=-1)
-    return (grad - shift.to(grad.dtype)).addcmul_(x, scale.to(grad.dtype), value=-1)
+    return (grad - shift).addcmul_(x, scale, value=-1).to(grad.dtype)
 
 
 def backward_second(grad, layer, z, mean2, rstd2, mask1, mask2):
@@ -256,17 +282,17 @@ def backward_second(grad, layer, z, mean2, rstd2, mask1, mask2):
         return undo_dropout(grad, mask1, layer.dropout.p), []
     grad = undo_dropout(grad, mask2, layer.dropout.p)
     bn, weight = layer.bn2, layer.conv2.weight.to(z.dtype)
-    b = kernel(activate, z)(z, mean2, rstd2, *affine(bn))
+    b = activate(z, mean2, rstd2, bn)
     grad_b, grad_w = convolution_backward(grad, b, weight, out=None)
-    grad_z, *grads_of_bn = kernel(batch_norm_relu_backward, z)(grad_b, b, z, mean2, rstd2, bn.weight.detach(), bn.eps)
+    grad_z, *grads_of_bn = batch_norm_relu_backward(grad_b, b, z, mean2, rstd2, bn)
     return undo_dropout(grad_z, mask1, layer.dropout.p), [*grads_of_bn, grad_w]
 
 
-def batch_norm_relu_backward(grad, b, z, mean, rstd, gamma, eps):
+def batch_norm_relu_backward(grad, b, z, mean, rstd, bn):
     """From the gradient of b = relu(batch norm of z) to that of z; and the gradients of gamma and beta."""
     grad = aten.threshold_backward(grad, b, 0)
     grad_z, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-        nchw(grad), nchw(z), gamma, None, None, mean, rstd, True, eps, [True, True, True]
+        nchw(grad), nchw(z), bn.weight, None, None, mean, rstd, True, bn.eps, [True, True, True]
     )
     return nhwc(grad_z), grad_gamma, grad_beta
 
@@ -276,30 +302,24 @@ def backward_first(grad_z, grads, maps, mean, rstd, moments, layer):
     bn, weight = layer.bn1, layer.conv1.weight.to(maps.dtype)
     grads_of_bn, grads_of_weight = [], []
     for part, (scratch, scratch_da) in slices(maps, scratch=2):
-        a = kernel(activate, maps)(maps[part], mean, rstd, *affine(bn), scratch)
+        a = activate(maps[part], mean, rstd, bn, scratch)
         da, grad_w = convolution_backward(grad_z[part], a, weight, scratch_da)
-        grads_of_bn.append(kernel(accumulate, maps)(da, scratch, maps[part], mean, rstd, *affine(bn), grads[part]))
+        grads_of_bn.append(accumulate(da, a, maps[part], mean, rstd, bn.weight, grads[part]))
         grads_of_weight.append(grad_w.to(layer.conv1.weight.dtype))
     grad_beta, grad_gamma = grad_bn = functools.reduce(torch.add, grads_of_bn)
     moments.addcmul_(bn.weight * rstd, grad_bn, value=1 / maps[..., 0].numel())
     return grad_gamma, grad_beta, functools.reduce(torch.add, grads_of_weight)
 
 
-def accumulate(da, a, x, mean, rstd, gamma, beta, grads):
+def accumulate(da, a, x, mean, rstd, gamma, grads):
     """Masks da by the relu, adds scale * da to grads in place; returns the gradients of beta and gamma (2, c).
 
-    If the activation a is given, the contents of a and da are lost. If it is None, it is computed again: compiled to one pass,
-    that is cheaper than reading it.
+    The contents of a and da are lost.
     """
-    if a is None:
-        da = aten.threshold_backward(da, activate(x, mean, rstd, gamma, beta), 0)
-        da_x = da * x
-    else:
-        aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
-        da_x = torch.mul(da, x, out=a)
-    grads.addcmul_(da, (gamma * rstd).to(da.dtype))
-    dtype = mean.dtype if a is None else None  # a CPU would copy da to convert it; its slices are small and add up in float32
-    grad_beta, sum_da_x = (values.sum(dim=(0, 1, 2), dtype=dtype).to(mean.dtype) for values in (da, da_x))
+    aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
+    da_x = torch.mul(da, x, out=a)
+    grads.addcmul_(da, gamma * rstd)
+    grad_beta, sum_da_x = (values.sum(dim=(0, 1, 2), dtype=mean.dtype) for values in (da, da_x))
     return torch.stack([grad_beta, (sum_da_x - mean * grad_beta) * rstd])
 
 

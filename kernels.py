@@ -1,0 +1,397 @@
+"""The dense block of bottlenecks on a GPU, in Triton: what dense_block.py defines, with few passes over the maps and few launches.
+
+Tensors are rows of pixels. x and G of the derivation in dense_block.py are (P, S), S the block's channels rounded up to 16, so
+that rows are aligned; what lies behind a layer's channels is read, which keeps loads wide, but never used. z and its gradient dz
+are (P, K), K = 4k. A matrix product multiplies in the type of x (float32 as IEEE or TF32, see machine.py) and adds in float32;
+batch norms, sums and what is made of them are float32. No atomics: each program writes its part of a sum, and a next kernel adds
+the parts in a fixed order, so the same input gives the same bits.
+
+    forward     first_convolution     z = conv1(relu(bn1(x))), and the statistics of each program's pixels
+                second_convolution    new maps = conv2(relu(bn2(z))), written behind x, and their statistics
+                join_statistics       after each of the two: mean and 1 / std
+    backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
+                second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
+                first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
+                join_sums             after each of the two: the parts added up; offset and slope
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def batch_norm(x, mean, rstd, gamma, beta, columns, live):
+    """(x - mean, their scale, relu(scale (x - mean) + beta)) of a tile x (pixels, columns), 0 in columns that are not live."""
+    scale = tl.load(gamma + columns, mask=live, other=0.0) * tl.load(rstd + columns, mask=live, other=0.0)
+    centred = x.to(tl.float32) - tl.load(mean + columns, mask=live, other=0.0)[None, :]
+    a = tl.maximum(centred * scale[None, :] + tl.load(beta + columns, mask=live, other=0.0)[None, :], 0.0)
+    return centred, scale, tl.where(live[None, :], a, 0.0)
+
+
+@triton.jit
+def store_statistics(part, tile, rows, P, columns, N: tl.constexpr):
+    """Mean and sum of squared deviations of a tile's pixels (those before P), to this program's row of part (programs, 2, N)."""
+    inside = (rows < P)[:, None]
+    mean = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.sum((rows < P).to(tl.float32), 0)
+    deviations = tl.where(inside, tile - mean[None, :], 0.0)
+    part += tl.program_id(0) * 2 * N + columns
+    tl.store(part, mean, mask=columns < N)
+    tl.store(part + N, tl.sum(deviations * deviations, 0), mask=columns < N)
+
+
+@triton.jit(do_not_specialize=["units"])
+def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S, units, UNIT: tl.constexpr, K: tl.constexpr,
+                      KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
+    """z (P, K) = relu(bn1(x[:, :C])) w1^T, w1 (K, C), C = units UNIT; one program for each BM pixels."""
+    C = units * UNIT
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.arange(0, KP)
+    z_tile = tl.zeros((BM, KP), tl.float32)
+    for first in range(0, C, BC):
+        c = first + tl.arange(0, BC)
+        wide = (rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :]
+        x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=wide, other=0.0)
+        _, _, a = batch_norm(x_tile, mean, rstd, gamma, beta, c, c < C)
+        w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
+        z_tile = tl.dot(a.to(w.dtype), w, z_tile, input_precision=PRODUCTS)
+    z_tile = z_tile.to(z.dtype.element_ty)
+    tl.store(z + rows[:, None] * K + k[None, :], z_tile, mask=(rows < P)[:, None] & (k < K)[None, :])
+    store_statistics(part, z_tile.to(tl.float32), rows, P, k, K)
+
+
+@triton.jit(do_not_specialize=["units", "H", "W"])
+def second_convolution(z, mean, rstd, gamma, beta, w2, x, part, P, S, units, H, W, UNIT: tl.constexpr, K: tl.constexpr,
+                       N: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+                       PRODUCTS: tl.constexpr):  # fmt: skip
+    """x[:, C : C + N] = conv3x3(relu(bn2(z)), w2), w2 (N, 3, 3, K), C = units UNIT; one program for each BM pixels."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    top, left = rows // W % H, rows % W
+    n = tl.arange(0, NP)
+    chunks: tl.constexpr = (K + BK - 1) // BK
+    maps = tl.zeros((BM, NP), tl.float32)
+    for i in range(9 * chunks):
+        tap, k = i // chunks, i % chunks * BK + tl.arange(0, BK)
+        dy, dx = tap // 3 - 1, tap % 3 - 1
+        inside = (rows < P) & (top + dy >= 0) & (top + dy < H) & (left + dx >= 0) & (left + dx < W)
+        mask = inside[:, None] & (k < K)[None, :]
+        z_tile = tl.load(z + (rows + dy * W + dx)[:, None] * K + k[None, :], mask=mask, other=0.0)
+        _, _, b = batch_norm(z_tile, mean, rstd, gamma, beta, k, k < K)
+        w = tl.load(w2 + n[None, :] * (9 * K) + (tap * K + k)[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        maps = tl.dot(tl.where(mask, b, 0.0).to(w.dtype), w, maps, input_precision=PRODUCTS)  # the padding is 0 after the ReLU
+    maps = maps.to(x.dtype.element_ty)
+    tl.store(x + rows[:, None] * S + (units * UNIT + n)[None, :], maps, mask=(rows < P)[:, None] & (n < N)[None, :])
+    store_statistics(part, maps.to(tl.float32), rows, P, n, N)
+
+
+@triton.jit(do_not_specialize=["programs", "first", "last"])
+def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: tl.constexpr, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr):  # fmt: skip
+    """Mean, 1 / std and unbiased variance from part (programs, 2, N), written from column `first` on.
+
+    Deviations are taken around the first program's mean, which is one of the data's: no large mean is subtracted from another.
+    """
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    around = tl.load(part + n, mask=n < N, other=0.0)
+    total, squares = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    for row in range(0, programs, ROWS):
+        i = row + tl.arange(0, ROWS)
+        count = tl.minimum(pixels, P - i * pixels).to(tl.float32)[:, None]
+        mask = (i < programs)[:, None] & (n < N)[None, :]
+        means = tl.load(part + i[:, None] * (2 * N) + n[None, :], mask=mask, other=0.0)
+        difference = tl.where(mask, means - around[None, :], 0.0)
+        total += tl.sum(difference * count, 0)
+        inner = tl.load(part + i[:, None] * (2 * N) + N + n[None, :], mask=mask, other=0.0)
+        squares += tl.sum(inner + difference * difference * count, 0)
+    squares -= total * total / P
+    tl.store(mean + first + n, around + total / P, mask=n < N)
+    tl.store(rstd + first + n, 1.0 / tl.sqrt_rn(squares / P + eps), mask=n < N)
+    tl.store(var + first + n, squares / (P - 1), mask=n < N)
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+@triton.jit(do_not_specialize=["units"])
+def new_gradient(G, x, mean, rstd, moments, g, P, S, units, UNIT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+                 BM: tl.constexpr):  # fmt: skip
+    """g (P, N) = G - offset - (x - mean) rstd slope of the maps from C = units UNIT on; moments (2, S): offset and slope."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.arange(0, NP)
+    mask = (rows < P)[:, None] & (n < N)[None, :]
+    c = units * UNIT + n
+    at = rows[:, None] * S + c[None, :]
+    offset = tl.load(moments + c, mask=n < N, other=0.0)
+    scale = tl.load(moments + S + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
+    centred = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + c, mask=n < N, other=0.0)[None, :]
+    out = tl.load(G + at, mask=mask, other=0.0).to(tl.float32) - offset[None, :] - centred * scale[None, :]
+    tl.store(g + rows[:, None] * N + n[None, :], out.to(g.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["H", "W", "tiles"])
+def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, tiles, K: tl.constexpr, BK: tl.constexpr,
+                    N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
+    """dz (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
+
+    Grid (groups of `tiles` times BM pixels, chunks of BK channels). g9 has the nine gradients that a pixel of z takes part in side
+    by side, column tap N + n, so that each product is one matrix product. part (groups, 9 N K + 2 K): of W2 (N, 3, 3, K), beta2,
+    and gamma2.
+    """
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    j = tl.arange(0, TAPS)
+    tap, n = j // N, j % N
+    dy, dx = tap // 3 - 1, tap % 3 - 1
+    at_w = (n * 9 + tap)[:, None] * K + k[None, :]
+    mask_w = (j < 9 * N)[:, None] & (k < K)[None, :]
+    grad_w, grad_beta, sum_dz_z = tl.zeros((TAPS, BK), tl.float32), tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    for tile in range(tiles):
+        rows = (tl.program_id(0) * tiles + tile) * BM + tl.arange(0, BM)
+        y, x = (rows // W % H)[:, None] - dy[None, :], (rows % W)[:, None] - dx[None, :]
+        inside = (rows < P)[:, None] & (j < 9 * N)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        g9 = tl.load(g + (rows[:, None] - (dy * W + dx)[None, :]) * N + n[None, :], mask=inside, other=0.0)
+        w = tl.load(w2 + at_w, mask=mask_w, other=0.0)
+        db = tl.dot(g9, w, input_precision=PRODUCTS)
+        mask = (rows < P)[:, None] & (k < K)[None, :]
+        z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
+        centred, _, b = batch_norm(z_tile, mean, rstd, gamma, beta, k, k < K)
+        grad_w = tl.dot(tl.trans(g9), b.to(g9.dtype), grad_w, input_precision=PRODUCTS)  # g9 is 0 where there is no pixel
+        db = tl.where(mask & (b > 0), db, 0.0).to(dz.dtype.element_ty)
+        tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
+        db = db.to(tl.float32)
+        grad_beta += tl.sum(db, 0)
+        sum_dz_z += tl.sum(db * centred, 0)
+    part += tl.program_id(0) * (9 * N * K + 2 * K)
+    tl.store(part + at_w, grad_w, mask=mask_w)
+    tl.store(part + 9 * N * K + k, grad_beta, mask=k < K)
+    grad_gamma = sum_dz_z * tl.load(rstd + k, mask=k < K, other=0.0)
+    tl.store(part + 9 * N * K + K + k, grad_gamma, mask=k < K)
+
+
+@triton.jit(do_not_specialize=["units", "tiles"])
+def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S, units, tiles,
+                   UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                   PRODUCTS: tl.constexpr):  # fmt: skip
+    """G[:, :C] += scale da, C = units UNIT; this program's part (groups, (K + 2) C) of the gradients of W1 (K, C), beta1, gamma1.
+
+    Grid (groups of `tiles` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2.
+    """
+    C = units * UNIT
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    k = tl.arange(0, KP)
+    wide = (c < tl.cdiv(C, 16) * 16)[None, :]
+    mask_w = (k < K)[:, None] & (c < C)[None, :]
+    grad_w, grad_beta, sum_da_x = tl.zeros((KP, BC), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    for tile in range(tiles):
+        rows = (tl.program_id(0) * tiles + tile) * BM + tl.arange(0, BM)
+        inside = (rows < P)[:, None]
+        x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=inside & wide, other=0.0)
+        centred, scale, a = batch_norm(x_tile, mean, rstd, gamma, beta, c, c < C)
+        grad_z = through_batch_norm(dz, z, mean2, rstd2, gamma2, sums2, rows, P, k, K).to(x_tile.dtype)
+        grad_w = tl.dot(tl.trans(grad_z), a.to(x_tile.dtype), grad_w, input_precision=PRODUCTS)
+        w = tl.load(w1 + k[:, None] * C + c[None, :], mask=mask_w, other=0.0)
+        da = tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
+        grad_beta += tl.sum(da, 0)
+        sum_da_x += tl.sum(tl.where((c < C)[None, :], da * centred, 0.0), 0)
+        at = G + rows[:, None] * S + c[None, :]
+        old = tl.load(at, mask=inside & wide, other=0.0).to(tl.float32)
+        tl.store(at, (old + scale[None, :] * da).to(G.dtype.element_ty), mask=inside & wide)  # from C on, what it was
+    part += tl.program_id(0) * (K + 2) * C
+    tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
+    tl.store(part + K * C + c, grad_beta, mask=c < C)
+    tl.store(part + (K + 1) * C + c, sum_da_x * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+
+
+@triton.jit
+def through_batch_norm(dz, z, mean, rstd, gamma, sums, rows, P, k, K: tl.constexpr):
+    """The gradient of z (pixels, K), float32, from that of its batch norm's output and the sums of its beta and gamma."""
+    mask, live = (rows < P)[:, None] & (k < K)[None, :], k < K
+    rstd = tl.load(rstd + k, mask=live, other=0.0)
+    centred = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    centred -= tl.load(mean + k, mask=live, other=0.0)[None, :]
+    offset = tl.load(sums + k, mask=live, other=0.0) / P
+    slope = tl.load(sums + K + k, mask=live, other=0.0) * rstd / P
+    grad = tl.load(dz + rows[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad = (grad - offset[None, :] - centred * slope[None, :]) * (tl.load(gamma + k, mask=live, other=0.0) * rstd)[None, :]
+    return tl.where(mask, grad, 0.0)
+
+
+@triton.jit(do_not_specialize=["groups", "width", "weights"])
+def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr):  # fmt: skip
+    """sums (width,) of part (groups, width). MOMENTS: the columns behind the weights are the gradients of beta1 (C,) and gamma1
+    (C,); moments (2, S), the offset and slope of x, get scale / P times these."""
+    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for row in range(0, groups, ROWS):
+        i = row + tl.arange(0, ROWS)
+        mask = (i < groups)[:, None] & (j < width)[None, :]
+        total += tl.sum(tl.load(part + i[:, None] * width + j[None, :], mask=mask, other=0.0), 0)
+    tl.store(sums + j, total, mask=j < width)
+    if MOMENTS:
+        live = (j >= weights) & (j < width)
+        C = (width - weights) // 2
+        c = (j - weights) % C
+        scale = tl.load(gamma + c, mask=live, other=0.0) * tl.load(rstd + c, mask=live, other=0.0)
+        at = moments + (j - weights) // C * S + c
+        tl.store(at, tl.load(at, mask=live, other=0.0) + scale * total / P, mask=live)
+
+
+# ------------------------------------------------------------------------------------------------------ the block's passes
+
+
+def fit(x, layers):
+    """Whether the kernels compute the layers, Bottlenecks without dropout, for the input x (N, C, H, W)."""
+    bn, growth_rate = layers[0].bn1, layers[0].conv2.out_channels
+    types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
+    plain = all(layer.dropout.p == 0 and None not in (layer.bn1.momentum, layer.bn2.momentum) for layer in layers)
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return types and plain and growth_rate <= 56 and pixels * 16 * triton.cdiv(channels(layers), 16) < 2**31  # 32-bit offsets
+
+
+def channels(layers):
+    """Those of the block's output."""
+    return layers[-1].conv2.out_channels + layers[-1].bn1.num_features
+
+
+class Sizes(NamedTuple):
+    """Of a block. Tiles depend on shapes alone, so that a run repeats its bits."""
+
+    P: int  # pixels
+    S: int  # from a pixel's row of maps to the next
+    H: int
+    W: int
+    N: int  # new maps of a layer
+    K: int  # channels of z
+    UNIT: int  # divides all numbers of maps, so that the compiler knows what is aligned
+
+    @classmethod
+    def of(cls, maps, layers):
+        n, h, w, _ = maps.shape
+        growth_rate = layers[0].conv2.out_channels
+        unit = math.gcd(layers[0].bn1.num_features, growth_rate, 16)
+        return cls(n * h * w, maps.stride(2), h, w, growth_rate, 4 * growth_rate, unit)
+
+    @property
+    def pixels(self):
+        """Those of a program, forward."""
+        return 128 if self.P >= 2**16 else 64 if self.P >= 2**14 else 32
+
+
+def products():
+    """How float32 is multiplied: as PyTorch's own convolutions do."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def power(n):
+    """The side of a tile for n columns."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def cast(convolutions, dtype):
+    """The weights in the type of the maps, the input channels innermost in memory."""
+    weights = [conv.weight.detach().contiguous(memory_format=torch.channels_last) for conv in convolutions]
+    if weights[0].dtype == dtype:
+        return weights
+    out = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(out, weights)  # in one launch
+    return out
+
+
+def forward(maps, mean, rstd, var, layers):
+    """Writes all new maps behind the block's input in maps (N, H, W, C), and their statistics; updates those of the bn2.
+
+    Returns for each layer what its backward pass needs: z (N, H, W, K), its mean and 1 / std (K,).
+    """
+    size = Sizes.of(maps, layers)
+    part = maps.new_empty(triton.cdiv(size.P, size.pixels), 2 * size.K, dtype=torch.float32)
+    statistics = maps.new_empty(3, len(layers), size.K, dtype=torch.float32)
+    kept = []
+    weights = [cast([getattr(layer, name) for layer in layers], maps.dtype) for name in ("conv1", "conv2")]
+    for layer, w1, w2, *statistics2 in zip(layers, *weights, *statistics, strict=True):
+        z = maps.new_empty(*maps.shape[:3], size.K)
+        forward_layer(maps, (mean, rstd, var), z, statistics2, layer, w1, w2, part, size)
+        kept.append((z, *statistics2[:2]))
+    for name, values in [("running_mean", statistics[0]), ("running_var", statistics[2])]:
+        running = [getattr(layer.bn2, name) for layer in layers]
+        torch._foreach_lerp_(running, list(values), [layer.bn2.momentum for layer in layers])
+    return kept
+
+
+def forward_layer(maps, statistics, z, statistics2, layer, w1, w2, part, size):
+    """Fills z and the layer's new maps; statistics of both are mean, 1 / std, unbiased variance."""
+    P, S, H, W, N, K, UNIT = size
+    bn1, bn2, units, grid = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, (len(part),)
+    first_convolution[grid](
+        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S, units, UNIT, K, power(K), size.pixels, 32, products(),
+        num_warps=4 if K <= 128 else 8,
+    )  # fmt: skip
+    join_statistics[(triton.cdiv(K, 16),)](part, *statistics2, len(part), size.pixels, P, 0, bn2.eps, K, 128, 16)
+    second_convolution[grid](
+        z, *statistics2[:2], bn2.weight, bn2.bias, w2, maps, part, P, S, units, H, W, UNIT, K, N, power(N), size.pixels, 16,
+        products(), num_warps=4 if size.pixels > 32 else 2,
+    )  # fmt: skip
+    first = bn1.num_features
+    join_statistics[(triton.cdiv(N, 16),)](part, *statistics, len(part), size.pixels, P, first, bn1.eps, N, 128, 16)
+
+
+def backward(grads, maps, mean, rstd, moments, layers, kept):
+    """Takes G (N, H, W, C) and moments (2, S), offset and slope, to those of the block's input.
+
+    Returns the gradients of all layers' parameters: gamma1, beta1, W1, gamma2, beta2, W2 of each.
+    """
+    size = Sizes.of(maps, layers)
+    weights = [cast([getattr(layer, name) for layer in layers], maps.dtype) for name in ("conv1", "conv2")]
+    buffers = maps.new_empty(*maps.shape[:3], size.N), maps.new_empty(*maps.shape[:3], size.K)
+    parameter_grads = []
+    for layer, w1, w2, tensors in reversed([*zip(layers, *weights, kept, strict=True)]):
+        grads2 = backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, buffers, size)
+        grads1 = backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, buffers[1], grads2, size)
+        parameter_grads = [*named_grads(grads1, layer.conv1), *named_grads(grads2, layer.conv2), *parameter_grads]
+    return parameter_grads
+
+
+def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, buffers, size):
+    """Fills g and dz, the buffers; returns the gradients of W2, beta2, gamma2, one behind the other."""
+    P, S, H, W, N, K, UNIT = size
+    bn, (z, *statistics), (g, dz) = layer.bn2, tensors, buffers
+    units, pixels, tiles = layer.bn1.num_features // UNIT, 64, 8 if P >= 2**16 else 4
+    new_gradient[(triton.cdiv(P, 256),)](grads, maps, mean, rstd, moments, g, P, S, units, UNIT, N, power(N), 256)
+    groups, width = triton.cdiv(P, pixels * tiles), 9 * N * K + 2 * K
+    part = maps.new_empty(groups, width, dtype=torch.float32)
+    chunk = power(K) if K <= 64 else 32
+    second_backward[(groups, triton.cdiv(K, chunk))](
+        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, H, W, tiles, K, chunk, N, power(9 * N), pixels, products(),
+        num_warps=8,
+    )  # fmt: skip
+    sums = maps.new_empty(width, dtype=torch.float32)
+    join_sums[(triton.cdiv(width, 64),)](part, sums, bn.weight, rstd, moments, groups, width, 0, P, S, False, 32, 64)
+    return sums
+
+
+def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size):
+    """Adds the layer's part to G and the moments; returns the gradients of W1, beta1, gamma1, one behind the other."""
+    P, S, _, _, _, K, UNIT = size
+    bn1, bn2, (z, *statistics) = layer.bn1, layer.bn2, tensors
+    C, pixels, tiles = bn1.num_features, 64 if P >= 2**14 else 32, 8 if P >= 2**16 else 4
+    groups, width, chunk = triton.cdiv(P, pixels * tiles), (K + 2) * C, 64 if K <= 64 else 32
+    part = maps.new_empty(groups, width, dtype=torch.float32)
+    first_backward[(groups, triton.cdiv(C, chunk))](
+        dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S,
+        C // UNIT, tiles, UNIT, K, power(K), pixels, chunk, products(), num_warps=8 if pixels > 32 else 4,
+    )  # fmt: skip
+    sums = maps.new_empty(width, dtype=torch.float32)
+    join_sums[(triton.cdiv(width, 64),)](part, sums, bn1.weight, rstd, moments, groups, width, K * C, P, S, True, 32, 64)
+    return sums
+
+
+def named_grads(sums, conv):
+    """(gamma's gradient, beta's, W's), which lie in sums as W's (out, height, width, in), beta's, gamma's."""
+    out, into, height, width = conv.weight.shape
+    grad_w = sums[: conv.weight.numel()].view(out, height, width, into).permute(0, 3, 1, 2)
+    grad_beta, grad_gamma = sums[conv.weight.numel() :].chunk(2)
+    return grad_gamma, grad_beta, grad_w
