@@ -64,19 +64,20 @@ class DenseBlockFunction(torch.autograd.Function):
         with no_autocast(x.device):
             maps, mean, rstd, kept = forward_layers(x, layers, kernels)
         ctx.layers, ctx.kernels = layers, kernels
-        out = nchw(maps)
-        ctx.save_for_backward(out, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
+        maps = nchw(maps)
+        out = maps.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
+        ctx.save_for_backward(maps, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        out, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
+        maps, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
         rest = rest[len(ctx.needs_input_grad) - 2 :]
         each = len(rest) // len(ctx.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
         with no_autocast(grad.device):
-            grad_x, parameter_grads = backward_layers(grad, nhwc(out), mean, rstd, ctx.layers, kept, ctx.kernels)
+            grad_x, parameter_grads = backward_layers(grad, nhwc(maps), mean, rstd, ctx.layers, kept, ctx.kernels)
         return grad_x, None, *parameter_grads
 
 

@@ -7,8 +7,9 @@ batch norms, sums and what is made of them are float32. No atomics: each program
 the parts in a fixed order, so the same input gives the same bits.
 
     forward     first_convolution     z = conv1(relu(bn1(x))), and the statistics of each program's pixels
-                second_convolution    new maps = conv2(relu(bn2(z))), written behind x, and their statistics
-                join_statistics       after each of the two: mean and 1 / std
+                activation            their mean and 1 / std, b = relu(bn2(z))
+                second_convolution    new maps = conv2(b), written behind x, and their statistics
+                join_statistics       mean and 1 / std of these
     backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
                 second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
                 first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
@@ -32,6 +33,14 @@ def batch_norm(x, mean, rstd, gamma, beta, columns, live):
     centred = x.to(tl.float32) - tl.load(mean + columns, mask=live, other=0.0)[None, :]
     a = tl.maximum(centred * scale[None, :] + tl.load(beta + columns, mask=live, other=0.0)[None, :], 0.0)
     return centred, scale, tl.where(live[None, :], a, 0.0)
+
+
+@triton.jit
+def operand(a, like, PRODUCTS: tl.constexpr):
+    """A tile in the type that matrices are multiplied in; rounded to TF32, since the matrix units would cut its bits off."""
+    if PRODUCTS == "tf32" and like.dtype.element_ty == tl.float32:
+        return (a.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
+    return a.to(like.dtype.element_ty)
 
 
 @triton.jit
@@ -59,17 +68,34 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S, units, UNIT
         x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=wide, other=0.0)
         _, _, a = batch_norm(x_tile, mean, rstd, gamma, beta, c, c < C)
         w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
-        z_tile = tl.dot(a.to(w.dtype), w, z_tile, input_precision=PRODUCTS)
+        z_tile = tl.dot(operand(a, z, PRODUCTS), w, z_tile, input_precision=PRODUCTS)
     z_tile = z_tile.to(z.dtype.element_ty)
     tl.store(z + rows[:, None] * K + k[None, :], z_tile, mask=(rows < P)[:, None] & (k < K)[None, :])
     store_statistics(part, z_tile.to(tl.float32), rows, P, k, K)
 
 
+@triton.jit(do_not_specialize=["programs"])
+def activation(z, part, mean, rstd, var, gamma, beta, b, programs, pixels, P, eps, K: tl.constexpr, KP: tl.constexpr,
+               BM: tl.constexpr, ROWS: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
+    """b (P, K) = relu(bn2(z)). Each program joins the statistics in part (programs, 2, K); the first one stores them."""
+    k = tl.arange(0, KP)
+    z_mean, squares = joined_statistics(part, programs, pixels, P, k, K, ROWS)
+    z_rstd = 1.0 / tl.sqrt_rn(squares / P + eps)
+    if tl.program_id(0) == 0:
+        tl.store(mean + k, z_mean, mask=k < K)
+        tl.store(rstd + k, z_rstd, mask=k < K)
+        tl.store(var + k, squares / (P - 1), mask=k < K)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    at, mask = rows[:, None] * K + k[None, :], (rows < P)[:, None] & (k < K)[None, :]
+    centred = tl.load(z + at, mask=mask, other=0.0).to(tl.float32) - z_mean[None, :]
+    scale, shift = tl.load(gamma + k, mask=k < K, other=0.0) * z_rstd, tl.load(beta + k, mask=k < K, other=0.0)
+    tl.store(b + at, operand(tl.maximum(centred * scale[None, :] + shift[None, :], 0.0), b, PRODUCTS), mask=mask)
+
+
 @triton.jit(do_not_specialize=["units", "H", "W"])
-def second_convolution(z, mean, rstd, gamma, beta, w2, x, part, P, S, units, H, W, UNIT: tl.constexpr, K: tl.constexpr,
-                       N: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-                       PRODUCTS: tl.constexpr):  # fmt: skip
-    """x[:, C : C + N] = conv3x3(relu(bn2(z)), w2), w2 (N, 3, 3, K), C = units UNIT; one program for each BM pixels."""
+def second_convolution(b, w2, x, part, P, S, units, H, W, UNIT: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+                       NP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
+    """x[:, C : C + N] = conv3x3(b, w2), w2 (N, 3, 3, K), C = units UNIT; one program for each BM pixels."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     top, left = rows // W % H, rows % W
     n = tl.arange(0, NP)
@@ -79,26 +105,33 @@ def second_convolution(z, mean, rstd, gamma, beta, w2, x, part, P, S, units, H, 
         tap, k = i // chunks, i % chunks * BK + tl.arange(0, BK)
         dy, dx = tap // 3 - 1, tap % 3 - 1
         inside = (rows < P) & (top + dy >= 0) & (top + dy < H) & (left + dx >= 0) & (left + dx < W)
-        mask = inside[:, None] & (k < K)[None, :]
-        z_tile = tl.load(z + (rows + dy * W + dx)[:, None] * K + k[None, :], mask=mask, other=0.0)
-        _, _, b = batch_norm(z_tile, mean, rstd, gamma, beta, k, k < K)
+        b_tile = tl.load(b + (rows + dy * W + dx)[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
         w = tl.load(w2 + n[None, :] * (9 * K) + (tap * K + k)[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
-        maps = tl.dot(tl.where(mask, b, 0.0).to(w.dtype), w, maps, input_precision=PRODUCTS)  # the padding is 0 after the ReLU
+        maps = tl.dot(b_tile, w, maps, input_precision=PRODUCTS)
     maps = maps.to(x.dtype.element_ty)
     tl.store(x + rows[:, None] * S + (units * UNIT + n)[None, :], maps, mask=(rows < P)[:, None] & (n < N)[None, :])
     store_statistics(part, maps.to(tl.float32), rows, P, n, N)
 
 
-@triton.jit(do_not_specialize=["programs", "first", "last"])
-def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr):  # fmt: skip
-    """Mean, 1 / std and unbiased variance from part (programs, 2, N), written from column `first` on.
+@triton.jit(do_not_specialize=["programs", "first"])
+def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: tl.constexpr, COLUMNS: tl.constexpr,
+                    ROWS: tl.constexpr):  # fmt: skip
+    """Mean, 1 / std and unbiased variance of new maps from part (programs, 2, N), written from column `first` on."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    x_mean, squares = joined_statistics(part, programs, pixels, P, n, N, ROWS)
+    tl.store(mean + first + n, x_mean, mask=n < N)
+    tl.store(rstd + first + n, 1.0 / tl.sqrt_rn(squares / P + eps), mask=n < N)
+    tl.store(var + first + n, squares / (P - 1), mask=n < N)
+
+
+@triton.jit
+def joined_statistics(part, programs, pixels, P, n, N: tl.constexpr, ROWS: tl.constexpr):
+    """Mean and sum of squared deviations of columns n from part (programs, 2, N), of `pixels` pixels each.
 
     Deviations are taken around the first program's mean, which is one of the data's: no large mean is subtracted from another.
     """
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     around = tl.load(part + n, mask=n < N, other=0.0)
-    total, squares = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    total, squares = tl.zeros(n.shape, tl.float32), tl.zeros(n.shape, tl.float32)
     for row in range(0, programs, ROWS):
         i = row + tl.arange(0, ROWS)
         count = tl.minimum(pixels, P - i * pixels).to(tl.float32)[:, None]
@@ -108,10 +141,7 @@ def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: t
         total += tl.sum(difference * count, 0)
         inner = tl.load(part + i[:, None] * (2 * N) + N + n[None, :], mask=mask, other=0.0)
         squares += tl.sum(inner + difference * difference * count, 0)
-    squares -= total * total / P
-    tl.store(mean + first + n, around + total / P, mask=n < N)
-    tl.store(rstd + first + n, 1.0 / tl.sqrt_rn(squares / P + eps), mask=n < N)
-    tl.store(var + first + n, squares / (P - 1), mask=n < N)
+    return around + total / P, squares - total * total / P
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -119,7 +149,7 @@ def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: t
 
 @triton.jit(do_not_specialize=["units"])
 def new_gradient(G, x, mean, rstd, moments, g, P, S, units, UNIT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-                 BM: tl.constexpr):  # fmt: skip
+                 BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """g (P, N) = G - offset - (x - mean) rstd slope of the maps from C = units UNIT on; moments (2, S): offset and slope."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, NP)
@@ -130,7 +160,7 @@ def new_gradient(G, x, mean, rstd, moments, g, P, S, units, UNIT: tl.constexpr, 
     scale = tl.load(moments + S + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
     centred = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + c, mask=n < N, other=0.0)[None, :]
     out = tl.load(G + at, mask=mask, other=0.0).to(tl.float32) - offset[None, :] - centred * scale[None, :]
-    tl.store(g + rows[:, None] * N + n[None, :], out.to(g.dtype.element_ty), mask=mask)
+    tl.store(g + rows[:, None] * N + n[None, :], operand(out, g, PRODUCTS), mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "W", "tiles"])
@@ -148,18 +178,20 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, tiles,
     dy, dx = tap // 3 - 1, tap % 3 - 1
     at_w = (n * 9 + tap)[:, None] * K + k[None, :]
     mask_w = (j < 9 * N)[:, None] & (k < K)[None, :]
+    w = tl.load(w2 + at_w, mask=mask_w, other=0.0)
     grad_w, grad_beta, sum_dz_z = tl.zeros((TAPS, BK), tl.float32), tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
     for tile in range(tiles):
         rows = (tl.program_id(0) * tiles + tile) * BM + tl.arange(0, BM)
         y, x = (rows // W % H)[:, None] - dy[None, :], (rows % W)[:, None] - dx[None, :]
         inside = (rows < P)[:, None] & (j < 9 * N)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         g9 = tl.load(g + (rows[:, None] - (dy * W + dx)[None, :]) * N + n[None, :], mask=inside, other=0.0)
-        w = tl.load(w2 + at_w, mask=mask_w, other=0.0)
         db = tl.dot(g9, w, input_precision=PRODUCTS)
         mask = (rows < P)[:, None] & (k < K)[None, :]
         z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
         centred, _, b = batch_norm(z_tile, mean, rstd, gamma, beta, k, k < K)
-        grad_w = tl.dot(tl.trans(g9), b.to(g9.dtype), grad_w, input_precision=PRODUCTS)  # g9 is 0 where there is no pixel
+        grad_w = tl.dot(
+            tl.trans(g9), operand(b, dz, PRODUCTS), grad_w, input_precision=PRODUCTS
+        )  # g9 is 0 where there is no pixel
         db = tl.where(mask & (b > 0), db, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
         db = db.to(tl.float32)
@@ -172,38 +204,35 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, tiles,
     tl.store(part + 9 * N * K + K + k, grad_gamma, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["units", "tiles"])
-def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S, units, tiles,
+@triton.jit(do_not_specialize=["units", "chunks"])
+def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S, units, chunks,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
     """G[:, :C] += scale da, C = units UNIT; this program's part (groups, (K + 2) C) of the gradients of W1 (K, C), beta1, gamma1.
 
-    Grid (groups of `tiles` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2.
+    Grid (groups of BM pixels, groups of `chunks` times BC channels). sums2 (2, K): the gradients of beta2 and gamma2.
     """
     C = units * UNIT
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.arange(0, KP)
-    wide = (c < tl.cdiv(C, 16) * 16)[None, :]
-    mask_w = (k < K)[:, None] & (c < C)[None, :]
-    grad_w, grad_beta, sum_da_x = tl.zeros((KP, BC), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    for tile in range(tiles):
-        rows = (tl.program_id(0) * tiles + tile) * BM + tl.arange(0, BM)
-        inside = (rows < P)[:, None]
-        x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=inside & wide, other=0.0)
+    grad_z = operand(through_batch_norm(dz, z, mean2, rstd2, gamma2, sums2, rows, P, k, K), dz, PRODUCTS)
+    part += tl.program_id(0) * (K + 2) * C
+    for i in range(chunks):
+        c = (tl.program_id(1) * chunks + i) * BC + tl.arange(0, BC)
+        wide = (rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :]
+        mask_w = (k < K)[:, None] & (c < C)[None, :]
+        x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=wide, other=0.0)
         centred, scale, a = batch_norm(x_tile, mean, rstd, gamma, beta, c, c < C)
-        grad_z = through_batch_norm(dz, z, mean2, rstd2, gamma2, sums2, rows, P, k, K).to(x_tile.dtype)
-        grad_w = tl.dot(tl.trans(grad_z), a.to(x_tile.dtype), grad_w, input_precision=PRODUCTS)
         w = tl.load(w1 + k[:, None] * C + c[None, :], mask=mask_w, other=0.0)
         da = tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
-        grad_beta += tl.sum(da, 0)
-        sum_da_x += tl.sum(tl.where((c < C)[None, :], da * centred, 0.0), 0)
         at = G + rows[:, None] * S + c[None, :]
-        old = tl.load(at, mask=inside & wide, other=0.0).to(tl.float32)
-        tl.store(at, (old + scale[None, :] * da).to(G.dtype.element_ty), mask=inside & wide)  # from C on, what it was
-    part += tl.program_id(0) * (K + 2) * C
-    tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
-    tl.store(part + K * C + c, grad_beta, mask=c < C)
-    tl.store(part + (K + 1) * C + c, sum_da_x * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+        old = tl.load(at, mask=wide, other=0.0).to(tl.float32)
+        tl.store(at, (old + scale[None, :] * da).to(G.dtype.element_ty), mask=wide)  # from C on, what it was
+        grad_w = tl.dot(tl.trans(grad_z), operand(a, dz, PRODUCTS), input_precision=PRODUCTS)
+        tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
+        tl.store(part + K * C + c, tl.sum(da, 0), mask=c < C)
+        sum_da_x = tl.sum(tl.where((c < C)[None, :], da * centred, 0.0), 0)
+        tl.store(part + (K + 1) * C + c, sum_da_x * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
 
 
 @triton.jit
@@ -279,12 +308,14 @@ class Sizes(NamedTuple):
     @property
     def pixels(self):
         """Those of a program, forward."""
-        return 128 if self.P >= 2**16 else 64 if self.P >= 2**14 else 32
+        return 256 if self.P >= 2**16 and self.K <= 64 else 64 if self.P >= 2**14 else 32
 
 
-def products():
-    """How float32 is multiplied: as PyTorch's own convolutions do."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+def products(device):
+    """How float32 is multiplied: to TF32, as PyTorch's own convolutions may, or by three such products, as good as float32."""
+    if device.type != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
 def power(n):
@@ -310,11 +341,11 @@ def forward(maps, mean, rstd, var, layers):
     size = Sizes.of(maps, layers)
     part = maps.new_empty(triton.cdiv(size.P, size.pixels), 2 * size.K, dtype=torch.float32)
     statistics = maps.new_empty(3, len(layers), size.K, dtype=torch.float32)
-    kept = []
+    b, kept = maps.new_empty(*maps.shape[:3], size.K), []
     weights = [cast([getattr(layer, name) for layer in layers], maps.dtype) for name in ("conv1", "conv2")]
     for layer, w1, w2, *statistics2 in zip(layers, *weights, *statistics, strict=True):
         z = maps.new_empty(*maps.shape[:3], size.K)
-        forward_layer(maps, (mean, rstd, var), z, statistics2, layer, w1, w2, part, size)
+        forward_layer(maps, (mean, rstd, var), z, b, statistics2, layer, w1, w2, part, size)
         kept.append((z, *statistics2[:2]))
     for name, values in [("running_mean", statistics[0]), ("running_var", statistics[2])]:
         running = [getattr(layer.bn2, name) for layer in layers]
@@ -322,21 +353,26 @@ def forward(maps, mean, rstd, var, layers):
     return kept
 
 
-def forward_layer(maps, statistics, z, statistics2, layer, w1, w2, part, size):
-    """Fills z and the layer's new maps; statistics of both are mean, 1 / std, unbiased variance."""
+def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, part, size):
+    """Fills z, b and the layer's new maps; statistics of z and of the maps are mean, 1 / std, unbiased variance."""
     P, S, H, W, N, K, UNIT = size
-    bn1, bn2, units, grid = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, (len(part),)
-    first_convolution[grid](
-        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S, units, UNIT, K, power(K), size.pixels, 32, products(),
+    bn1, bn2, units, programs, multiply = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, len(part), products(maps.device)
+    first_convolution[(programs,)](
+        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S, units, UNIT, K, power(K), size.pixels, 32, multiply,
         num_warps=4 if K <= 128 else 8,
     )  # fmt: skip
-    join_statistics[(triton.cdiv(K, 16),)](part, *statistics2, len(part), size.pixels, P, 0, bn2.eps, K, 128, 16)
-    second_convolution[grid](
-        z, *statistics2[:2], bn2.weight, bn2.bias, w2, maps, part, P, S, units, H, W, UNIT, K, N, power(N), size.pixels, 16,
-        products(), num_warps=4 if size.pixels > 32 else 2,
+    activation[(triton.cdiv(P, 256),)](
+        z, part, *statistics2, bn2.weight, bn2.bias, b, programs, size.pixels, P, bn2.eps, K, power(K), 256, 128, multiply,
+        num_warps=8,
+    )  # fmt: skip
+    second_convolution[(programs,)](
+        b, w2, maps, part, P, S, units, H, W, UNIT, K, N, power(N), size.pixels, 16, multiply,
+        num_warps=4 if size.pixels > 32 else 2,
     )  # fmt: skip
     first = bn1.num_features
-    join_statistics[(triton.cdiv(N, 16),)](part, *statistics, len(part), size.pixels, P, first, bn1.eps, N, 128, 16)
+    join_statistics[(triton.cdiv(N, 16),)](
+        part, *statistics, programs, size.pixels, P, first, bn1.eps, N, 16, 256, num_warps=8
+    )  # fmt: skip
 
 
 def backward(grads, maps, mean, rstd, moments, layers, kept):
@@ -359,14 +395,14 @@ def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, buffer
     """Fills g and dz, the buffers; returns the gradients of W2, beta2, gamma2, one behind the other."""
     P, S, H, W, N, K, UNIT = size
     bn, (z, *statistics), (g, dz) = layer.bn2, tensors, buffers
-    units, pixels, tiles = layer.bn1.num_features // UNIT, 64, 8 if P >= 2**16 else 4
-    new_gradient[(triton.cdiv(P, 256),)](grads, maps, mean, rstd, moments, g, P, S, units, UNIT, N, power(N), 256)
+    units, pixels, tiles, multiply = layer.bn1.num_features // UNIT, 64, 4 if P >= 2**16 else 1, products(maps.device)
+    new_gradient[(triton.cdiv(P, 64),)](grads, maps, mean, rstd, moments, g, P, S, units, UNIT, N, power(N), 64, multiply)
     groups, width = triton.cdiv(P, pixels * tiles), 9 * N * K + 2 * K
     part = maps.new_empty(groups, width, dtype=torch.float32)
     chunk = power(K) if K <= 64 else 32
     second_backward[(groups, triton.cdiv(K, chunk))](
-        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, H, W, tiles, K, chunk, N, power(9 * N), pixels, products(),
-        num_warps=8,
+        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, H, W, tiles, K, chunk, N, power(9 * N), pixels, multiply,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     sums = maps.new_empty(width, dtype=torch.float32)
     join_sums[(triton.cdiv(width, 64),)](part, sums, bn.weight, rstd, moments, groups, width, 0, P, S, False, 32, 64)
@@ -377,12 +413,12 @@ def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, gra
     """Adds the layer's part to G and the moments; returns the gradients of W1, beta1, gamma1, one behind the other."""
     P, S, _, _, _, K, UNIT = size
     bn1, bn2, (z, *statistics) = layer.bn1, layer.bn2, tensors
-    C, pixels, tiles = bn1.num_features, 64 if P >= 2**14 else 32, 8 if P >= 2**16 else 4
-    groups, width, chunk = triton.cdiv(P, pixels * tiles), (K + 2) * C, 64 if K <= 64 else 32
+    C, pixels = bn1.num_features, 128 if P >= 2**16 else 64 if P >= 2**14 else 32
+    groups, width, splits = triton.cdiv(P, pixels), (K + 2) * C, 1 if P >= 2**14 else 2
     part = maps.new_empty(groups, width, dtype=torch.float32)
-    first_backward[(groups, triton.cdiv(C, chunk))](
+    first_backward[(groups, splits)](
         dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S,
-        C // UNIT, tiles, UNIT, K, power(K), pixels, chunk, products(), num_warps=8 if pixels > 32 else 4,
+        C // UNIT, triton.cdiv(C, 32 * splits), UNIT, K, power(K), pixels, 32, products(maps.device), num_warps=4, num_stages=2,
     )  # fmt: skip
     sums = maps.new_empty(width, dtype=torch.float32)
     join_sums[(triton.cdiv(width, 64),)](part, sums, bn1.weight, rstd, moments, groups, width, K * C, P, S, True, 32, 64)

@@ -73,6 +73,7 @@ class Launch(NamedTuple):
     constants: tuple
     aligned: tuple
     warps: int
+    stages: int
 
 
 def launches(growth_rate, type_name, depth, batch_size):
@@ -81,7 +82,7 @@ def launches(growth_rate, type_name, depth, batch_size):
         net = DenseNet(growth_rate=growth_rate, depth=depth).to(memory_format=torch.channels_last)
     found = {}  # as a set in order
     recorders = {name: Recorder(getattr(kernels, name), found) for name in kernel_names()}
-    with mock.patch.multiple(kernels, **recorders, products=lambda: "tf32" if type_name == "tf32" else "ieee"):
+    with mock.patch.multiple(kernels, **recorders, products=lambda device: {"tf32": "tf32", "fp32": "tf32x3"}.get(type_name, "tf32")):
         for i, block in enumerate((net.dense1, net.dense2, net.dense3)):
             train(block, batch_size, 32 >> i, TYPES[type_name])
     return [*found]
@@ -112,7 +113,7 @@ class Recorder:
     def __getitem__(self, grid):
         return self.note
 
-    def note(self, *arguments, num_warps=4):
+    def note(self, *arguments, num_warps=4, num_stages=3):
         types, constants, aligned = [], [], []
         for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=True)):
             if parameter.is_constexpr:
@@ -124,7 +125,7 @@ class Recorder:
             else:
                 types.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
                 aligned += [i] * (type(value) is int and value % 16 == 0 and not parameter.do_not_specialize)
-        self.found[Launch(self.kernel.__name__, tuple(types), tuple(constants), tuple(aligned), num_warps)] = None
+        self.found[Launch(self.kernel.__name__, tuple(types), tuple(constants), tuple(aligned), num_warps, num_stages)] = None
 
 
 # --------------------------------------------------------------------------------------------------------- the machine code
@@ -168,7 +169,7 @@ def compiled(launch, capability):
         constexprs={(i,): value for i, value in launch.constants},
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
     )
-    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps, "num_stages": launch.stages})
     return done.asm["cubin"], done.metadata.shared
 
 
