@@ -8,7 +8,7 @@ import torch
 from data import IMAGE_SIZE, SOURCES
 from densenet import ArgumentError, DenseNet
 from endings import MAX_VALUE, Refused, at_least, named
-from machine import DTYPES
+from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
 MAX_SIZE = 10**4  # allowed value of what makes a net's size
@@ -57,7 +57,7 @@ def add_machine_flags(group):
     add, modes = group.add_argument, ["auto", "default", "reduce-overhead"]
     add_device_flag(group)
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    add("--precision", choices=sorted(DTYPES), default="fp32", help="autocast of the training steps (%(default)s)")
+    add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
     add("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
 
@@ -111,8 +111,17 @@ def make_net(args, num_classes=10):
         raise Refused(str(error)) from error
 
 
+def fill_in(args, device):
+    """Sets the arguments whose default depends on the device."""
+    args.precision = args.precision or default_precision(device)
+
+
 def refuse_contradictions(args, device):
-    """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written."""
+    """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written.
+
+    The arguments that are compared are whole: what depends on the device is filled in before.
+    """
+    fill_in(args, device)
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)

@@ -1,4 +1,4 @@
-"""The machine that a net runs on: its devices by name, kernels repeatable or fast, memory that is kept."""
+"""The machine that a net runs on: its devices by name, precision and repeatability of its kernels, memory that is kept."""
 
 import ctypes
 import os
@@ -9,7 +9,8 @@ import torch
 
 from endings import Refused
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The precisions, and in which type the net computes what autocast lets it.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 DEVICE_NAME = re.compile(r"auto|(cpu|cuda|mps)(:(0|[1-9]\d{0,99}))?", re.ASCII)
 
@@ -37,6 +38,21 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def default_precision(device):
+    """tf32 on a GPU that has it, else fp32."""
+    return "tf32" if device.type == "cuda" and torch.cuda.is_tf32_supported() else "fp32"
+
+
+def set_precision(precision):
+    """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that.
+
+    These two switches set PyTorch's newer ones, each called fp32_precision, as well. Where only the newer ones are set, to read
+    these is an error, and torch.compile reads them.
+    """
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
 
 def make_repeatable(deterministic):

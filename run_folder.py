@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
 from endings import MAX_VALUE, Refused, naming, say
+from machine import DTYPES
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -72,8 +73,10 @@ def read_arguments(save):
         facts = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {REMEDY}") from error
-    size, epochs = (facts.get(name) if isinstance(facts, dict) else "" for name in ("image_size", "epochs"))
-    if not isinstance(size, int | None) or type(epochs) is not int or not 1 <= epochs <= MAX_VALUE[int]:
+    names = ("image_size", "precision", "epochs")
+    size, precision, epochs = (facts.get(name) if isinstance(facts, dict) else "" for name in names)
+    known = isinstance(size, int | None) and precision in (None, *DTYPES)
+    if not known or type(epochs) is not int or not 1 <= epochs <= MAX_VALUE[int]:
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
 

@@ -14,19 +14,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import distributed
-from machine import DTYPES
+from machine import DTYPES, set_precision
 
 
 class TrainingStep:
     """Callable that trains the net on one batch; args are those of train.py."""
 
     def __init__(self, net, args, device, world):
+        set_precision(args.precision)
         self.world = world
         self.model = prepare(net, args, device, world)
         self.optimizer = make_optimizer(net, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        exact = args.precision == "fp32"
-        self.autocast = contextlib.nullcontext() if exact else torch.autocast(device.type, DTYPES[args.precision])
+        dtype = DTYPES[args.precision]
+        self.autocast = contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
     def __call__(self, images, labels, share):
         """This rank's contribution to (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch.

@@ -47,6 +47,7 @@ def main():
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         with distributed.joined(world, choose_device(args.device)) as device:
+            take_over(args, world)
             flags.refuse_contradictions(args, device)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
@@ -71,12 +72,19 @@ def build_parser():
     return parser
 
 
+def take_over(args, world):
+    """Sets what the flags leave open as in the run that --resume continues; rank 0 alone reads its folder."""
+    begun = run_folder.read_arguments(args.save) if args.resume and world.rank == 0 else {}
+    begun = distributed.share_object(begun, world)
+    args.image_size = args.image_size or begun.get("image_size")
+    args.precision = args.precision or begun.get("precision")
+
+
 def read_init(args, fresh):
-    """(weights of --init or None, image size); a run that continues ignores --init and keeps its image size."""
+    """(weights of --init or None, image size); a run that continues ignores --init."""
     init = load_checkpoint(Path(args.init)) if args.init and fresh else None
-    begun = run_folder.read_arguments(args.save) if args.resume else {}
     init_size = init["args"].get("image_size") if init and args.dataset == "folder" else None
-    return init and init["net"], args.image_size or begun.get("image_size") or init_size or data.IMAGE_SIZE
+    return init and init["net"], args.image_size or init_size or data.IMAGE_SIZE
 
 
 def load_data(args, device, world):

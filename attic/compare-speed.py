@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Times train.py's own training step beside torchvision's DenseNet; prints a Markdown table as bench.py does.
 
-    attic/compare-speed.py                        DenseNet-BC, L=100, k=12, batches of 64, in fp32
+    attic/compare-speed.py                        DenseNet-BC, L=100, k=12, batches of 64
     attic/compare-speed.py --depths 40 100 160 250 --only plain efficient --json report.json     one table for each depth
     attic/compare-speed.py --data data            batches of the real CIFAR-10, by data.py and by torchvision's DataLoader
 
 torchvision is their net as PyTorch makes it and anyone would train it who sets nothing; with torchvision-our-settings it is
 trained by train.py's step, and torchvision-checkpointed computes concatenations and activations again in the backward pass. The
-report of --json holds the counted peak bytes of each net, too, if it is trained in fp32.
+report of --json holds the counted peak bytes of each net, too, if it is trained in fp32 or tf32.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import endings
 import flags
 from attic.counting import META, net_of, peak_bytes, step_on
 from checkpoint import as_json, replace_file
-from machine import DTYPES, describe
+from machine import DTYPES, describe, set_precision
 
 # Whether it is train.py's step, and the name of the net in attic/counting.py.
 VARIANTS = {
@@ -95,7 +95,9 @@ def make_step(name, args, device):
 
 
 def step_of_pytorch(net, args, device):
-    """As anyone writes it who sets nothing."""
+    """As anyone writes it who sets nothing but the precision."""
+    set_precision(args.precision)
+    dtype = DTYPES[args.precision]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     batches = bench.random_batches(args, device)
@@ -103,7 +105,7 @@ def step_of_pytorch(net, args, device):
     def step():
         images, labels, _ = next(batches)
         optimizer.zero_grad()
-        with torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32"):
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             loss = F.cross_entropy(net(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -113,9 +115,9 @@ def step_of_pytorch(net, args, device):
 
 
 def with_peaks(results, args, device):
-    """The results, with the counted peak bytes an image where they can be counted: in fp32, not compiled."""
+    """The results, with the counted peak bytes an image where they can be counted: in float32, not compiled."""
     where = device if device.type == "cpu" else META
-    counted = [name for name in results if args.precision == "fp32" and not name.endswith("-compiled")]
+    counted = [name for name in results if DTYPES[args.precision] is torch.float32 and not name.endswith("-compiled")]
     peaks = {name: peak_bytes(step_on(where, VARIANTS[name][1], args)[0]) / args.batch_size / 1e6 for name in counted}
     return {name: result | {"peak_mb_an_image": peaks.get(name)} for name, result in results.items()}
 

@@ -38,6 +38,7 @@ def main():
     with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         device = choose_device(args.device)
+        train.take_over(args, World())
         flags.refuse_contradictions(args, device)
         keep_freed_memory(device)
         make_repeatable(args.deterministic)

@@ -16,7 +16,9 @@ TINY = ["--depth", "10", "--growth-rate", "2", "--batch-size", "4", "--image-siz
 
 
 def parse(*arguments):
-    return flags.parse_args(bench.build_parser("", bench.VARIANTS), [*TINY, *arguments])
+    args = flags.parse_args(bench.build_parser("", bench.VARIANTS), [*TINY, *arguments])
+    flags.fill_in(args, CPU)
+    return args
 
 
 def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
 from endings import Refused
-from flags import parse_args
+from flags import fill_in, parse_args
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
@@ -61,6 +61,7 @@ def gradients(world, *flags):
     device = torch.device("cpu")
     torch.manual_seed(0)
     args = parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--lr", "0", *flags])
+    fill_in(args, device)
     net = DenseNet(depth=16, growth_rate=4, efficient=args.efficient).double()
     dataset = data.load("digits", ".", limit=95)
     dataset = dataset._replace(mean=dataset.mean.double(), std=dataset.std.double())

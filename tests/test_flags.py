@@ -6,16 +6,20 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, TINY, contents
 
 import train
 from densenet import DenseNet
 from endings import memory_advice
-from flags import model_arguments, parse_args
+from flags import fill_in, model_arguments, parse_args
 
 
 def parse(*arguments):
-    return parse_args(train.build_parser(), list(arguments))
+    """The arguments of train.py as they are on a CPU."""
+    args = parse_args(train.build_parser(), list(arguments))
+    fill_in(args, torch.device("cpu"))
+    return args
 
 
 def test_defaults_that_depend_on_others():
@@ -37,8 +41,10 @@ def test_memory_advice_names_what_is_not_used_yet():
     assert remedy == f"--efficient or --precision bf16 or a smaller --batch-size or {smaller}"
     _, remedy = memory_advice(parse("--efficient", "--precision", "bf16", "--batch-size", "1"), gpu=True)
     assert remedy == smaller
-    for arguments, gpu in [(["--device", "cpu"], True), ([], False)]:
+    for arguments, gpu in [(["--device", "cpu"], True), ([], False), (["--precision", "fp16"], True)]:
         assert "bf16" not in memory_advice(parse(*arguments), gpu)[1]
+    for precision in ("fp32", "tf32"):
+        assert "--precision bf16" in memory_advice(parse("--precision", precision), gpu=True)[1]
 
 
 # ------------------------------------------------------------------------------------- every flag of every program

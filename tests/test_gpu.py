@@ -23,7 +23,8 @@ from attic.counting import peak_bytes
 from checkpoint import build_net, load_checkpoint, normalization
 from densenet import DenseNet
 from distributed import World
-from flags import parse_args
+from flags import fill_in, parse_args
+from machine import DTYPES
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
@@ -96,6 +97,7 @@ def test_no_step_waits_for_the_device(device):
     """From the data set to the optimiser; on a GPU, PyTorch itself raises where the host would wait."""
     dataset = data.load("digits", ".").to(torch.device(device))
     args = parse_args(train.build_parser(), ["--dataset", "digits", "--augment", "--drop-rate", "0.2"])
+    fill_in(args, torch.device(device))
     net = DenseNet(depth=10, growth_rate=4, drop_rate=0.2).to(device, memory_format=torch.channels_last)
     step = TrainingStep(net, args, torch.device(device), World())
     batches = train.epoch_batches(dataset, 0, args, World())
@@ -168,7 +170,7 @@ def kill_after_an_epoch(flags, test_csv):
 
 WAYS = [  # device, flags, epochs, bound of the test error in %
     ("cpu", [], 3, 60),  # 24 to 42 with three seeds; of chance, 90
-    *[pytest.param("cuda", ["--precision", each], 8, 25, marks=pytest.mark.gpu) for each in ("fp32", "bf16", "fp16")],
+    *[pytest.param("cuda", ["--precision", each], 8, 25, marks=pytest.mark.gpu) for each in DTYPES],
     *[
         pytest.param("cuda", ["--compile", mode, *more], 8, 25, marks=pytest.mark.gpu)  # 3 to 10 with ten seeds
         for mode in ("default", "reduce-overhead")

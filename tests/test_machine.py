@@ -12,7 +12,7 @@ import machine
 import train
 from distributed import World
 from endings import Refused
-from machine import choose_device
+from machine import DTYPES, choose_device, default_precision, set_precision
 
 # Pages that the kernel must give for a tensor of 64 MB, when a slightly larger one was freed just before.
 FAULTS = """
@@ -92,6 +92,35 @@ def test_one_cpu_has_the_number_0(call_main, tmp_path):
 def test_under_torchrun_a_number_is_refused():
     with pytest.raises(Refused, match="--device cuda:1 is one for all processes, and each has its own: choose --device cuda"):
         distributed.own_device(World(rank=0, size=2), torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize(
+    ("device", "has_tf32", "precision"), [("cpu", True, "fp32"), ("cuda", True, "tf32"), ("cuda", False, "fp32")]
+)
+def test_the_precision_of_a_device(monkeypatch, device, has_tf32, precision):
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: has_tf32)
+    assert default_precision(torch.device(device)) == precision
+
+
+@pytest.fixture
+def put_back():
+    switches = [(owner, owner.allow_tf32) for owner in (torch.backends.cudnn, torch.backends.cuda.matmul)]
+    yield
+    for owner, value in switches:
+        owner.allow_tf32 = value
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("precision", [*DTYPES])
+def test_a_precision_holds_for_all_kernels_and_every_way_to_ask_for_it(put_back, precision):
+    """In PyTorch's newer names and in its older ones, whatever was set before; Triton kernels are to ask for the first."""
+    backends, tf32 = torch.backends, precision != "fp32"
+    for before in DTYPES:
+        set_precision(before)
+        set_precision(precision)
+        assert [(owner.fp32_precision == "tf32") for owner in (backends.cudnn.conv, backends.cuda.matmul)] == [tf32, tf32]
+        assert (backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32) == (tf32, tf32)
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
 
 
 def test_this_machine_has_cpus():

@@ -48,6 +48,33 @@ def test_a_resumed_run_is_byte_identical_to_one_that_never_stopped(call_main, tm
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_resumed_run_keeps_its_precision_on_whatever_device(call_main, tmp_path):
+    """Begun in tf32, as on a GPU that has it; where args.json does not say, it is that of the device."""
+    flags, save = [*TINY, "--limit", 8, "--batch-size", 8, "--no-plot", "--save", tmp_path], tmp_path / "args.json"
+    assert call_main(train, *flags, "--epochs", 1, "--precision", "tf32")[0] == 0
+    assert call_main(train, *flags, "--epochs", 1, "--resume")[0] == 0
+    facts = json.loads(save.read_text())
+    assert facts["precision"] == "tf32"
+    (tmp_path / "latest.pth").unlink()
+    for precision, kept in [({"precision": "bf16"}, "bf16"), ({}, "fp32")]:
+        for name in ("train.csv", "test.csv"):
+            (tmp_path / name).unlink()
+        save.write_text(json.dumps({name: fact for name, fact in facts.items() if name != "precision"} | precision))
+        status, out, errors = call_main(train, *flags, "--epochs", 1, "--resume")
+        assert (status, "from the start" in out) == (0, True), errors
+        assert json.loads(save.read_text())["precision"] == kept
+        (tmp_path / "latest.pth").unlink()
+
+
+@pytest.mark.parametrize("precision", ["fp8", "", 32, ["fp32"], {}])
+def test_a_precision_that_is_none_is_a_sentence(call_main, tiny_run, tmp_path, precision):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    facts = json.loads((save / "args.json").read_text())
+    (save / "args.json").write_text(json.dumps(facts | {"precision": precision}))
+    status, _, errors = resume_tiny(call_main, save)
+    assert (status, f"{save / 'args.json'} is damaged or not from this program" in errors) == (2, True), errors
+
+
 def test_resume_of_a_finished_run_changes_nothing(call_main, tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     flags = [*TINY, "--epochs", 2, "--batch-size", 40]
@@ -100,6 +127,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
         (["--depth", 16], "depth 10 and not 16"),
         (["--batch-size", 20], "batch_size 40 and not 20"),
         (["--augment"], "augment False and not True"),
+        (["--precision", "tf32"], "precision fp32 and not tf32"),
         (["--epochs", 8], "--epochs 8 instead of 2 changes the schedule of the 2 epochs already done"),
         (["--epochs", 1], "--epochs 1 instead of 2"),
     ],

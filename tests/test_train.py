@@ -356,6 +356,13 @@ def test_other_ways_to_train(call_main, steps, tmp_path, flags):
         assert {way for way, holds in WAYS.items() if holds(step_taken)} == ({flags} if flags else set())
 
 
+def test_tf32_is_fp32_on_a_cpu(call_main, tiny_run, tmp_path):
+    flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--precision", "tf32", "--no-plot", "--save", tmp_path / "run"]
+    status, _, errors = call_main(train, *flags)
+    assert status == 0, errors
+    assert_same_run(tiny_run, tmp_path / "run")
+
+
 def test_every_epoch_trains_with_its_own_rate_channels_last(call_main, steps, tmp_path):
     """Four epochs of one step each, in one go, and in two of which the second begins behind the first."""
     flags = [*TINY, "--limit", 8, "--batch-size", 8, "--no-plot"]
