@@ -9,16 +9,26 @@ from tqdm import tqdm
 from data import normalize
 
 BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net needs little memory
+GPU_NUMBERS = 2**28  # at a time in the widest layer's input, on a GPU: large batches, and 1 to 3 GB in all, whatever the net
 
 
 @torch.inference_mode()
 def predict(net, images, mean, std, title=None):
     """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a terminal shows a bar."""
     net.eval()
-    batches = images.split(max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
+    batches = images.split(batch_size(net, images))
     if title and sys.stderr.isatty():
         batches = tqdm(batches, desc=title, leave=False, dynamic_ncols=True)
     return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
+
+
+def batch_size(net, images):
+    """How many of the images (M, 3, H, W) the net gets at a time; free memory has no say, so that runs are repeatable."""
+    pixels = images.shape[2] * images.shape[3]
+    if images.device.type != "cuda":
+        return max(1, BATCH_PIXELS // pixels)
+    widest = max((p.shape[1] for p in net.parameters() if p.dim() == 4), default=1)
+    return max(1, GPU_NUMBERS // (pixels * widest))
 
 
 def loss_and_error_sums(logits, labels):

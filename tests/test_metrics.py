@@ -1,11 +1,12 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from densenet import DenseNet
-from metrics import loss_and_error_sums, predict
+from metrics import batch_size, loss_and_error_sums, predict
 
 
 @pytest.mark.parametrize(("number", "size", "sizes"), [(600, 32, [250, 250, 100]), (70, 64, [62, 8]), (2, 1024, [1, 1])])
@@ -20,6 +21,21 @@ def test_large_images_are_evaluated_fewer_at_a_time(number, size, sizes):
     images = torch.zeros(number, 3, size, size, dtype=torch.uint8)
     assert predict(Net(), images, torch.tensor(1.0), torch.tensor(2.0)).tolist() == [[-0.5] * 3] * number
     assert batches == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size", "number"),
+    [
+        (dict(depth=100), 32, 794),
+        (dict(depth=100), 64, 198),
+        (dict(depth=190, growth_rate=40), 32, 121),
+        ({"depth": 10}, 4096, 1),
+    ],
+)
+def test_on_a_gpu_the_net_decides_how_many_images_it_gets(arguments, size, number):
+    with torch.device("meta"):
+        net = DenseNet(**arguments)
+    assert batch_size(net, SimpleNamespace(shape=(10_000, 3, size, size), device=torch.device("cuda"))) == number
 
 
 def test_a_net_answers_as_in_evaluation_and_keeps_its_statistics():
