@@ -12,6 +12,7 @@ from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
 MAX_SIZE = 10**4  # allowed value of what makes a net's size
+CAPTURE = False  # the default of --capture where it is possible: no, until it has been measured
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
@@ -54,11 +55,12 @@ def add_optimisation_flags(group):
 
 
 def add_machine_flags(group):
-    add, modes = group.add_argument, ["auto", "default", "reduce-overhead"]
+    add, switch, modes = group.add_argument, argparse.BooleanOptionalAction, ["auto", "default", "reduce-overhead"]
     add_device_flag(group)
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
+    add("--capture", action=switch, help="steps as one CUDA graph, without --compile and in a single process (no)")
     add("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
 
 
@@ -111,17 +113,19 @@ def make_net(args, num_classes=10):
         raise Refused(str(error)) from error
 
 
-def fill_in(args, device):
-    """Sets the arguments whose default depends on the device."""
+def fill_in(args, device, processes=1):
+    """Sets the arguments whose default depends on the machine."""
     args.precision = args.precision or default_precision(device)
+    if args.capture is None:
+        args.capture = CAPTURE and device.type == "cuda" and processes == 1 and not args.compile
 
 
-def refuse_contradictions(args, device):
+def refuse_contradictions(args, device, processes=1):
     """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written.
 
-    The arguments that are compared are whole: what depends on the device is filled in before.
+    What depends on the machine is filled in before.
     """
-    fill_in(args, device)
+    fill_in(args, device, processes)
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)
@@ -129,6 +133,12 @@ def refuse_contradictions(args, device):
         raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":
         raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
+    if args.capture and device.type != "cuda":
+        raise Refused("--capture makes a CUDA graph: leave it out, or choose --device cuda")
+    if args.capture and processes > 1:
+        raise Refused(f"--capture is for a single process, and there are {processes}: leave it out")
+    if args.capture and args.compile:
+        raise Refused("--capture does not go with --compile, which makes graphs of its own: choose one of them")
 
 
 def plain_arguments(args):

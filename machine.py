@@ -48,7 +48,7 @@ def default_precision(device):
 def set_precision(precision):
     """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that.
 
-    These two switches set PyTorch's newer ones, each called fp32_precision, as well. Where only the newer ones are set, to read
+    These two switches set PyTorch's newer ones, called fp32_precision, as well. Where the newer ones alone are set, to read
     these is an error, and torch.compile reads them.
     """
     torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
 
 # Entries of args.json that may differ when a run is resumed; epochs have a check of their own.
-MAY_CHANGE = {"data", "device", "compile", "efficient", "deterministic", "save", "resume", "force", "plot"}
+MAY_CHANGE = {"data", "device", "compile", "capture", "efficient", "deterministic", "save", "resume", "force", "plot"}
 MAY_CHANGE |= {"epochs", "torch", "hardware", "commit"}
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 

@@ -1,4 +1,4 @@
-"""One training step: optimiser, learning-rate schedule, precision, compilation. It knows no folders and no CSVs.
+"""One training step: optimiser, learning-rate schedule, precision, compilation, capture. It knows no folders and no CSVs.
 
 step = TrainingStep(net, args, device, world)
 for rate in schedule(args, args.epochs):
@@ -8,13 +8,18 @@ for rate in schedule(args, args.epochs):
 """
 
 import contextlib
+import warnings
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import distributed
+from endings import Refused, say
 from machine import DTYPES, set_precision
+
+WARM_UP_STEPS = 3  # taken before one is captured: kernels are compiled and chosen in them
 
 
 class TrainingStep:
@@ -26,21 +31,29 @@ class TrainingStep:
         self.model = prepare(net, args, device, world)
         self.optimizer = make_optimizer(net, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        dtype = DTYPES[args.precision]
-        self.autocast = contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+        dtype = DTYPES[args.precision]  # no cache: what a captured step reads, it has to compute itself
+        cast = torch.autocast(device.type, dtype, cache_enabled=False) if dtype is not torch.float32 else None
+        self.autocast = cast or contextlib.nullcontext()
+        eager = self.eager_gradients
+        self.gradients = CapturedGradients(eager, [*net.parameters()], args.batch_size) if args.capture else eager
 
     def __call__(self, images, labels, share):
-        """This rank's contribution to (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch.
+        """This rank's part of (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch."""
+        result = self.gradients(images, labels, share)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return result
 
-        Nothing may outlive a step in a CUDA graph, so gradients are freed before the forward pass.
+    def eager_gradients(self, images, labels, share):
+        """Gives the parameters their gradients; returns what a step returns.
+
+        Nothing may outlive a step in a CUDA graph, so the old gradients are freed before the forward pass.
         """
         self.optimizer.zero_grad()
         with self.autocast:
             logits = self.model(images)  #                         (N, num_classes)
             loss = share * F.cross_entropy(logits, labels)  #     (), sums to the batch mean over the ranks
         self.scaler.scale(self.world.size * loss).backward()  #   DDP averages gradients: this makes it a sum
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
         return torch.stack([loss.detach(), error])  #              (2,)
 
@@ -50,6 +63,77 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate
         return self.optimizer.param_groups[0]["lr"]
+
+
+class CapturedGradients:
+    """The gradients of whole batches by a CUDA graph: captured once, then replayed, one launch in place of thousands.
+
+    The first steps are eager ones, on the stream that will capture. What is captured has fixed addresses: batch, result and
+    gradients. A smaller batch is taken eagerly; its gradients are its own, and give way to the fixed ones behind a replay.
+    """
+
+    def __init__(self, eager, parameters, batch_size):
+        self.eager = eager
+        self.parameters = parameters
+        self.batch_size = batch_size
+        self.stream = torch.cuda.Stream()
+        self.warm_ups_left = WARM_UP_STEPS
+        self.possible = True
+        self.graph = None
+
+    def __call__(self, images, labels, share):
+        """As TrainingStep.eager_gradients, of a single process: the share of a whole batch is 1."""
+        if len(images) < self.batch_size or not self.possible:
+            return self.eager(images, labels, share)
+        if self.warm_ups_left:
+            return self.warm_up(images, labels, share)
+        if self.graph is None:
+            self.capture(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.fixed, strict=True):
+            parameter.grad = gradient
+        return self.result.clone()
+
+    def warm_up(self, images, labels, share):
+        """An eager step; the last one is watched: where the host waits for the device, nothing can be captured."""
+        self.warm_ups_left -= 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), contextlib.nullcontext([]) if self.warm_ups_left else noted_waits() as waits:
+            result = self.eager(images, labels, share)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        if waits:
+            self.possible = False
+            say("steps are taken eagerly, not captured: this net waits for the device in each", write=tqdm.write)
+        return result
+
+    def capture(self, images, labels):
+        """Captures a step, of which nothing is computed yet. A failure ends the run: PyTorch does not recover from it."""
+        self.images, self.labels = images.clone(), labels.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:  # thread_local: what other threads do meanwhile is their own affair
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.eager(self.images, self.labels, 1.0)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise Refused(f"a step of this net cannot be captured ({reason}): choose --no-capture", status=1) from error
+        self.fixed = [parameter.grad for parameter in self.parameters]
+        self.graph = graph
+
+
+@contextlib.contextmanager
+def noted_waits():
+    """Yields a list that has, in the end, a warning for each time that the host waited for the GPU inside."""
+    waits = []
+    with warnings.catch_warnings(record=True, action="always") as noted:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits += [each for each in noted if "called a synchronizing" in str(each.message)]
 
 
 def make_optimizer(net, args):

@@ -48,7 +48,7 @@ def main():
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         with distributed.joined(world, choose_device(args.device)) as device:
             take_over(args, world)
-            flags.refuse_contradictions(args, device)
+            flags.refuse_contradictions(args, device, world.size)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
             fresh = not run_folder.continues(args.save, args.resume)

@@ -38,7 +38,7 @@ def net_of(name, args):
 
 def step_on(device, name, args):
     """(step, forward): functions without arguments, of train.py's step and of its loss alone."""
-    args = argparse.Namespace(**vars(args) | {"precision": "fp32", "compile": None})
+    args = argparse.Namespace(**vars(args) | {"precision": "fp32", "compile": None, "capture": False})
     with device:
         images = torch.zeros(args.batch_size, 3, args.image_size, args.image_size)
         labels = torch.zeros(args.batch_size, dtype=torch.int64)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, contents
 
+import flags
 import train
 from densenet import DenseNet
-from endings import memory_advice
-from flags import fill_in, model_arguments, parse_args
+from endings import Refused, memory_advice
+from flags import fill_in, model_arguments, parse_args, refuse_contradictions
 
 
 def parse(*arguments):
@@ -41,10 +42,40 @@ def test_memory_advice_names_what_is_not_used_yet():
     assert remedy == f"--efficient or --precision bf16 or a smaller --batch-size or {smaller}"
     _, remedy = memory_advice(parse("--efficient", "--precision", "bf16", "--batch-size", "1"), gpu=True)
     assert remedy == smaller
+    assert "--efficient or --no-capture or" in memory_advice(parse("--capture", "--precision", "bf16"), gpu=True)[1]
     for arguments, gpu in [(["--device", "cpu"], True), ([], False), (["--precision", "fp16"], True)]:
         assert "bf16" not in memory_advice(parse(*arguments), gpu)[1]
     for precision in ("fp32", "tf32"):
         assert "--precision bf16" in memory_advice(parse("--precision", precision), gpu=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "processes", "message"),
+    [
+        ([], "cpu", 1, "--capture makes a CUDA graph: leave it out, or choose --device cuda"),
+        ([], "cuda", 2, "--capture is for a single process, and there are 2: leave it out"),
+        (["--compile"], "cuda", 1, "--capture does not go with --compile"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(arguments, device, processes, message):
+    with pytest.raises(Refused, match=message):
+        refuse_contradictions(parse("--capture", *arguments), torch.device(device), processes)
+    refuse_contradictions(parse(*arguments), torch.device(device), processes)
+    refuse_contradictions(parse("--no-capture", *arguments), torch.device(device), processes)
+    refuse_contradictions(parse("--capture"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_steps_are_captured_by_default_where_that_is_possible_and_has_been_measured(monkeypatch, measured):
+    monkeypatch.setattr(flags, "CAPTURE", measured)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    ways = [([], "cuda", 1), ([], "cpu", 1), ([], "cuda", 2), (["--compile"], "cuda", 1), (["--no-capture"], "cuda", 1)]
+    captured = []
+    for arguments, device, processes in ways:
+        args = parse_args(train.build_parser(), arguments)
+        fill_in(args, torch.device(device), processes)
+        captured.append(args.capture)
+    assert captured == [measured, False, False, False, False]
 
 
 # ------------------------------------------------------------------------------------- every flag of every program

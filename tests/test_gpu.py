@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,14 +24,21 @@ from attic.counting import peak_bytes
 from checkpoint import build_net, load_checkpoint, normalization
 from densenet import DenseNet
 from distributed import World
-from flags import fill_in, parse_args
-from machine import DTYPES
+from flags import fill_in, make_net, parse_args
+from machine import DTYPES, make_repeatable
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 BOTH = pytest.mark.parametrize("device", ["cpu", CUDA])
 GPU = pytest.mark.parametrize("device", [CUDA])
+
+
+def on_gpu(*values):
+    """("cuda", value) for each value, as parameters of a test."""
+    return [pytest.param("cuda", value, marks=pytest.mark.gpu) for value in values]
+
+
 DIGITS = ["--dataset", "digits", "--depth", 10, "--growth-rate", 8, "--batch-size", 32, "--drop-rate", 0, "--no-plot"]
 ON_DEVICE = [*TINY[: TINY.index("--device")], "--batch-size", 32, "--drop-rate", 0.2, "--augment", "--no-plot"]
 
@@ -92,19 +100,35 @@ def test_every_kernel_is_right(device, run):
     assert "every kernel tried is right" in run("attic/check-kernels.py", "--device", device)
 
 
-@BOTH
-def test_no_step_waits_for_the_device(device):
+@pytest.mark.parametrize(("device", "flags"), [("cpu", []), *on_gpu([], ["--capture"], ["--capture", "--efficient"])])
+def test_no_step_waits_for_the_device(device, flags):
     """From the data set to the optimiser; on a GPU, PyTorch itself raises where the host would wait."""
     dataset = data.load("digits", ".").to(torch.device(device))
-    args = parse_args(train.build_parser(), ["--dataset", "digits", "--augment", "--drop-rate", "0.2"])
-    fill_in(args, torch.device(device))
-    net = DenseNet(depth=10, growth_rate=4, drop_rate=0.2).to(device, memory_format=torch.channels_last)
-    step = TrainingStep(net, args, torch.device(device), World())
+    args = arguments("--augment", "--batch-size", "32", *flags, device=device)
+    step = new_step(args, device)
     batches = train.epoch_batches(dataset, 0, args, World())
-    step.begin_epoch(0.1)
+    for _ in range(4 if args.capture else 0):  # the capture itself waits
+        step(*next(batches))
     with waiting_is_an_error(device):
         results = [step(*next(batches)) for _ in range(20)]
     assert torch.stack(results).isfinite().all()
+
+
+def arguments(*flags, device):
+    args = parse_args(
+        train.build_parser(), ["--dataset", "digits", "--depth", "10", "--drop-rate", "0.2", "--device", device, *flags]
+    )
+    fill_in(args, torch.device(device))
+    return args
+
+
+def new_step(args, device, change=lambda net: net):
+    """The step of a net that is drawn from the seed and then changed; an epoch with it has begun."""
+    torch.manual_seed(args.seed)
+    net = change(make_net(args)).to(device, memory_format=torch.channels_last)
+    step = TrainingStep(net, args, torch.device(device), World())
+    step.begin_epoch(args.lr)
+    return step
 
 
 @contextlib.contextmanager
@@ -144,12 +168,96 @@ def peak_of_a_step(device, efficient):
     return torch.cuda.max_memory_allocated() - before
 
 
+# ------------------------------------------------------------------------------------------------------ the captured step
+
+
+@pytest.fixture
+def repeatable():
+    """Only kernels that give the same bits every time, until the end of the test."""
+    benchmark = torch.backends.cudnn.benchmark
+    make_repeatable(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize(
+    ("device", "flags"),
+    on_gpu(
+        [],
+        ["--no-bottleneck"],
+        ["--drop-rate", "0"],
+        ["--efficient"],
+        ["--drop-rate", "0", "--efficient"],
+        ["--opt", "adam"],
+        ["--opt", "rmsprop"],
+        ["--precision", "fp32"],
+        ["--precision", "bf16"],
+        ["--precision", "fp16"],
+        ["--precision", "bf16", "--drop-rate", "0", "--efficient"],
+        ["--precision", "fp16", "--opt", "adam"],
+    ),
+)
+def test_captured_steps_are_the_eager_ones_bit_for_bit(repeatable, device, flags):
+    """Two epochs of five whole batches and a smaller one, each with a dropout of its own; the fourth step is captured."""
+    eager, captured = (two_epochs(arguments("--batch-size", "32", *flags, way, device=device)) for way in WAYS_TO_STEP)
+    assert torch.stack(captured.results).isfinite().all()
+    assert torch.equal(torch.stack(eager.results), torch.stack(captured.results))
+    assert all(torch.equal(eager.net[name], captured.net[name]) for name in eager.net)
+    ours, theirs = (torch.utils._pytree.tree_leaves(each.optimizer) for each in (captured, eager))
+    assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(ours, theirs, strict=True))
+    assert captured.step.gradients.graph is not None
+
+
+WAYS_TO_STEP = ("--no-capture", "--capture")
+
+
+def two_epochs(args):
+    dataset = data.load("digits", ".", limit=5 * 32 + 5).to(torch.device(args.device))
+    step, results = new_step(args, args.device), []
+    for epoch in range(2):
+        step.begin_epoch(0.1 if args.opt == "sgd" else None)
+        results += [step(*batch) for batch in train.epoch_batches(dataset, epoch, args, World())]
+    state = {name: value.clone() for name, value in step.model.state_dict().items()}
+    return SimpleNamespace(step=step, results=results, net=state, optimizer=step.optimizer.state_dict()["state"])
+
+
+def with_frozen_stem(net):
+    net.conv1.weight.requires_grad_(False)
+    return net
+
+
+def with_exact_means(net):
+    """Batch norms that average over all batches: each asks the device how many there were."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    return net
+
+
+@pytest.mark.parametrize(("device", "change"), on_gpu(with_frozen_stem, with_exact_means))
+def test_a_net_that_waits_for_the_device_is_trained_eagerly_and_says_so_once(device, change, capsys):
+    """Its dropout, too, goes on; a frozen layer is no hindrance, and stays as it is."""
+    dataset = data.load("digits", ".").to(torch.device(device))
+    args = arguments("--batch-size", "32", "--capture", device=device)
+    step = new_step(args, device, change)
+    before = step.model.conv1.weight.clone()
+    batches = train.epoch_batches(dataset, 0, args, World())
+    results = [step(*next(batches)) for _ in range(8)]
+    assert torch.stack(results).isfinite().all()
+    assert torch.equal(before, step.model.conv1.weight) == (change is with_frozen_stem)
+    assert step.model.bn1.num_batches_tracked == 8
+    told = capsys.readouterr().out.count("steps are taken eagerly, not captured: this net waits for the device")
+    assert (told, step.gradients.graph is None) == ((1, True) if change is with_exact_means else (0, False))
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-@GPU
-def test_runs_are_repeated_and_resumed_byte_for_byte(device, run, tmp_path):
-    flags = [*ON_DEVICE, "--device", device, "--deterministic", "--epochs", 4]
+@pytest.mark.parametrize(("device", "more"), on_gpu([], ["--capture", "--limit", 100]))
+def test_runs_are_repeated_and_resumed_byte_for_byte(device, more, run, tmp_path):
+    """With --capture, each process takes its first three steps eagerly, and the last batch of an epoch, which is of four."""
+    flags = [*ON_DEVICE, *more, "--device", device, "--deterministic", "--epochs", 4]
     for name in ("one", "two"):
         run("train.py", *flags, "--save", tmp_path / name)
     kill_after_an_epoch([*flags, "--save", tmp_path / "three"], tmp_path / "three" / "test.csv")
@@ -170,7 +278,11 @@ def kill_after_an_epoch(flags, test_csv):
 
 WAYS = [  # device, flags, epochs, bound of the test error in %
     ("cpu", [], 3, 60),  # 24 to 42 with three seeds; of chance, 90
-    *[pytest.param("cuda", ["--precision", each], 8, 25, marks=pytest.mark.gpu) for each in DTYPES],
+    *[
+        pytest.param("cuda", ["--precision", each, *more], 8, 25, marks=pytest.mark.gpu)
+        for each in DTYPES
+        for more in ([], ["--capture"])
+    ],
     *[
         pytest.param("cuda", ["--compile", mode, *more], 8, 25, marks=pytest.mark.gpu)  # 3 to 10 with ten seeds
         for mode in ("default", "reduce-overhead")

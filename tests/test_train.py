@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import termios
+import warnings
 import weakref
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from test_run_folder import assert_same_run
 from torch._dynamo.utils import counters
 
 import data
+import endings
 import evaluate
 import run_folder
 import step
@@ -130,6 +133,99 @@ def test_nothing_of_a_step_outlives_it():
         assert outputs[-1]() is None
     assert len(outputs) == 3
     assert all(gradient is None for gradient in gradients)
+
+
+class Rehearsed(step.CapturedGradients):
+    """On a CPU: a graph that computes anew when it is replayed, with results at fixed addresses."""
+
+    def warm_up(self, *batch):
+        self.warm_ups_left -= 1
+        return self.eager(*batch)
+
+    def capture(self, images, labels):
+        self.images, self.labels = torch.zeros_like(images), torch.zeros_like(labels)
+        self.result, self.replays = torch.zeros(2), 0
+        self.fixed = [torch.zeros_like(p) if p.requires_grad else None for p in self.parameters]
+        self.graph = self
+
+    def replay(self):
+        self.replays += 1
+        self.result.copy_(self.eager(self.images, self.labels, 1.0))
+        for fixed, parameter in zip(self.fixed, self.parameters, strict=True):
+            if fixed is not None:
+                fixed.copy_(parameter.grad)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adam"])
+def test_replays_and_smaller_batches_in_between_are_the_steps_of_an_eager_run(monkeypatch, opt):
+    """Batches of 4, the third and the last smaller, after 3 warm-ups; a frozen layer. What a graph computes, a GPU shows."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(step, "CapturedGradients", Rehearsed)
+    torch.manual_seed(1)
+    sizes = [4, 4, 2, 4, 4, 4, 4, 2, 4, 3]
+    batches = [(torch.randn(n, 3, 8, 8), torch.randint(10, (n,)), 1.0) for n in sizes]
+    results = {}
+    for capture in (False, True):
+        torch.manual_seed(0)
+        net = DenseNet(depth=10, growth_rate=4)
+        net.conv1.weight.requires_grad_(False)
+        args = parse("--opt", opt, "--batch-size", "4")
+        args.capture = capture
+        take = TrainingStep(net, args, torch.device("cpu"), World())
+        results[capture] = [take(*batch) for batch in batches], net.state_dict()
+    assert take.gradients.replays == 4
+    (eager, weights), (captured, same_weights) = results[False], results[True]
+    assert torch.equal(torch.stack(eager), torch.stack(captured))
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+
+
+@pytest.fixture
+def streams_of_nothing(monkeypatch):
+    """torch.cuda as far as a capture asks for it: streams and graphs that do nothing."""
+    for name in ("Stream", "current_stream", "CUDAGraph", "get_sync_debug_mode", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, **options: contextlib.nullcontext())
+
+
+def take_captured_steps(forward_hook):
+    args = parse("--batch-size", "4")
+    args.capture = True
+    net = DenseNet(depth=10, growth_rate=4)
+    net.register_forward_hook(forward_hook)
+    take = TrainingStep(net, args, torch.device("cpu"), World())
+    return take, [take(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)), 1.0) for _ in range(8)]
+
+
+def test_a_step_that_waits_for_the_device_is_not_captured_and_says_so_once(streams_of_nothing, capsys):
+    def wait(module, inputs, output):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # as PyTorch does when it is asked to
+
+    with pytest.warns(UserWarning, match="called a synchronizing"):  # outside of the step that is watched
+        take, results = take_captured_steps(wait)
+    assert take.gradients.graph is None
+    assert torch.stack(results).isfinite().all()
+    assert capsys.readouterr().out == "steps are taken eagerly, not captured: this net waits for the device in each\n"
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "message"),
+    [
+        ("not permitted\nmore", 1, "a step of this net cannot be captured (not permitted): choose --no-capture"),
+        ("CUDA out of memory", 1, "memory ran out for batches: choose --no-capture"),
+    ],
+)
+def test_a_capture_that_fails_ends_the_run_with_a_sentence(streams_of_nothing, reason, status, message):
+    calls = itertools.count(1)
+
+    def fail(module, inputs, output):
+        if next(calls) == 4:
+            raise RuntimeError(reason)
+
+    with pytest.raises(endings.Refused) as refused:
+        take_captured_steps(fail)
+    ending = SimpleNamespace(needs="batches", remedy="--no-capture", resume=None)
+    assert endings.last_words(refused.value, ending) == (status, message)
 
 
 # ------------------------------------------------------------------------------------------------------------ an epoch
