@@ -27,12 +27,19 @@ import triton.language as tl
 
 
 @triton.jit
-def batch_norm(x, mean, rstd, gamma, beta, columns, live):
-    """(x - mean, their scale, relu(scale (x - mean) + beta)) of a tile x (pixels, columns), 0 in columns that are not live."""
-    scale = tl.load(gamma + columns, mask=live, other=0.0) * tl.load(rstd + columns, mask=live, other=0.0)
-    centred = x.to(tl.float32) - tl.load(mean + columns, mask=live, other=0.0)[None, :]
-    a = tl.maximum(centred * scale[None, :] + tl.load(beta + columns, mask=live, other=0.0)[None, :], 0.0)
-    return centred, scale, tl.where(live[None, :], a, 0.0)
+def channels_of(mean, rstd, gamma, beta, c, live):
+    """Mean, scale = gamma rstd, and beta of channels c, each (1, channels); 0 where they are not live."""
+    scale = tl.load(gamma + c, mask=live, other=0.0) * tl.load(rstd + c, mask=live, other=0.0)
+    mean, beta = tl.load(mean + c, mask=live, other=0.0), tl.load(beta + c, mask=live, other=0.0)
+    return mean[None, :], scale[None, :], beta[None, :]
+
+
+@triton.jit
+def activated(x, norm, live):
+    """(x - mean, relu(scale (x - mean) + beta)) of a tile x (pixels, channels), in float32; the latter is 0 if not live."""
+    mean, scale, beta = norm
+    centred = x.to(tl.float32) - mean
+    return centred, tl.where(live[None, :], tl.maximum(centred * scale + beta, 0.0), 0.0)
 
 
 @triton.jit
@@ -66,7 +73,7 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S, units, UNIT
         c = first + tl.arange(0, BC)
         wide = (rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :]
         x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=wide, other=0.0)
-        _, _, a = batch_norm(x_tile, mean, rstd, gamma, beta, c, c < C)
+        _, a = activated(x_tile, channels_of(mean, rstd, gamma, beta, c, c < C), c < C)
         w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         z_tile = tl.dot(operand(a, z, PRODUCTS), w, z_tile, input_precision=PRODUCTS)
     z_tile = z_tile.to(z.dtype.element_ty)
@@ -163,12 +170,12 @@ def new_gradient(G, x, mean, rstd, moments, g, P, S, units, UNIT: tl.constexpr, 
     tl.store(g + rows[:, None] * N + n[None, :], operand(out, g, PRODUCTS), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "W", "tiles"])
-def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, tiles, K: tl.constexpr, BK: tl.constexpr,
+@triton.jit(do_not_specialize=["H", "W", "turns"])
+def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns, K: tl.constexpr, BK: tl.constexpr,
                     N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """dz (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
 
-    Grid (groups of `tiles` times BM pixels, chunks of BK channels). g9 has the nine gradients that a pixel of z takes part in side
+    Grid (groups of `turns` times BM pixels, chunks of BK channels). g9 has the nine gradients that a pixel of z takes part in side
     by side, column tap N + n, so that each product is one matrix product. part (groups, 9 N K + 2 K): of W2 (N, 3, 3, K), beta2,
     and gamma2.
     """
@@ -179,74 +186,92 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, tiles,
     at_w = (n * 9 + tap)[:, None] * K + k[None, :]
     mask_w = (j < 9 * N)[:, None] & (k < K)[None, :]
     w = tl.load(w2 + at_w, mask=mask_w, other=0.0)
-    grad_w, grad_beta, sum_dz_z = tl.zeros((TAPS, BK), tl.float32), tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
-    for tile in range(tiles):
-        rows = (tl.program_id(0) * tiles + tile) * BM + tl.arange(0, BM)
+    grad_w = tl.zeros((TAPS, BK), tl.float32)
+    grad_beta, sum_dz_z = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BK), tl.float32)  # added up over pixels at the end
+    for turn in range(turns):
+        rows = (tl.program_id(0) * turns + turn) * BM + tl.arange(0, BM)
         y, x = (rows // W % H)[:, None] - dy[None, :], (rows % W)[:, None] - dx[None, :]
         inside = (rows < P)[:, None] & (j < 9 * N)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         g9 = tl.load(g + (rows[:, None] - (dy * W + dx)[None, :]) * N + n[None, :], mask=inside, other=0.0)
-        db = tl.dot(g9, w, input_precision=PRODUCTS)
         mask = (rows < P)[:, None] & (k < K)[None, :]
         z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
-        centred, _, b = batch_norm(z_tile, mean, rstd, gamma, beta, k, k < K)
-        grad_w = tl.dot(
-            tl.trans(g9), operand(b, dz, PRODUCTS), grad_w, input_precision=PRODUCTS
-        )  # g9 is 0 where there is no pixel
+        db = tl.dot(g9, w, input_precision=PRODUCTS)
+        centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K), k < K)
+        grad_w = tl.dot(tl.trans(g9), operand(b, dz, PRODUCTS), grad_w, input_precision=PRODUCTS)  # g9 is 0 beyond P
         db = tl.where(mask & (b > 0), db, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
-        db = db.to(tl.float32)
-        grad_beta += tl.sum(db, 0)
-        sum_dz_z += tl.sum(db * centred, 0)
+        grad_beta += db.to(tl.float32)
+        sum_dz_z += db.to(tl.float32) * centred
     part += tl.program_id(0) * (9 * N * K + 2 * K)
     tl.store(part + at_w, grad_w, mask=mask_w)
-    tl.store(part + 9 * N * K + k, grad_beta, mask=k < K)
-    grad_gamma = sum_dz_z * tl.load(rstd + k, mask=k < K, other=0.0)
+    tl.store(part + 9 * N * K + k, tl.sum(grad_beta, 0), mask=k < K)
+    grad_gamma = tl.sum(sum_dz_z, 0) * tl.load(rstd + k, mask=k < K, other=0.0)
     tl.store(part + 9 * N * K + K + k, grad_gamma, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["units", "chunks"])
-def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S, units, chunks,
+@triton.jit(do_not_specialize=["units", "turns"])
+def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S, units, turns,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
     """G[:, :C] += scale da, C = units UNIT; this program's part (groups, (K + 2) C) of the gradients of W1 (K, C), beta1, gamma1.
 
-    Grid (groups of BM pixels, groups of `chunks` times BC channels). sums2 (2, K): the gradients of beta2 and gamma2.
+    Grid (groups of `turns` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2. What a turn
+    needs is loaded one turn ahead: to wait for the memory takes longer than to compute.
     """
     C = units * UNIT
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    k = tl.arange(0, KP)
-    grad_z = operand(through_batch_norm(dz, z, mean2, rstd2, gamma2, sums2, rows, P, k, K), dz, PRODUCTS)
-    part += tl.program_id(0) * (K + 2) * C
-    for i in range(chunks):
-        c = (tl.program_id(1) * chunks + i) * BC + tl.arange(0, BC)
-        wide = (rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :]
-        mask_w = (k < K)[:, None] & (c < C)[None, :]
-        x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=wide, other=0.0)
-        centred, scale, a = batch_norm(x_tile, mean, rstd, gamma, beta, c, c < C)
-        w = tl.load(w1 + k[:, None] * C + c[None, :], mask=mask_w, other=0.0)
+    k, c = tl.arange(0, KP), tl.program_id(1) * BC + tl.arange(0, BC)
+    mask_w = (k < K)[:, None] & (c < C)[None, :]
+    w = tl.load(w1 + k[:, None] * C + c[None, :], mask=mask_w, other=0.0)
+    norm2 = gradient_of(mean2, rstd2, gamma2, sums2, P, k, K)
+    grad_w = tl.zeros((KP, BC), tl.float32)
+    grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
+    rows = tl.program_id(0) * turns * BM + tl.arange(0, BM)
+    ahead = load_tiles(dz, z, x, G, rows, rows < P, k, c, S, C, K)
+    for turn in range(turns):
+        dz_tile, z_tile, x_tile, old = ahead
+        following = rows + BM
+        ahead = load_tiles(dz, z, x, G, following, (following < P) & (turn + 1 < turns), k, c, S, C, K)
+        norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers
+        centred, a = activated(x_tile, norm, c < C)
+        grad_z = tl.where((rows < P)[:, None], through_batch_norm(dz_tile, z_tile, norm2), 0.0)
+        grad_z = operand(grad_z, dz, PRODUCTS)
+        grad_w = tl.dot(tl.trans(grad_z), operand(a, dz, PRODUCTS), grad_w, input_precision=PRODUCTS)
         da = tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
-        at = G + rows[:, None] * S + c[None, :]
-        old = tl.load(at, mask=wide, other=0.0).to(tl.float32)
-        tl.store(at, (old + scale[None, :] * da).to(G.dtype.element_ty), mask=wide)  # from C on, what it was
-        grad_w = tl.dot(tl.trans(grad_z), operand(a, dz, PRODUCTS), input_precision=PRODUCTS)
-        tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
-        tl.store(part + K * C + c, tl.sum(da, 0), mask=c < C)
-        sum_da_x = tl.sum(tl.where((c < C)[None, :], da * centred, 0.0), 0)
-        tl.store(part + (K + 1) * C + c, sum_da_x * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+        grad_beta += da
+        sum_da_x += tl.where((c < C)[None, :], da * centred, 0.0)
+        new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
+        tl.store(G + rows[:, None] * S + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :])
+        rows = following
+    part += tl.program_id(0) * (K + 2) * C
+    tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
+    tl.store(part + K * C + c, tl.sum(grad_beta, 0), mask=c < C)
+    tl.store(part + (K + 1) * C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
 
 
 @triton.jit
-def through_batch_norm(dz, z, mean, rstd, gamma, sums, rows, P, k, K: tl.constexpr):
-    """The gradient of z (pixels, K), float32, from that of its batch norm's output and the sums of its beta and gamma."""
-    mask, live = (rows < P)[:, None] & (k < K)[None, :], k < K
-    rstd = tl.load(rstd + k, mask=live, other=0.0)
-    centred = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    centred -= tl.load(mean + k, mask=live, other=0.0)[None, :]
-    offset = tl.load(sums + k, mask=live, other=0.0) / P
-    slope = tl.load(sums + K + k, mask=live, other=0.0) * rstd / P
-    grad = tl.load(dz + rows[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    grad = (grad - offset[None, :] - centred * slope[None, :]) * (tl.load(gamma + k, mask=live, other=0.0) * rstd)[None, :]
-    return tl.where(mask, grad, 0.0)
+def load_tiles(dz, z, x, G, rows, inside, k, c, S, C, K: tl.constexpr):
+    """Tiles of dz and z (pixels, K), x and G (pixels, C); the latter two with all of the 16 channels that lie together."""
+    mask, at = inside[:, None] & (k < K)[None, :], rows[:, None] * K + k[None, :]
+    wide, at_x = inside[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :], rows[:, None] * S + c[None, :]
+    return (tl.load(dz + at, mask=mask, other=0.0), tl.load(z + at, mask=mask, other=0.0),
+            tl.load(x + at_x, mask=wide, other=0.0), tl.load(G + at_x, mask=wide, other=0.0))  # fmt: skip
+
+
+@triton.jit
+def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
+    """What through_batch_norm needs of channels k: mean, scale, offset and slope of the correction, each (1, channels)."""
+    rstd = tl.load(rstd + k, mask=k < K, other=0.0)
+    mean, scale = tl.load(mean + k, mask=k < K, other=0.0), tl.load(gamma + k, mask=k < K, other=0.0) * rstd
+    offset = tl.load(sums + k, mask=k < K, other=0.0) / P
+    slope = tl.load(sums + K + k, mask=k < K, other=0.0) * rstd / P
+    return mean[None, :], scale[None, :], offset[None, :], slope[None, :]
+
+
+@triton.jit
+def through_batch_norm(dz, z, norm):
+    """The gradient of z (pixels, K), float32, from that of its batch norm's output; 0 in channels from K on."""
+    mean, scale, offset, slope = norm
+    return (dz.to(tl.float32) - offset - (z.to(tl.float32) - mean) * slope) * scale
 
 
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
@@ -287,6 +312,25 @@ def channels(layers):
     return layers[-1].conv2.out_channels + layers[-1].bn1.num_features
 
 
+# For each kernel pixels and channels at a time, warps, pipeline stages, and for a backward kernel how often a program turns: for
+# 2^16 pixels or more, 2^14 or more, fewer, and for more than 64 channels in z. By bytes of a number. The fastest of some dozens on
+# an H200 with 48 channels in z, but for the last column, which has not been timed.
+TILES = {
+    2: {
+        "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
+        "second_convolution": ((128, 64, 2, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
+        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (32, 16, 4, 1, 4)),
+        "first_backward": ((32, 64, 4, 1, 16), (32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 32, 8, 1, 4)),
+    },
+    4: {
+        "first_convolution": ((128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
+        "second_convolution": ((128, 16, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
+        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (32, 16, 4, 1, 4)),
+        "first_backward": ((32, 64, 8, 1, 16), (32, 64, 8, 1, 8), (32, 64, 8, 1, 4), (32, 32, 8, 1, 4)),
+    },
+}
+
+
 class Sizes(NamedTuple):
     """Of a block. Tiles depend on shapes alone, so that a run repeats its bits."""
 
@@ -305,15 +349,14 @@ class Sizes(NamedTuple):
         unit = math.gcd(layers[0].bn1.num_features, growth_rate, 16)
         return cls(n * h * w, maps.stride(2), h, w, growth_rate, 4 * growth_rate, unit)
 
-    @property
-    def pixels(self):
-        """Those of a program, forward."""
-        return 256 if self.P >= 2**16 and self.K <= 64 else 64 if self.P >= 2**14 else 32
+    def tile(self, kernel, maps):
+        column = 3 if self.K > 64 else 0 if self.P >= 2**16 else 1 if self.P >= 2**14 else 2
+        return TILES[maps.element_size()][kernel][column]
 
 
-def products(device):
+def products(maps):
     """How float32 is multiplied: to TF32, as PyTorch's own convolutions may, or by three such products, as good as float32."""
-    if device.type != "cuda":
+    if maps.device.type != "cuda":
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
@@ -323,12 +366,13 @@ def power(n):
     return max(16, triton.next_power_of_2(n))
 
 
-def cast(convolutions, dtype):
-    """The weights in the type of the maps, the input channels innermost in memory."""
+def cast(convolutions, maps):
+    """The weights in the type of the maps, the input channels innermost in memory; TF32 is rounded to as operand() does."""
     weights = [conv.weight.detach().contiguous(memory_format=torch.channels_last) for conv in convolutions]
-    if weights[0].dtype == dtype:
-        return weights
-    out = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    if maps.dtype == torch.float32:
+        rounding = 0x1000 if products(maps) == "tf32" else 0
+        return [w.view(torch.float32) for w in torch._foreach_add([w.view(torch.int32) for w in weights], rounding)]
+    out = [torch.empty_like(weight, dtype=maps.dtype) for weight in weights]
     torch._foreach_copy_(out, weights)  # in one launch
     return out
 
@@ -339,13 +383,12 @@ def forward(maps, mean, rstd, var, layers):
     Returns for each layer what its backward pass needs: z (N, H, W, K), its mean and 1 / std (K,).
     """
     size = Sizes.of(maps, layers)
-    part = maps.new_empty(triton.cdiv(size.P, size.pixels), 2 * size.K, dtype=torch.float32)
     statistics = maps.new_empty(3, len(layers), size.K, dtype=torch.float32)
     b, kept = maps.new_empty(*maps.shape[:3], size.K), []
-    weights = [cast([getattr(layer, name) for layer in layers], maps.dtype) for name in ("conv1", "conv2")]
+    weights = [cast([getattr(layer, name) for layer in layers], maps) for name in ("conv1", "conv2")]
     for layer, w1, w2, *statistics2 in zip(layers, *weights, *statistics, strict=True):
-        z = maps.new_empty(*maps.shape[:3], size.K)
-        forward_layer(maps, (mean, rstd, var), z, b, statistics2, layer, w1, w2, part, size)
+        z = torch.empty_like(b)
+        forward_layer(maps, (mean, rstd, var), z, b, statistics2, layer, w1, w2, size)
         kept.append((z, *statistics2[:2]))
     for name, values in [("running_mean", statistics[0]), ("running_var", statistics[2])]:
         running = [getattr(layer.bn2, name) for layer in layers]
@@ -353,25 +396,28 @@ def forward(maps, mean, rstd, var, layers):
     return kept
 
 
-def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, part, size):
+def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     """Fills z, b and the layer's new maps; statistics of z and of the maps are mean, 1 / std, unbiased variance."""
     P, S, H, W, N, K, UNIT = size
-    bn1, bn2, units, programs, multiply = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, len(part), products(maps.device)
-    first_convolution[(programs,)](
-        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S, units, UNIT, K, power(K), size.pixels, 32, multiply,
-        num_warps=4 if K <= 128 else 8,
+    bn1, bn2, units, multiply = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, products(maps)
+    pixels, channels, warps, stages = size.tile("first_convolution", maps)
+    part = maps.new_empty(triton.cdiv(P, pixels), 2, K, dtype=torch.float32)
+    first_convolution[(len(part),)](
+        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S, units, UNIT, K, power(K), pixels, channels, multiply,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    activation[(triton.cdiv(P, 256),)](
-        z, part, *statistics2, bn2.weight, bn2.bias, b, programs, size.pixels, P, bn2.eps, K, power(K), 256, 128, multiply,
-        num_warps=8,
+    pixels_b = 256 if P >= 2**16 else 128 if P >= 2**14 else 32
+    activation[(triton.cdiv(P, pixels_b),)](
+        z, part, *statistics2, bn2.weight, bn2.bias, b, len(part), pixels, P, bn2.eps, K, power(K), pixels_b, 64, multiply
     )  # fmt: skip
-    second_convolution[(programs,)](
-        b, w2, maps, part, P, S, units, H, W, UNIT, K, N, power(N), size.pixels, 16, multiply,
-        num_warps=4 if size.pixels > 32 else 2,
+    pixels, channels, warps, stages = size.tile("second_convolution", maps)
+    part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
+    second_convolution[(len(part),)](
+        b, w2, maps, part, P, S, units, H, W, UNIT, K, N, power(N), pixels, channels, multiply,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    first = bn1.num_features
     join_statistics[(triton.cdiv(N, 16),)](
-        part, *statistics, programs, size.pixels, P, first, bn1.eps, N, 16, 256, num_warps=8
+        part, *statistics, len(part), pixels, P, bn1.num_features, bn1.eps, N, 16, 256, num_warps=8
     )  # fmt: skip
 
 
@@ -381,47 +427,51 @@ def backward(grads, maps, mean, rstd, moments, layers, kept):
     Returns the gradients of all layers' parameters: gamma1, beta1, W1, gamma2, beta2, W2 of each.
     """
     size = Sizes.of(maps, layers)
-    weights = [cast([getattr(layer, name) for layer in layers], maps.dtype) for name in ("conv1", "conv2")]
-    buffers = maps.new_empty(*maps.shape[:3], size.N), maps.new_empty(*maps.shape[:3], size.K)
+    weights = [cast([getattr(layer, name) for layer in layers], maps) for name in ("conv1", "conv2")]
+    g, dz = maps.new_empty(*maps.shape[:3], size.N), torch.empty_like(kept[0][0])
     parameter_grads = []
     for layer, w1, w2, tensors in reversed([*zip(layers, *weights, kept, strict=True)]):
-        grads2 = backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, buffers, size)
-        grads1 = backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, buffers[1], grads2, size)
+        grads2 = backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, g, dz, size)
+        grads1 = backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size)
         parameter_grads = [*named_grads(grads1, layer.conv1), *named_grads(grads2, layer.conv2), *parameter_grads]
     return parameter_grads
 
 
-def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, buffers, size):
-    """Fills g and dz, the buffers; returns the gradients of W2, beta2, gamma2, one behind the other."""
+def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, g, dz, size):
+    """Fills g and dz; returns the gradients of W2, beta2, gamma2, one behind the other."""
     P, S, H, W, N, K, UNIT = size
-    bn, (z, *statistics), (g, dz) = layer.bn2, tensors, buffers
-    units, pixels, tiles, multiply = layer.bn1.num_features // UNIT, 64, 4 if P >= 2**16 else 1, products(maps.device)
-    new_gradient[(triton.cdiv(P, 64),)](grads, maps, mean, rstd, moments, g, P, S, units, UNIT, N, power(N), 64, multiply)
-    groups, width = triton.cdiv(P, pixels * tiles), 9 * N * K + 2 * K
-    part = maps.new_empty(groups, width, dtype=torch.float32)
-    chunk = power(K) if K <= 64 else 32
-    second_backward[(groups, triton.cdiv(K, chunk))](
-        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, H, W, tiles, K, chunk, N, power(9 * N), pixels, multiply,
-        num_warps=4, num_stages=1,
+    bn, (z, *statistics), units, multiply = layer.bn2, tensors, layer.bn1.num_features // UNIT, products(maps)
+    new_gradient[(triton.cdiv(P, 64),)](
+        grads, maps, mean, rstd, moments, g, P, S, units, UNIT, N, power(N), 64, multiply
     )  # fmt: skip
-    sums = maps.new_empty(width, dtype=torch.float32)
-    join_sums[(triton.cdiv(width, 64),)](part, sums, bn.weight, rstd, moments, groups, width, 0, P, S, False, 32, 64)
-    return sums
+    pixels, channels, warps, stages, turns = size.tile("second_backward", maps)
+    part = maps.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
+    second_backward[(len(part), triton.cdiv(K, channels))](
+        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, H, W, turns, K, channels, N, power(9 * N), pixels, multiply,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return added_up(part, 0, bn, rstd, moments, size, MOMENTS=False)
 
 
 def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size):
     """Adds the layer's part to G and the moments; returns the gradients of W1, beta1, gamma1, one behind the other."""
     P, S, _, _, _, K, UNIT = size
-    bn1, bn2, (z, *statistics) = layer.bn1, layer.bn2, tensors
-    C, pixels = bn1.num_features, 128 if P >= 2**16 else 64 if P >= 2**14 else 32
-    groups, width, splits = triton.cdiv(P, pixels), (K + 2) * C, 1 if P >= 2**14 else 2
-    part = maps.new_empty(groups, width, dtype=torch.float32)
-    first_backward[(groups, splits)](
+    bn1, bn2, (z, *statistics), C = layer.bn1, layer.bn2, tensors, layer.bn1.num_features
+    pixels, channels, warps, stages, turns = size.tile("first_backward", maps)
+    part = maps.new_empty(triton.cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
+    first_backward[(len(part), triton.cdiv(C, channels))](
         dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S,
-        C // UNIT, triton.cdiv(C, 32 * splits), UNIT, K, power(K), pixels, 32, products(maps.device), num_warps=4, num_stages=2,
+        C // UNIT, turns, UNIT, K, power(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    sums = maps.new_empty(width, dtype=torch.float32)
-    join_sums[(triton.cdiv(width, 64),)](part, sums, bn1.weight, rstd, moments, groups, width, K * C, P, S, True, 32, 64)
+    return added_up(part, K * C, bn1, rstd, moments, size, MOMENTS=True)
+
+
+def added_up(part, weights, bn, rstd, moments, size, MOMENTS):
+    """The sum (width,) of the rows of part (groups, width); with MOMENTS, what is behind the weights goes to the moments."""
+    groups, width = part.shape
+    sums = part.new_empty(width)
+    grid = (triton.cdiv(width, 32),)
+    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, size.P, size.S, MOMENTS, 64, 32)
     return sums
 
 
