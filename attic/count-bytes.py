@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Counts the bytes of a training step of our net and of torchvision's, on any machine; prints a Markdown table.
 
-    attic/count-bytes.py                                      kept for the backward pass, and alive at once on a GPU
+    attic/count-bytes.py                                      kept for the backward pass, and alive at once
     attic/count-bytes.py --on-cpu                             the same on a CPU, where --efficient works slice by slice
     attic/count-bytes.py --traffic --bandwidth 900 --rate 30  moved on a GPU, and the time that takes at 900 GB/s, 30 TFLOP/s
 
 Kept bytes are those of all tensors that a forward pass leaves alive; the peak is the largest sum of all tensors alive at once
-during a step. Moved bytes: each operation reads its inputs once and writes its results once; what --efficient compiles on a
-GPU counts as one operation. The floor takes for each launch the longer of both times. The step is that of train.py, in fp32.
+during a step. Moved bytes: each operation reads its inputs once and writes its results once. The floor takes for each launch
+the longer of both times. The step is that of train.py, in fp32; --efficient is counted as PyTorch's own operations compute it,
+not the kernels of kernels.py.
 """
 
 import argparse

