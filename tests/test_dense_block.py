@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 
 import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
@@ -51,6 +50,20 @@ def assert_equal_training(net, images, labels, bound=1e-12):
 def batch(num_images, size):
     images, labels = random_batch(num_images, num_classes=10, seed=1, size=size)
     return images.double(), labels
+
+
+def block_pass(block, images, target):
+    """A block's output and all gradients of its product with the target."""
+    x = images.clone().requires_grad_()
+    out = block(x)
+    (out * target).sum().backward()
+    return [out, x.grad, *(parameter.grad for parameter in block.parameters())]
+
+
+def distance(ours, theirs):
+    """The root of the squared relative errors of all tensors, each in the Euclidean norm, added up."""
+    pairs = zip(ours, theirs, strict=True)
+    return sum((a.double() - b).square().sum() / b.square().sum() for a, b in pairs).sqrt()
 
 
 @pytest.mark.parametrize(
@@ -118,12 +131,8 @@ def test_blocks_of_any_shape(bottleneck, channels, growth_rate, num_layers, shap
     num_images, height, width = shape
     images = torch.randn(num_images, channels, height, width, dtype=torch.float64)
     target = torch.randn(num_images, channels + num_layers * growth_rate, height, width, dtype=torch.float64)
-    gradients = []
-    for block in (plain, efficient):
-        x = images.clone().requires_grad_()
-        out = block(x)
-        gradients.append([out, *torch.autograd.grad((out * target).sum(), [x, *block.parameters()]), *block.buffers()])
-    for theirs, ours in zip(*gradients, strict=True):
+    results = [[*block_pass(block, images, target), *block.buffers()] for block in (plain, efficient)]
+    for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -145,20 +154,28 @@ def test_twenty_optimiser_steps_stay_equal(arguments):
 # ------------------------------------------------------------------------------------------------------ ways to use it
 
 
-@pytest.mark.parametrize("arguments", [BC, PLAIN])
-def test_autocast_rounds_no_worse_than_the_plain_modules(arguments):
-    """Distance to float64 of the gradients in bf16, over the whole net: at most a half more than that of the plain modules."""
-    net = random_net(arguments)
-    images, labels = batch(16, 16)
-    exact = training_pass(copy.deepcopy(net), images, labels)
+@pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
+@pytest.mark.parametrize("mean", [0, 10])
+def test_autocast_rounds_no_worse_than_the_plain_modules(layer, mean):
+    """Outputs and gradients in bf16 are at most 1.3 times as far from float64 as those of the plain modules.
+
+    Of one block: a whole net is so far off that a worse rounding does not show. The input's mean makes the shift of its batch
+    norm large: rounded to bf16, that alone would double the distance.
+    """
+    torch.manual_seed(0)
+    plain = randomize(DenseBlock(layer, 3, 10, 5, 0.0, efficient=False), seed=0).to(memory_format=torch.channels_last)
+    images, target = (torch.randn(8, channels, 16, 16) for channels in (10, 25))
+    images = (images + mean).bfloat16()
+    exact = block_pass(copy.deepcopy(plain).double(), images.double(), target)
+    efficient = copy.deepcopy(plain)
+    efficient.efficient = True
     distances = []
-    for each in (net.float(), efficient_twin(net.float())):
-        rounded = training_pass(each, images.float(), labels, torch.autocast("cpu", torch.bfloat16))
-        assert all(value.dtype == torch.float32 for name, value in rounded.items() if name.startswith("grad/"))
-        distances.append(
-            sum((rounded[name] - exact[name]).square().sum() / exact[name].square().sum() for name in exact).sqrt()
-        )
-    assert distances[1] < 1.5 * distances[0]
+    for block in (plain, efficient):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = block_pass(block, images, target)
+        assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
+        distances.append(distance(rounded, exact))
+    assert distances[1] < 1.3 * distances[0]
 
 
 def test_frozen_parameters_and_an_input_without_gradient():
@@ -202,42 +219,11 @@ def test_inside_torch_compile():
         assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
 
 
-def test_the_path_of_a_gpu_is_right(monkeypatch):
-    """The whole batch at once, each activation computed a third time in accumulate."""
+def test_the_path_of_a_gpu_without_kernels_is_right(monkeypatch):
+    """The whole batch at once, in tensors that PyTorch allocates."""
     monkeypatch.setattr(dense_block, "slices", lambda maps, scratch: [(slice(None), [None] * scratch)])
     for arguments in (BC, PLAIN):
         assert_equal_training(random_net(arguments), *batch(3, 16))
-
-
-@torch._inductor.config.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 1})  # else programs that try each are compiled first
-def test_what_is_compiled_for_a_gpu_equals_the_eager_functions():
-    """By the CPU's compiler; for each function one graph serves blocks of different widths and images."""
-    torch._dynamo.reset()
-    counters.clear()
-    for shape, channels in [((3, 8, 6), 9), ((2, 7, 5), 14)]:
-        torch.manual_seed(0)
-        x, grads = torch.randn(2, *shape, channels + 4, dtype=torch.float64)[..., :channels]  # as the maps of an early layer
-        da = torch.randn(*shape, channels, dtype=torch.float64)
-        mean, rstd, gamma, beta = (torch.rand(channels, dtype=torch.float64) for _ in range(4))
-        moments, running = torch.rand(2, 2, channels, dtype=torch.float64)
-        for function, arguments in [
-            (dense_block.activate, (x, mean, rstd, gamma, beta)),
-            (dense_block.accumulate, (da, None, x, mean, rstd, gamma, beta, grads)),
-            (dense_block.through_statistics, (grads, x, mean, rstd, moments)),
-            (dense_block.batch_norm_relu, (da, gamma, beta, *running, 0.1, 1e-5)),
-            (
-                dense_block.batch_norm_relu_backward,
-                (da, dense_block.activate(da, mean, rstd, gamma, beta), da, mean, rstd, gamma, 1e-5),
-            ),
-        ]:
-            written = grads, running
-            before = [tensor.clone() for tensor in written]
-            expected = function(*arguments), [tensor.clone() for tensor in written]
-            for tensor, value in zip(written, before, strict=True):
-                tensor.copy_(value)
-            result = dense_block.compiled(function)(*arguments), list(written)
-            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
-    assert counters["stats"]["unique_graphs"] == 5
 
 
 def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
