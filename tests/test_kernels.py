@@ -1,0 +1,250 @@
+"""The Triton kernels equal the plain modules: interpreted on a CPU, compiled where there is a GPU.
+
+Triton 3.8 interprets products in bf16 wrongly, as products of integers: bf16 is for the GPU.
+"""
+
+import contextlib
+import copy
+import os
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+import torch.nn as nn
+from forked import Forked
+from test_dense_block import distance
+
+import dense_block
+from attic.comparison import random_batch, randomize, relative_error, training_pass
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
+
+triton = pytest.importorskip("triton", reason="Triton is not there")
+
+
+def version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Starts processes in which Triton is imported to interpret its kernels."""
+    if version(triton) < (3, 8) and version(numpy) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.8 needs NumPy before 2.4")
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        server = Forked()
+    yield server.start
+    server.stop()
+
+
+@pytest.fixture
+def interpreted(interpreter):
+    """Calls a function of this file in such a process; its assertions have to hold there."""
+
+    def call(check, *arguments):
+        code = f"import sys; sys.path.append('tests'); import test_kernels; test_kernels.{check.__name__}{arguments!r}"
+        done = interpreter(["-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}).wait()
+        assert done.returncode == 0, done.stderr
+
+    return call
+
+
+def block_and_batch(growth_rate, channels, shape, layers=2, device="cpu"):
+    """A block of bottlenecks, images, and what its output is multiplied by for a gradient."""
+    torch.manual_seed(0)
+    block = randomize(DenseBlock(Bottleneck, layers, channels, growth_rate, 0.0, efficient=False), seed=0)
+    images, target = (torch.randn(shape[0], n, *shape[1:]) for n in (channels, channels + layers * growth_rate))
+    return block.to(device, memory_format=torch.channels_last), images.to(device), target.to(device)
+
+
+def efficient_twin(block):
+    twin = copy.deepcopy(block)
+    twin.efficient = True
+    return twin
+
+
+def block_pass(block, images, target):
+    """New maps, all gradients and running statistics of a pass of training, by name."""
+    x = images.clone().requires_grad_()
+    out = block(x)
+    (out * target).sum().backward()
+    gradients = {f"grad/{name}": parameter.grad for name, parameter in block.named_parameters()}
+    buffers = {name: buffer for name, buffer in block.named_buffers() if buffer.is_floating_point()}
+    return {"new maps": out[:, images.shape[1] :].detach(), "grad/images": x.grad, **gradients, **buffers}
+
+
+def exact_pass(block, images, target):
+    """In float64, without what is 0: with steady ReLUs, the gradient of a beta before a convolution and a batch norm."""
+    exact = block_pass(copy.deepcopy(block).double(), images.double(), target.double())
+    return {name: values for name, values in exact.items() if values.abs().max() > 1e-9}
+
+
+def kernels_of(block, images):
+    """The module whose kernels compute the block for these images, None if none do."""
+    return dense_block.fitting_kernels(images, list(block))
+
+
+def steady(block):
+    """Each ReLU far from its edge, half of them open: what rounding moves across the edge would hide all else."""
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data = torch.where(torch.arange(len(module.bias), device=module.bias.device) % 2 == 0, 8.0, -8.0)
+    return block
+
+
+# ------------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    ("growth_rate", "channels", "shape"), [(8, 10, (3, 7, 5)), (12, 24, (2, 8, 8)), (24, 10, (2, 4, 6)), (5, 7, (1, 3, 9))]
+)
+def test_maps_statistics_and_gradients_are_those_of_the_plain_modules(interpreted, growth_rate, channels, shape):
+    interpreted(check_float32, growth_rate, channels, shape)
+
+
+def check_float32(growth_rate, channels, shape):
+    block, images, target = block_and_batch(growth_rate, channels, shape)
+    assert kernels_of(block, images)
+    exact, ours = exact_pass(block, images, target), block_pass(efficient_twin(block), images, target)
+    assert exact.keys() == ours.keys()
+    for name, values in exact.items():
+        assert relative_error(ours[name], values) < 3e-6, (name, relative_error(ours[name], values))
+
+
+def test_a_mean_large_against_the_deviation(interpreted):
+    interpreted(check_large_mean)
+
+
+def check_large_mean():
+    """No tensor is more than three times as far from float64 as that of the plain modules in float32, and 2e-6."""
+    block, images, target = block_and_batch(8, 10, (3, 7, 5))
+    steady(block)
+    images += 1000
+    exact = exact_pass(block, images, target)
+    plain, ours = (block_pass(each, images, target) for each in (copy.deepcopy(block), efficient_twin(block)))
+    for name, values in exact.items():
+        errors = [relative_error(each[name], values) for each in (plain, ours)]
+        assert errors[1] < 3 * errors[0] + 2e-6, (name, errors)
+
+
+def test_half_precision(interpreted):
+    interpreted(check_rounding, "float16", 8, 10, (3, 7, 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "growth_rate", "channels", "shape"),
+    [
+        ("bfloat16", 12, 24, (65, 32, 32)),
+        ("bfloat16", 24, 10, (17, 32, 32)),
+        ("bfloat16", 40, 80, (2, 8, 8)),
+        ("float16", 12, 24, (3, 7, 5)),
+        ("float32", 12, 24, (17, 32, 32)),
+        ("tf32", 12, 24, (65, 32, 32)),
+    ],
+)
+def test_every_precision_of_a_gpu(precision, growth_rate, channels, shape, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
+    check_rounding(precision, growth_rate, channels, shape, "cuda")
+
+
+def check_rounding(precision, growth_rate, channels, shape, device="cpu"):
+    """In all, at most 1.3 times as far from float64 as the plain modules, and 1e-5; the images' mean is not 0."""
+    block, images, target = block_and_batch(growth_rate, channels, shape, device=device)
+    dtype = getattr(torch, precision, torch.float32)
+    images = (images + 10).to(dtype)
+    exact = exact_pass(steady(block), images, target)
+    plain, ours = (rounded_pass(each, images, target) for each in (copy.deepcopy(block), efficient_twin(block)))
+    assert kernels_of(block, images)
+    distances = [distance([each[name] for name in exact], exact.values()) for each in (plain, ours)]
+    assert distances[1] < 1.3 * distances[0] + 1e-5, distances
+
+
+def rounded_pass(block, images, target):
+    """With the convolutions in the type of the images."""
+    half = images.dtype != torch.float32
+    with torch.autocast(images.device.type, images.dtype) if half else contextlib.nullcontext():
+        return block_pass(block, images, target)
+
+
+def test_a_whole_net(interpreted):
+    interpreted(check_net)
+
+
+def check_net():
+    torch.manual_seed(0)
+    plain = randomize(DenseNet(depth=10, growth_rate=8), seed=0)
+    net = DenseNet(depth=10, growth_rate=8, efficient=True).to(memory_format=torch.channels_last)
+    net.load_state_dict(plain.state_dict())
+    images, labels = random_batch(2, num_classes=10, seed=1, size=8)
+    exact = training_pass(plain.double(), images.double(), labels) | dict(plain.named_buffers())
+    import kernels
+
+    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as forward:
+        ours = training_pass(net, images, labels) | dict(net.named_buffers())
+    assert forward.call_count == 3
+    for name, values in exact.items():
+        assert torch.equal(ours[name], values) or relative_error(ours[name], values) < 1e-5, name
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_the_same_bits_whatever_the_memory_held_before(interpreted):
+    interpreted(check_bits)
+
+
+def check_bits():
+    block, images, target = block_and_batch(12, 10, (2, 5, 6))
+    first, second = (block_pass(efficient_twin(block), images, target) for _ in range(2))
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    assert images.new_empty(2, 3).isnan().all()
+    third = block_pass(efficient_twin(block), images, target)
+    for name, values in first.items():
+        assert values.isfinite().all(), name
+        assert torch.equal(second[name], values), name
+        assert torch.equal(third[name], values), name
+
+
+# ------------------------------------------------------------------------------------------------------ what they are for
+
+
+def test_what_the_kernels_do_not_compute_goes_without_them(interpreted):
+    interpreted(check_unfit)
+
+
+def check_unfit():
+    block, images, _ = block_and_batch(4, 6, (2, 4, 4))
+    assert kernels_of(block, images)
+    assert kernels_of(block, images.half())
+    for name, other in unfit_blocks().items():
+        dtype = next(other.parameters()).dtype
+        images = torch.randn(2, 6, 4, 4, dtype=dtype)
+        assert kernels_of(other, images) is None, name
+        results = []
+        for each in (copy.deepcopy(other), efficient_twin(other)):
+            torch.manual_seed(5)  # of dropout
+            results.append(block_pass(each, images, 1.0))
+        for tensor, values in results[0].items():
+            assert relative_error(results[1][tensor], values) < 1e-5, (name, tensor)
+
+
+def unfit_blocks():
+    """Blocks of 6 channels that the kernels do not compute."""
+    blocks = {
+        "dropout": DenseBlock(Bottleneck, 2, 6, 4, 0.3, efficient=False),
+        "a plain net": DenseBlock(SingleLayer, 2, 6, 4, 0.0, efficient=False),
+        "a growth rate too large": DenseBlock(Bottleneck, 2, 6, 57, 0.0, efficient=False),
+        "float64": DenseBlock(Bottleneck, 2, 6, 4, 0.0, efficient=False).double(),
+        "no momentum": DenseBlock(Bottleneck, 2, 6, 4, 0.0, efficient=False),
+    }
+    blocks["no momentum"][1].bn2.momentum = None
+    return {name: randomize(block, seed=0).to(memory_format=torch.channels_last) for name, block in blocks.items()}
+
+
+def test_offsets_of_32_bits_are_enough():
+    import kernels
+
+    layers = list(DenseBlock(Bottleneck, 2, 6, 5, 0.0, efficient=False))  # 16 channels
+    assert kernels.fit(torch.empty(2**17 - 1, 6, 32, 32, device="meta"), layers)
+    assert not kernels.fit(torch.empty(2**17, 6, 32, 32, device="meta"), layers)
