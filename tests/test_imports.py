@@ -1,7 +1,8 @@
-"""Which file imports which: programs import no program, modules import in no circle, the model needs torch alone."""
+"""Which file imports which: programs import no program, modules import in no circle, the model needs little."""
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 
@@ -41,9 +42,23 @@ def test_no_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_the_model_needs_torch_alone():
-    needed = imports(ROOT / "densenet.py") | imports(ROOT / "dense_block.py")
-    assert needed - sys.stdlib_module_names == {"torch", "dense_block"}
+def test_the_model_needs_torch_and_its_kernels_triton():
+    needed = {name: imports(ROOT / f"{name}.py") - sys.stdlib_module_names for name in ("densenet", "dense_block", "kernels")}
+    assert needed == {"densenet": {"torch", "dense_block"}, "dense_block": {"torch", "kernels"}, "kernels": {"torch", "triton"}}
+
+
+def test_without_a_gpu_the_kernels_are_not_imported():
+    """Nor Triton, which is not there in this process."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, densenet
+densenet.DenseNet(depth=10, efficient=True)(torch.zeros(2, 3, 8, 8)).sum().backward()
+print("kernels" in sys.modules)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_plot_needs_pandas_and_matplotlib_alone():
