@@ -4,9 +4,10 @@
     attic/compile-kernels.py                             all launches of DenseNet-BC, L=100, k=12, 24 and 40, batches of 64
     attic/compile-kernels.py --growth-rate 12 --capability 90 --types bf16
 
-For each kernel: registers a thread, shared memory of a program, bytes spilled from registers to memory, which matrix
-instructions it has, and how many bits its loads from global memory have. Exit status 1 if a kernel spills on capability 9.0, or
-on 8.0 with k=12, or if one multiplies matrices without matrix instructions.
+For each launch: registers of a thread, shared memory of a program, bytes of a thread's values that spill from its registers to
+memory, instructions that multiply matrices, and the loads from global memory by their bits. Exit status 1 if one is wrong: it
+needs more shared memory than the GPU has, it spills (which it may below capability 9.0 with k > 12), or it multiplies matrices
+without such instructions.
 """
 
 import argparse
@@ -22,67 +23,115 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-os.environ.pop("TRITON_INTERPRET", None)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-import kernels
-from densenet import DenseNet
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # what is interpreted is not compiled
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    import kernels
+except ImportError:
+    triton = None
+
+from densenet import ArgumentError, DenseNet
+from endings import Refused, at_least, worded
+
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+MULTIPLIED = {"tf32": "tf32", "fp32": "tf32x3"}  # what kernels.products says on a GPU; nothing that matters of the others
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-PRODUCTS = ("first_convolution", "second_convolution", "first_backward", "second_backward")
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a program may have, by capability
+PRODUCTS = ("first_convolution", "second_convolution", "first_backward", "second_backward")  # they multiply matrices
+COLUMNS = (
+    "k | type | capability | kernel | tile | warps | stages | registers | shared, KB | spilled | products | loads | verdict"
+)
 
 
 def main():
-    args = build_parser().parse_args()
-    cases = [*itertools.product(args.growth_rate, args.types, args.capability)]
-    jobs = [(*case, launch) for case in cases for launch in launches(case[0], case[1], args.depth, args.batch_size)]
-    print(f"Triton {triton.__version__}, L={args.depth}, batches of {args.batch_size}\n")
-    print("| k | type | capability | kernel | tile | warps | registers | shared, KB | spilled | products | loads, bits |")
-    print("|" + " --- |" * 11)
-    with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
-        right = [*pool.map(report, jobs)]
-    print(f"\n{'no kernel spills' if all(right) else 'a kernel SPILLS or does without matrix instructions'}")
-    sys.exit(not all(right))
+    parser = build_parser()
+    args = parser.parse_args()
+    with worded(parser, f"{args.processes or 'all'} processes", "fewer --processes"):
+        if triton is None:
+            raise Refused("Triton is not there, or not for Nvidia's GPUs: pip install triton")
+        cases = compile_all(args)
+        wrong = sum(faults(growth_rate, *case) != "" for growth_rate, _, *case in cases)
+        print(f"\n{f'{wrong} of {len(cases)} launches are WRONG' if wrong else 'every launch is right'}")
+        sys.exit(wrong > 0)
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth-rate", type=int, nargs="+", default=[12, 24, 40], help="(12 24 40)")
-    parser.add_argument("--depth", type=int, default=100, help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="compute capability times ten (80 90)")
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=["bf16", "tf32", "fp32"], help="(bf16 tf32 fp32)")
-    parser.add_argument("--processes", type=int, help="that compile at the same time (one for each CPU)")
+    add = parser.add_argument
+    add("--growth-rate", type=at_least(1, high=56), nargs="+", metavar="K", default=[12, 24, 40], help="(12 24 40)")
+    add("--depth", type=int, default=100, help="(%(default)s)")
+    add("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
+    known = f"of {', '.join(map(str, SHARED))}, ten times the GPU's (80 90)"
+    add("--capability", type=int, choices=SHARED, nargs="+", metavar="N", default=[80, 90], help=known)
+    add("--types", nargs="+", choices=TYPES, metavar="TYPE", default=["bf16", "tf32", "fp32"], help=f"of {', '.join(TYPES)}")
+    add("--processes", type=at_least(1), metavar="N", help="that compile at the same time (one for each CPU)")
     return parser
+
+
+def compile_all(args):
+    """Prints the table; returns its cases, (k, type, capability, launch, machine code)."""
+    sides = itertools.product(args.growth_rate, args.types, args.capability)
+    jobs = [(*side, launch) for side in sides for launch in launches(*side[:2], args.depth, args.batch_size)]
+    print(f"Triton {triton.__version__}, L={args.depth}, batches of {args.batch_size}\n")
+    print(f"| {COLUMNS} |\n|{' --- |' * (COLUMNS.count('|') + 1)}")
+    cases = []
+    with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
+        for job, code in zip(jobs, pool.map(machine_code, *[*zip(*jobs, strict=True)][2:]), strict=True):
+            cases.append((*job, code))
+            print("|", " | ".join(cells(*cases[-1])), "|", flush=True)
+    return cases
+
+
+def cells(growth_rate, type_name, capability, launch, code):
+    """A line of the table."""
+    tile = " ".join(f"{name}={value}" for name, value in launch.constants if name not in ("PRODUCTS", "UNIT"))
+    loads = ", ".join(f"{n} x {bits}" for bits, n in sorted(code.loads.items(), reverse=True))
+    wrong = faults(growth_rate, capability, launch, code)
+    described = growth_rate, type_name, capability, launch.name, tile, launch.warps, launch.stages
+    became = code.registers, f"{code.shared / 1024:.0f}", code.spilled, code.products or "none", loads
+    return [*map(str, described), *map(str, became), f"WRONG: {wrong}" if wrong else "right"]
+
+
+def faults(growth_rate, capability, launch, code):
+    """What is wrong with a launch, in words."""
+    found = {
+        "too much shared memory": code.shared > SHARED[capability] * 1024,
+        "spills": code.spilled > 0 and (capability >= 90 or growth_rate <= 12),
+        "no matrix instructions": launch.name in PRODUCTS and not code.products,
+    }
+    return ", ".join(name for name, present in found.items() if present)
 
 
 # ----------------------------------------------------------------------------------------------------------- the launches
 
 
 class Launch(NamedTuple):
-    """What the compiler is told: (argument, type) of all, (index, value) of constants, the indices of multiples of 16."""
+    """What the compiler is told of a kernel."""
 
     name: str
-    types: tuple
-    constants: tuple
-    aligned: tuple
+    types: tuple  # (argument, type) of all
+    constants: tuple  # (argument, value)
+    aligned: tuple  # the indices of multiples of 16: pointers and numbers
     warps: int
     stages: int
 
 
 def launches(growth_rate, type_name, depth, batch_size):
     """The different launches of a training pass of the net's blocks."""
-    with torch.device("meta"):
-        net = DenseNet(growth_rate=growth_rate, depth=depth).to(memory_format=torch.channels_last)
+    try:
+        with torch.device("meta"):
+            net = DenseNet(growth_rate=growth_rate, depth=depth).to(memory_format=torch.channels_last)
+    except ArgumentError as error:
+        raise Refused(str(error)) from error
     found = {}  # as a set in order
     recorders = {name: Recorder(getattr(kernels, name), found) for name in kernel_names()}
-    with mock.patch.multiple(kernels, **recorders, products=lambda device: {"tf32": "tf32", "fp32": "tf32x3"}.get(type_name, "tf32")):
+    with mock.patch.multiple(kernels, **recorders, products=lambda maps: MULTIPLIED.get(type_name, "tf32")):
         for i, block in enumerate((net.dense1, net.dense2, net.dense3)):
             train(block, batch_size, 32 >> i, TYPES[type_name])
     return [*found]
@@ -98,14 +147,16 @@ def train(block, batch_size, size, dtype):
     """Both passes of kernels.py over a block, on the meta device, which has shapes and no numbers."""
     layers = list(block)
     channels = kernels.channels(layers)
-    maps, grads = torch.empty(2, batch_size, size, size, -(-channels // 16) * 16, dtype=dtype, device="meta")[..., :channels]
-    mean, rstd, var, *moments = torch.empty(5, maps.stride(2), device="meta")
+    shape = batch_size, size, size, -(-channels // 16) * 16
+    maps, grads = (torch.empty(shape, dtype=dtype, device="meta")[..., :channels] for _ in range(2))
+    mean, rstd, var = torch.empty(3, shape[-1], device="meta")
+    moments = torch.empty(2, shape[-1], device="meta")
     kept = kernels.forward(maps, mean, rstd, var, layers)
-    kernels.backward(grads, maps, mean, rstd, torch.stack(moments), layers, kept)
+    kernels.backward(grads, maps, mean, rstd, moments, layers, kept)
 
 
 class Recorder:
-    """In the place of a kernel: notes how it is launched."""
+    """In the place of a kernel: notes how it is launched; memory is taken to begin at a multiple of 16, as on a GPU."""
 
     def __init__(self, kernel, found):
         self.kernel, self.found = kernel, found
@@ -114,70 +165,80 @@ class Recorder:
         return self.note
 
     def note(self, *arguments, num_warps=4, num_stages=3):
-        types, constants, aligned = [], [], []
-        for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=True)):
-            if parameter.is_constexpr:
-                types.append((parameter.name, "constexpr"))
-                constants.append((i, value))
-            elif isinstance(value, torch.Tensor):
-                types.append((parameter.name, POINTERS[value.dtype]))
-                aligned.append(i)
-            else:
-                types.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
-                aligned += [i] * (type(value) is int and value % 16 == 0 and not parameter.do_not_specialize)
-        self.found[Launch(self.kernel.__name__, tuple(types), tuple(constants), tuple(aligned), num_warps, num_stages)] = None
+        given = [*zip(self.kernel.params, arguments, strict=True)]
+        types = tuple((parameter.name, type_of(parameter, value)) for parameter, value in given)
+        constants = tuple((parameter.name, value) for parameter, value in given if parameter.is_constexpr)
+        aligned = tuple(i for i, (parameter, value) in enumerate(given) if is_aligned(parameter, value))
+        self.found[Launch(self.kernel.__name__, types, constants, aligned, num_warps, num_stages)] = None
+
+
+def type_of(parameter, value):
+    if parameter.is_constexpr:
+        return "constexpr"
+    return POINTERS[value.dtype] if torch.is_tensor(value) else {int: "i32", float: "fp32"}[type(value)]
+
+
+def is_aligned(parameter, value):
+    """Whether Triton compiles for a multiple of 16 bytes, or of 16."""
+    if torch.is_tensor(value):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return type(value) is int and value % 16 == 0 and not (parameter.is_constexpr or parameter.do_not_specialize)
 
 
 # --------------------------------------------------------------------------------------------------------- the machine code
 
 
-def report(job):
-    """Prints a line of the table; returns whether the kernel is as it should be."""
-    growth_rate, type_name, capability, launch = job
+class Code(NamedTuple):
+    """What became of a launch."""
+
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread
+    shared: int  # bytes of a program
+    products: str  # the instructions that multiply matrices
+    loads: dict  # {bits: number of loads}
+
+
+def machine_code(capability, launch):
+    """The Code of a launch."""
     cubin, shared = compiled(launch, capability)
-    usage, code = tool("cuobjdump", cubin, "--dump-resource-usage"), tool("nvdisasm", cubin, "-c")
-    registers = re.search(r"REG:(\d+)", usage)[1]
-    counts = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE))
-    spilled = sum(n for name, n in counts.items() if name.startswith(("LDL", "STL")))
-    products = sorted({name.split(".")[0] for name in counts if re.match("[HQ]G?MMA", name)})
-    widths = collections.Counter()
+    usage, listing = tool("cuobjdump", cubin, "--dump-resource-usage"), tool("nvdisasm", cubin, "-c")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # there is nothing else on it
+    counts = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", listing, re.MULTILINE))
+    products = sorted({name.split(".")[0] for name in counts if re.match("(UTC)?[HQ]G?MMA", name)})
+    return Code(registers, stack, shared, " ".join(products), loads_of(counts))
+
+
+def loads_of(counts):
+    """{bits: number of loads from global memory} from the numbers of instructions."""
+    loads = collections.Counter()
     for name, n in counts.items():
-        if re.match(r"LDG(STS)?\b", name) and "DEPBAR" not in name:
-            widths[width(name)] += n
-    constants = dict(launch.constants)
-    tile = " ".join(
-        f"{launch.types[i][0]}={value}" for i, value in constants.items() if launch.types[i][0] not in ("PRODUCTS", "UNIT")
-    )
-    loads = ", ".join(f"{n} x {bits}" for bits, n in sorted(widths.items(), reverse=True))
-    cells = [growth_rate, type_name, capability, launch.name, tile, launch.warps, registers, f"{shared / 1024:.0f}", spilled]
-    print("|", " | ".join(map(str, [*cells, " ".join(products) or "none", loads])), "|", flush=True)
-    return (spilled == 0 or (capability < 90 and growth_rate > 12)) and (
-        launch.name not in PRODUCTS or bool(products) or type_name == "fp32"
-    )
-
-
-def width(instruction):
-    found = re.search(r"\.(U8|S8|U16|S16|64|128)(?=\.|$)", instruction.replace("LTC128B", "").replace("LTC64B", ""))
-    return int(re.sub(r"\D", "", found[1])) if found else 32
+        if re.match(r"LDG(STS)?\b", name):
+            bits = re.search(r"\.[US]?(8|16|64|128)(?=\.|$)", name)
+            loads[int(bits[1]) if bits else 32] += n
+    return dict(loads)
 
 
 def compiled(launch, capability):
     """(machine code, bytes of shared memory)."""
+    index = {name: i for i, (name, _) in enumerate(launch.types)}
     source = ASTSource(
         fn=getattr(kernels, launch.name),
         signature=dict(launch.types),
-        constexprs={(i,): value for i, value in launch.constants},
+        constexprs={(index[name],): value for name, value in launch.constants},
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
     )
-    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps, "num_stages": launch.stages})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return done.asm["cubin"], done.metadata.shared
 
 
 def tool(name, cubin, *flags):
+    """What a tool of Triton's prints of the machine code."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([TOOLS / name, *flags, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

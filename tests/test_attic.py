@@ -1,5 +1,7 @@
 """The proofs of attic/ hold, and they would have noticed the bug that pytorch/pytorch#708 fixed: it is planted here."""
 
+import collections
+import concurrent.futures
 import copy
 import functools
 import importlib.util
@@ -102,6 +104,63 @@ def test_kernels_of_this_machine(call_main):
 def test_kernels_of_a_net_that_cannot_be_checked(call_main, flags, message):
     status, _, errors = call_main(script("check-kernels"), *flags)
     assert (status, errors.splitlines()[-1].endswith(message)) == (2, True)
+
+
+COMPILED = ["--growth-rate", 12, "--capability", 90, "--types", "bf16"]
+
+
+def launches(out):
+    """The lines of the table of compile-kernels.py, each {column: cell}."""
+    header, _, *rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_kernels_of_the_dense_block_are_compiled_without_a_gpu(run_script, tmp_path):
+    """For an H100: none spills, and those that multiply matrices do so on its Tensor Cores."""
+    pytest.importorskip("triton", reason="Triton is not there")
+    done = run_script("attic/compile-kernels.py", *COMPILED, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    products = collections.defaultdict(set)
+    for launch in launches(done.stdout):
+        assert (launch["spilled"], launch["verdict"]) == ("0", "right")
+        products[launch["kernel"]].update(launch["products"].split())
+    multiply = {"first_convolution", "second_convolution", "first_backward", "second_backward"}
+    assert products.keys() == {*script("compile-kernels").kernel_names()} > multiply
+    assert {name for name, instructions in products.items() if "HGMMA" in instructions} == multiply
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "right"),
+        ({"spilled": 8}, "WRONG: spills"),
+        ({"products": ""}, "WRONG: no matrix instructions"),
+        ({"shared": 228 * 1024}, "WRONG: too much shared memory"),
+    ],
+)
+def test_a_kernel_that_is_compiled_badly_is_found(call_main, monkeypatch, changed, verdict):
+    pytest.importorskip("triton", reason="Triton is not there")
+    compile_kernels = script("compile-kernels")
+
+    def machine_code(capability, launch):
+        good = dict(registers=100, spilled=0, shared=227 * 1024, products="HGMMA", loads={128: 4})
+        return compile_kernels.Code(**good | (changed if launch.name == "first_backward" else {}))
+
+    monkeypatch.setattr(compile_kernels, "machine_code", machine_code)
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    status, out, errors = call_main(compile_kernels, *COMPILED, "--depth", 10)
+    assert status == (verdict != "right"), errors
+    verdicts = {launch["kernel"]: launch["verdict"] for launch in launches(out)}
+    assert verdicts.pop("first_backward") == verdict
+    assert set(verdicts.values()) == {"right"}
+
+
+def test_kernels_are_not_compiled_without_triton(call_main, monkeypatch):
+    compile_kernels = script("compile-kernels")
+    monkeypatch.setattr(compile_kernels, "triton", None)
+    status, out, errors = call_main(compile_kernels)
+    assert (status, out) == (2, "")
+    assert errors.splitlines()[-1].endswith("pip install triton")
 
 
 # ---------------------------------------------------------------------------------------------- comparison of the speed
