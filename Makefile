@@ -24,7 +24,7 @@ test-faults: .venv/requirements-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m faults
 
 test-gpu: .venv/requirements-test
-	@.venv/bin/python -m pytest -m gpu
+	@.venv/bin/python -m pytest -n 6 -m gpu
 
 lint: .venv/requirements-test
 	.venv/bin/ruff check .

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Images per second and memory of train.py's own training step, plain, --efficient and compiled; prints a Markdown table.
+"""Images per second and memory of train.py's own training step, plain, --efficient, captured and compiled, as a Markdown table.
 
-    ./bench.py                                         DenseNet-BC, L=100, k=12, batches of 64, in fp32
+    ./bench.py                                         DenseNet-BC, L=100, k=12, batches of 64
     ./bench.py --no-bottleneck --depth 40 --opt adam   the flags of train.py that make a step are taken
 
 Each variant is a process of its own. They take turns, round by round, on augmented batches of random images. A number is the
@@ -33,7 +33,7 @@ from distributed import World
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from step import TrainingStep
 
-VARIANTS = ("plain", "efficient", "plain-compiled", "efficient-compiled")
+VARIANTS = ("plain", "efficient", "plain-captured", "efficient-captured", "plain-compiled", "efficient-compiled")
 REMEDY = "a smaller --batch-size, a smaller net (--depth, --growth-rate) or fewer variants (--only)"  # if memory runs out
 
 
@@ -42,7 +42,7 @@ def main():
     args = flags.parse_args(parser)
     with endings.worded(parser, f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}", REMEDY):
         device = check_measurement(args)
-        names = args.only or [n for n in VARIANTS if device.type == "cuda" or not n.endswith("-compiled")]
+        names = args.only or [n for n in VARIANTS if device.type == "cuda" or not n.endswith("ed")]
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)
         print(*table(results, args, device), sep="\n")
         if args.json:
@@ -70,9 +70,10 @@ def check_measurement(args):
     """Validates args; returns the device."""
     device = choose_device(args.device)
     args.steps = args.steps or (2 if device.type == "cpu" else 10)
+    if args.efficient or args.capture:
+        flag = "--efficient" if args.efficient else "--capture"
+        raise endings.Refused(f"{flag} is what variants differ in: choose them with --only")
     flags.refuse_contradictions(args, device)
-    if args.efficient:
-        raise endings.Refused("--efficient is what variants differ in: choose them with --only")
     if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
         raise endings.Refused(f"--json {args.json} cannot be written: name a file in an existing, writable folder")
     return device
@@ -80,7 +81,8 @@ def check_measurement(args):
 
 def variant_arguments(name, args):
     compiled = args.compile if name.endswith("-compiled") else None
-    return argparse.Namespace(**vars(args) | {"efficient": name.startswith("efficient"), "compile": compiled})
+    ways = {"efficient": name.startswith("efficient"), "capture": name.endswith("-captured"), "compile": compiled}
+    return argparse.Namespace(**vars(args) | ways)
 
 
 def make_step(args, device, make=flags.make_net):
@@ -110,7 +112,7 @@ def measure(factories, args, device):
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(name, factory, device)) for name, factory in factories.items()]
         for group in [[each] for each in workers] if device.type == "cpu" else [workers]:  # a CPU's cores would be shared
-            take_steps(group, 3)  # of a CUDA graph, the first compiles, the second records, the third replays
+            take_steps(group, 5)  # in them kernels are compiled and graphs captured
         answers = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     return {n: {"ms_a_step": [each[i][0] for each in answers], "memory_gb": answers[-1][i][1]} for i, n in enumerate(factories)}
 

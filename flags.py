@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from data import IMAGE_SIZE, SOURCES
+from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
 from endings import MAX_VALUE, Refused, at_least, named
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
 MAX_SIZE = 10**4  # allowed value of what makes a net's size
-CAPTURE = False  # the default of --capture where it is possible: no, until it has been measured
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
@@ -38,7 +38,7 @@ def add_model_flags(group, depth=100):
     add("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
     add("--drop-rate", type=at_least(0, float), help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    add("--efficient", action=switch, default=False, help="dense blocks in linear memory (no)")
+    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with the kernels that are fast there)")
 
 
 def add_optimisation_flags(group):
@@ -60,7 +60,7 @@ def add_machine_flags(group):
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
-    add("--capture", action=switch, help="steps as one CUDA graph, without --compile and in a single process (no)")
+    add("--capture", action=switch, help="steps as one CUDA graph (on a GPU, in a single process without --compile)")
     add("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
 
 
@@ -114,10 +114,14 @@ def make_net(args, num_classes=10):
 
 
 def fill_in(args, device, processes=1):
-    """Sets the arguments whose default depends on the machine."""
+    """Sets the arguments whose default depends on the machine: what has been measured to be faster there."""
     args.precision = args.precision or default_precision(device)
+    alone = device.type == "cuda" and processes == 1 and not args.compile
     if args.capture is None:
-        args.capture = CAPTURE and device.type == "cuda" and processes == 1 and not args.compile
+        args.capture = alone
+    if args.efficient is None:
+        kernels = args.bottleneck and not args.drop_rate and args.growth_rate <= 16 and args.precision != "fp32"
+        args.efficient = bool(alone and kernels and triton_runs(device))
 
 
 def refuse_contradictions(args, device, processes=1):

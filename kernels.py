@@ -1,6 +1,6 @@
-"""The dense block of bottlenecks on a GPU, in Triton: what dense_block.py defines, with few passes over the maps and few launches.
+"""The dense block of bottlenecks on a GPU, in Triton: what dense_block.py defines, in few passes over the maps.
 
-Tensors are rows of pixels. x and G of the derivation in dense_block.py are (P, S), S the block's channels rounded up to 16, so
+Tensors are rows of pixels. x and G of the derivation in dense_block.py are (P, S), S = 8 S8 the block's channels rounded up, so
 that rows are aligned; what lies behind a layer's channels is read, which keeps loads wide, but never used. z and its gradient dz
 are (P, K), K = 4k. A matrix product multiplies in the type of x (float32 as IEEE or TF32, see machine.py) and adds in float32;
 batch norms, sums and what is made of them are float32. No atomics: each program writes its part of a sum, and a next kernel adds
@@ -62,7 +62,7 @@ def store_statistics(part, tile, rows, P, columns, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["units"])
-def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S, units, UNIT: tl.constexpr, K: tl.constexpr,
+def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S8, units, UNIT: tl.constexpr, K: tl.constexpr,
                       KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """z (P, K) = relu(bn1(x[:, :C])) w1^T, w1 (K, C), C = units UNIT; one program for each BM pixels."""
     C = units * UNIT
@@ -71,8 +71,8 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S, units, UNIT
     z_tile = tl.zeros((BM, KP), tl.float32)
     for first in range(0, C, BC):
         c = first + tl.arange(0, BC)
-        wide = (rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :]
-        x_tile = tl.load(x + rows[:, None] * S + c[None, :], mask=wide, other=0.0)
+        wide = (rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :]
+        x_tile = tl.load(x + rows[:, None] * (8 * S8) + c[None, :], mask=wide, other=0.0)
         _, a = activated(x_tile, channels_of(mean, rstd, gamma, beta, c, c < C), c < C)
         w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         z_tile = tl.dot(operand(a, z, PRODUCTS), w, z_tile, input_precision=PRODUCTS)
@@ -100,7 +100,7 @@ def activation(z, part, mean, rstd, var, gamma, beta, b, programs, pixels, P, ep
 
 
 @triton.jit(do_not_specialize=["units", "H", "W"])
-def second_convolution(b, w2, x, part, P, S, units, H, W, UNIT: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+def second_convolution(b, w2, x, part, P, S8, units, H, W, UNIT: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                        NP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """x[:, C : C + N] = conv3x3(b, w2), w2 (N, 3, 3, K), C = units UNIT; one program for each BM pixels."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -116,7 +116,7 @@ def second_convolution(b, w2, x, part, P, S, units, H, W, UNIT: tl.constexpr, K:
         w = tl.load(w2 + n[None, :] * (9 * K) + (tap * K + k)[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
         maps = tl.dot(b_tile, w, maps, input_precision=PRODUCTS)
     maps = maps.to(x.dtype.element_ty)
-    tl.store(x + rows[:, None] * S + (units * UNIT + n)[None, :], maps, mask=(rows < P)[:, None] & (n < N)[None, :])
+    tl.store(x + rows[:, None] * (8 * S8) + (units * UNIT + n)[None, :], maps, mask=(rows < P)[:, None] & (n < N)[None, :])
     store_statistics(part, maps.to(tl.float32), rows, P, n, N)
 
 
@@ -155,16 +155,16 @@ def joined_statistics(part, programs, pixels, P, n, N: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit(do_not_specialize=["units"])
-def new_gradient(G, x, mean, rstd, moments, g, P, S, units, UNIT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, UNIT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
                  BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """g (P, N) = G - offset - (x - mean) rstd slope of the maps from C = units UNIT on; moments (2, S): offset and slope."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, NP)
     mask = (rows < P)[:, None] & (n < N)[None, :]
     c = units * UNIT + n
-    at = rows[:, None] * S + c[None, :]
+    at = rows[:, None] * (8 * S8) + c[None, :]
     offset = tl.load(moments + c, mask=n < N, other=0.0)
-    scale = tl.load(moments + S + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
+    scale = tl.load(moments + 8 * S8 + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
     centred = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + c, mask=n < N, other=0.0)[None, :]
     out = tl.load(G + at, mask=mask, other=0.0).to(tl.float32) - offset[None, :] - centred * scale[None, :]
     tl.store(g + rows[:, None] * N + n[None, :], operand(out, g, PRODUCTS), mask=mask)
@@ -210,7 +210,7 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns,
 
 
 @triton.jit(do_not_specialize=["units", "turns"])
-def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S, units, turns,
+def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S8, units, turns,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
     """G[:, :C] += scale da, C = units UNIT; this program's part (groups, (K + 2) C) of the gradients of W1 (K, C), beta1, gamma1.
@@ -226,11 +226,11 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     grad_w = tl.zeros((KP, BC), tl.float32)
     grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
     rows = tl.program_id(0) * turns * BM + tl.arange(0, BM)
-    ahead = load_tiles(dz, z, x, G, rows, rows < P, k, c, S, C, K)
+    ahead = load_tiles(dz, z, x, G, rows, rows < P, k, c, S8, C, K)
     for turn in range(turns):
         dz_tile, z_tile, x_tile, old = ahead
         following = rows + BM
-        ahead = load_tiles(dz, z, x, G, following, (following < P) & (turn + 1 < turns), k, c, S, C, K)
+        ahead = load_tiles(dz, z, x, G, following, (following < P) & (turn + 1 < turns), k, c, S8, C, K)
         norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers
         centred, a = activated(x_tile, norm, c < C)
         grad_z = tl.where((rows < P)[:, None], through_batch_norm(dz_tile, z_tile, norm2), 0.0)
@@ -240,7 +240,7 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
         grad_beta += da
         sum_da_x += tl.where((c < C)[None, :], da * centred, 0.0)
         new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
-        tl.store(G + rows[:, None] * S + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :])
+        tl.store(G + rows[:, None] * (8 * S8) + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :])
         rows = following
     part += tl.program_id(0) * (K + 2) * C
     tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
@@ -249,10 +249,10 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
 
 
 @triton.jit
-def load_tiles(dz, z, x, G, rows, inside, k, c, S, C, K: tl.constexpr):
+def load_tiles(dz, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
     """Tiles of dz and z (pixels, K), x and G (pixels, C); the latter two with all of the 16 channels that lie together."""
     mask, at = inside[:, None] & (k < K)[None, :], rows[:, None] * K + k[None, :]
-    wide, at_x = inside[:, None] & (c < tl.cdiv(C, 16) * 16)[None, :], rows[:, None] * S + c[None, :]
+    wide, at_x = inside[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :], rows[:, None] * (8 * S8) + c[None, :]
     return (tl.load(dz + at, mask=mask, other=0.0), tl.load(z + at, mask=mask, other=0.0),
             tl.load(x + at_x, mask=wide, other=0.0), tl.load(G + at_x, mask=wide, other=0.0))  # fmt: skip
 
@@ -275,7 +275,7 @@ def through_batch_norm(dz, z, norm):
 
 
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
-def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
+def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S8, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr):  # fmt: skip
     """sums (width,) of part (groups, width). MOMENTS: the columns behind the weights are the gradients of beta1 (C,) and gamma1
     (C,); moments (2, S), the offset and slope of x, get scale / P times these."""
@@ -291,7 +291,7 @@ def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S, MO
         C = (width - weights) // 2
         c = (j - weights) % C
         scale = tl.load(gamma + c, mask=live, other=0.0) * tl.load(rstd + c, mask=live, other=0.0)
-        at = moments + (j - weights) // C * S + c
+        at = moments + (j - weights) // C * (8 * S8) + c
         tl.store(at, tl.load(at, mask=live, other=0.0) + scale * total / P, mask=live)
 
 
@@ -303,8 +303,10 @@ def fit(x, layers):
     bn, growth_rate = layers[0].bn1, layers[0].conv2.out_channels
     types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
     plain = all(layer.dropout.p == 0 and None not in (layer.bn1.momentum, layer.bn2.momentum) for layer in layers)
+    exact = x.dtype == torch.float32 and products(x) == "tf32x3"
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return types and plain and growth_rate <= 56 and pixels * 16 * triton.cdiv(channels(layers), 16) < 2**31  # 32-bit offsets
+    offsets = pixels * max(8 * triton.cdiv(channels(layers), 8), 4 * growth_rate) < 2**31  # they have 32 bits
+    return types and plain and offsets and growth_rate <= (16 if exact else 56)  # beyond, registers would be spilled
 
 
 def channels(layers):
@@ -313,29 +315,31 @@ def channels(layers):
 
 
 # For each kernel pixels and channels at a time, warps, pipeline stages, and for a backward kernel how often a program turns: for
-# 2^16 pixels or more, 2^14 or more, fewer, and for more than 64 channels in z. By bytes of a number. The fastest of some dozens on
-# an H200 with 48 channels in z, but for the last column, which has not been timed.
+# 2^16 pixels or more, 2^14 or more, fewer: the fastest of some dozens on an H200 with 48 channels in z that spill no registers.
+# And for more than 64 channels or an older GPU: not timed.
 TILES = {
-    2: {
+    "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
         "second_convolution": ((128, 64, 2, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
-        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (32, 16, 4, 1, 4)),
-        "first_backward": ((32, 64, 4, 1, 16), (32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 32, 8, 1, 4)),
+        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (16, 16, 8, 1, 8)),
+        "first_backward": ((32, 64, 4, 1, 16), (32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (16, 32, 8, 1, 8)),
     },
-    4: {
+    "tf32": {
         "first_convolution": ((128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
         "second_convolution": ((128, 16, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
-        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (32, 16, 4, 1, 4)),
-        "first_backward": ((32, 64, 8, 1, 16), (32, 64, 8, 1, 8), (32, 64, 8, 1, 4), (32, 32, 8, 1, 4)),
+        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (16, 16, 8, 1, 8)),
+        "first_backward": ((32, 64, 8, 1, 16), (32, 64, 8, 1, 8), (32, 64, 8, 1, 4), (16, 32, 8, 1, 8)),
     },
 }
+TILES["ieee"] = TILES["tf32"]  # in the interpreter
+TILES["tf32x3"] = TILES["tf32"] | {"second_backward": ((16, 16, 8, 1, 8),) * 4}  # not timed
 
 
 class Sizes(NamedTuple):
     """Of a block. Tiles depend on shapes alone, so that a run repeats its bits."""
 
     P: int  # pixels
-    S: int  # from a pixel's row of maps to the next
+    S8: int  # from a pixel's row of maps to the next, in units of 8
     H: int
     W: int
     N: int  # new maps of a layer
@@ -347,11 +351,17 @@ class Sizes(NamedTuple):
         n, h, w, _ = maps.shape
         growth_rate = layers[0].conv2.out_channels
         unit = math.gcd(layers[0].bn1.num_features, growth_rate, 16)
-        return cls(n * h * w, maps.stride(2), h, w, growth_rate, 4 * growth_rate, unit)
+        return cls(n * h * w, maps.stride(2) // 8, h, w, growth_rate, 4 * growth_rate, unit)
 
     def tile(self, kernel, maps):
-        column = 3 if self.K > 64 else 0 if self.P >= 2**16 else 1 if self.P >= 2**14 else 2
-        return TILES[maps.element_size()][kernel][column]
+        small = self.K > 64 or before_hopper(maps)
+        column = 3 if small else 0 if self.P >= 2**16 else 1 if self.P >= 2**14 else 2
+        return TILES["bits16" if maps.element_size() == 2 else products(maps)][kernel][column]
+
+
+def before_hopper(maps):
+    """Whether the GPU's matrix products take both factors from registers, of which large tiles then need too many."""
+    return maps.device.type == "cuda" and torch.cuda.get_device_capability(maps.device) < (9, 0)
 
 
 def products(maps):
@@ -398,22 +408,22 @@ def forward(maps, mean, rstd, var, layers):
 
 def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     """Fills z, b and the layer's new maps; statistics of z and of the maps are mean, 1 / std, unbiased variance."""
-    P, S, H, W, N, K, UNIT = size
+    P, S8, H, W, N, K, UNIT = size
     bn1, bn2, units, multiply = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, products(maps)
     pixels, channels, warps, stages = size.tile("first_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, K, dtype=torch.float32)
     first_convolution[(len(part),)](
-        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S, units, UNIT, K, power(K), pixels, channels, multiply,
+        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S8, units, UNIT, K, power(K), pixels, channels, multiply,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    pixels_b = 256 if P >= 2**16 else 128 if P >= 2**14 else 32
+    pixels_b, rows = (256, 64) if P >= 2**16 and K <= 64 else (128, 64) if P >= 2**14 and K <= 64 else (32, 16)
     activation[(triton.cdiv(P, pixels_b),)](
-        z, part, *statistics2, bn2.weight, bn2.bias, b, len(part), pixels, P, bn2.eps, K, power(K), pixels_b, 64, multiply
+        z, part, *statistics2, bn2.weight, bn2.bias, b, len(part), pixels, P, bn2.eps, K, power(K), pixels_b, rows, multiply
     )  # fmt: skip
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](
-        b, w2, maps, part, P, S, units, H, W, UNIT, K, N, power(N), pixels, channels, multiply,
+        b, w2, maps, part, P, S8, units, H, W, UNIT, K, N, power(N), pixels, channels, multiply,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     join_statistics[(triton.cdiv(N, 16),)](
@@ -439,10 +449,10 @@ def backward(grads, maps, mean, rstd, moments, layers, kept):
 
 def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, g, dz, size):
     """Fills g and dz; returns the gradients of W2, beta2, gamma2, one behind the other."""
-    P, S, H, W, N, K, UNIT = size
+    P, S8, H, W, N, K, UNIT = size
     bn, (z, *statistics), units, multiply = layer.bn2, tensors, layer.bn1.num_features // UNIT, products(maps)
     new_gradient[(triton.cdiv(P, 64),)](
-        grads, maps, mean, rstd, moments, g, P, S, units, UNIT, N, power(N), 64, multiply
+        grads, maps, mean, rstd, moments, g, P, S8, units, UNIT, N, power(N), 64, multiply
     )  # fmt: skip
     pixels, channels, warps, stages, turns = size.tile("second_backward", maps)
     part = maps.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
@@ -455,12 +465,12 @@ def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, g, dz,
 
 def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size):
     """Adds the layer's part to G and the moments; returns the gradients of W1, beta1, gamma1, one behind the other."""
-    P, S, _, _, _, K, UNIT = size
+    P, S8, _, _, _, K, UNIT = size
     bn1, bn2, (z, *statistics), C = layer.bn1, layer.bn2, tensors, layer.bn1.num_features
     pixels, channels, warps, stages, turns = size.tile("first_backward", maps)
     part = maps.new_empty(triton.cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
     first_backward[(len(part), triton.cdiv(C, channels))](
-        dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S,
+        dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S8,
         C // UNIT, turns, UNIT, K, power(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return added_up(part, K * C, bn1, rstd, moments, size, MOMENTS=True)
@@ -471,7 +481,7 @@ def added_up(part, weights, bn, rstd, moments, size, MOMENTS):
     groups, width = part.shape
     sums = part.new_empty(width)
     grid = (triton.cdiv(width, 32),)
-    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, size.P, size.S, MOMENTS, 64, 32)
+    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, size.P, size.S8, MOMENTS, 64, 32)
     return sums
 
 

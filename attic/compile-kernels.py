@@ -65,7 +65,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--growth-rate", type=at_least(1, high=56), nargs="+", metavar="K", default=[12, 24, 40], help="(12 24 40)")
-    add("--depth", type=int, default=100, help="(%(default)s)")
+    add("--depth", type=at_least(0, high=10**4), default=100, help="(%(default)s)")
     add("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     known = f"of {', '.join(map(str, SHARED))}, ten times the GPU's (80 90)"
     add("--capability", type=int, choices=SHARED, nargs="+", metavar="N", default=[80, 90], help=known)
@@ -77,7 +77,7 @@ def build_parser():
 def compile_all(args):
     """Prints the table; returns its cases, (k, type, capability, launch, machine code)."""
     sides = itertools.product(args.growth_rate, args.types, args.capability)
-    jobs = [(*side, launch) for side in sides for launch in launches(*side[:2], args.depth, args.batch_size)]
+    jobs = [(*side, launch) for side in sides for launch in launches(*side, args.depth, args.batch_size)]
     print(f"Triton {triton.__version__}, L={args.depth}, batches of {args.batch_size}\n")
     print(f"| {COLUMNS} |\n|{' --- |' * (COLUMNS.count('|') + 1)}")
     cases = []
@@ -122,8 +122,8 @@ class Launch(NamedTuple):
     stages: int
 
 
-def launches(growth_rate, type_name, depth, batch_size):
-    """The different launches of a training pass of the net's blocks."""
+def launches(growth_rate, type_name, capability, depth, batch_size):
+    """The different launches of a training pass of the net's blocks; none if kernels.py does not compute them."""
     try:
         with torch.device("meta"):
             net = DenseNet(growth_rate=growth_rate, depth=depth).to(memory_format=torch.channels_last)
@@ -131,7 +131,8 @@ def launches(growth_rate, type_name, depth, batch_size):
         raise Refused(str(error)) from error
     found = {}  # as a set in order
     recorders = {name: Recorder(getattr(kernels, name), found) for name in kernel_names()}
-    with mock.patch.multiple(kernels, **recorders, products=lambda maps: MULTIPLIED.get(type_name, "tf32")):
+    gpu = {"products": lambda maps: MULTIPLIED.get(type_name, "tf32"), "before_hopper": lambda maps: capability < 90}
+    with mock.patch.multiple(kernels, **recorders, **gpu):
         for i, block in enumerate((net.dense1, net.dense2, net.dense3)):
             train(block, batch_size, 32 >> i, TYPES[type_name])
     return [*found]
@@ -146,8 +147,10 @@ def kernel_names():
 def train(block, batch_size, size, dtype):
     """Both passes of kernels.py over a block, on the meta device, which has shapes and no numbers."""
     layers = list(block)
+    if not kernels.fit(torch.empty(batch_size, 1, size, size, dtype=dtype, device="meta"), layers):
+        return
     channels = kernels.channels(layers)
-    shape = batch_size, size, size, -(-channels // 16) * 16
+    shape = batch_size, size, size, -(-channels // 8) * 8
     maps, grads = (torch.empty(shape, dtype=dtype, device="meta")[..., :channels] for _ in range(2))
     mean, rstd, var = torch.empty(3, shape[-1], device="meta")
     moments = torch.empty(2, shape[-1], device="meta")

@@ -51,26 +51,27 @@ def test_the_numbers_are_medians_and_quartiles():
 @pytest.mark.parametrize(
     ("name", "asked", "expected"),
     [
-        ("plain", [], (False, None)),
-        ("efficient", [], (True, None)),
-        ("plain-compiled", [], (False, "auto")),
-        ("efficient-compiled", ["--compile", "default"], (True, "default")),
+        ("plain", [], (False, False, None)),
+        ("efficient", [], (True, False, None)),
+        ("efficient-captured", [], (True, True, None)),
+        ("plain-compiled", [], (False, False, "auto")),
+        ("efficient-compiled", ["--compile", "default"], (True, False, "default")),
     ],
 )
 def test_what_a_variant_is(name, asked, expected):
     args = bench.variant_arguments(name, parse(*asked))
-    assert (args.efficient, args.compile) == expected
+    assert (args.efficient, args.capture, args.compile) == expected
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_what_is_compiled_is_measured_unasked_on_a_gpu_only(call_main, monkeypatch, kind):
+def test_what_is_captured_or_compiled_is_measured_unasked_on_a_gpu_only(call_main, monkeypatch, kind):
     measured = []
     monkeypatch.setattr(bench, "choose_device", lambda name: torch.device(kind))
     monkeypatch.setattr(bench, "describe", lambda device: "a machine")
     monkeypatch.setattr(bench, "measure", lambda factories, args, device: measured.extend(factories))
     monkeypatch.setattr(bench, "table", lambda results, args, device: [str(args.steps)])
     assert call_main(bench) == (0, "10\n" if kind == "cuda" else "2\n", "")
-    assert measured == ["plain", "efficient", "plain-compiled", "efficient-compiled"][: 4 if kind == "cuda" else 2]
+    assert measured == list(bench.VARIANTS[: 6 if kind == "cuda" else 2])
 
 
 def test_a_step_is_that_of_train():

@@ -65,17 +65,28 @@ def test_what_cannot_be_captured_is_refused(arguments, device, processes, messag
     refuse_contradictions(parse("--capture"), torch.device("cuda"))
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_steps_are_captured_by_default_where_that_is_possible_and_has_been_measured(monkeypatch, measured):
-    monkeypatch.setattr(flags, "CAPTURE", measured)
+@pytest.mark.parametrize(
+    ("arguments", "device", "processes", "capture", "efficient"),
+    [
+        ([], "cuda", 1, True, True),
+        ([], "cpu", 1, False, False),
+        ([], "cuda", 2, False, False),
+        (["--compile"], "cuda", 1, False, False),
+        (["--no-capture", "--no-efficient"], "cuda", 1, False, False),
+        (["--no-bottleneck", "--depth", 40], "cuda", 1, True, False),
+        (["--drop-rate", 0.2], "cuda", 1, True, False),
+        (["--growth-rate", 24], "cuda", 1, True, False),
+        (["--precision", "fp32"], "cuda", 1, True, False),
+        (["--precision", "bf16"], "cuda", 1, True, True),
+        (["--efficient"], "cpu", 1, False, True),
+    ],
+)
+def test_what_was_faster_is_the_default_where_it_is_possible(monkeypatch, arguments, device, processes, capture, efficient):
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
-    ways = [([], "cuda", 1), ([], "cpu", 1), ([], "cuda", 2), (["--compile"], "cuda", 1), (["--no-capture"], "cuda", 1)]
-    captured = []
-    for arguments, device, processes in ways:
-        args = parse_args(train.build_parser(), arguments)
-        fill_in(args, torch.device(device), processes)
-        captured.append(args.capture)
-    assert captured == [measured, False, False, False, False]
+    monkeypatch.setattr(flags, "triton_runs", lambda device: True)
+    args = parse_args(train.build_parser(), [*map(str, arguments)])
+    fill_in(args, torch.device(device), processes)
+    assert (args.capture, args.efficient) == (capture, efficient)
 
 
 # ------------------------------------------------------------------------------------- every flag of every program

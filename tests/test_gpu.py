@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TINY
 from test_run_folder import assert_same_run
 
+import bench
 import data
 import train
 from attic.comparison import random_batch, randomize, relative_errors, training_pass
@@ -100,7 +101,7 @@ def test_every_kernel_is_right(device, run):
     assert "every kernel tried is right" in run("attic/check-kernels.py", "--device", device)
 
 
-@pytest.mark.parametrize(("device", "flags"), [("cpu", []), *on_gpu([], ["--capture"], ["--capture", "--efficient"])])
+@pytest.mark.parametrize(("device", "flags"), [("cpu", []), *on_gpu([], ["--no-capture"], ["--drop-rate", "0"])])
 def test_no_step_waits_for_the_device(device, flags):
     """From the data set to the optimiser; on a GPU, PyTorch itself raises where the host would wait."""
     dataset = data.load("digits", ".").to(torch.device(device))
@@ -254,9 +255,9 @@ def test_a_net_that_waits_for_the_device_is_trained_eagerly_and_says_so_once(dev
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize(("device", "more"), on_gpu([], ["--capture", "--limit", 100]))
+@pytest.mark.parametrize(("device", "more"), on_gpu(["--no-capture"], ["--limit", 100], ["--limit", 100, "--drop-rate", 0]))
 def test_runs_are_repeated_and_resumed_byte_for_byte(device, more, run, tmp_path):
-    """With --capture, each process takes its first three steps eagerly, and the last batch of an epoch, which is of four."""
+    """When captured, each process takes its first three steps eagerly, and the last batch of an epoch, which is of four."""
     flags = [*ON_DEVICE, *more, "--device", device, "--deterministic", "--epochs", 4]
     for name in ("one", "two"):
         run("train.py", *flags, "--save", tmp_path / name)
@@ -281,12 +282,11 @@ WAYS = [  # device, flags, epochs, bound of the test error in %
     *[
         pytest.param("cuda", ["--precision", each, *more], 8, 25, marks=pytest.mark.gpu)
         for each in DTYPES
-        for more in ([], ["--capture"])
+        for more in ([], ["--no-capture", "--no-efficient"])
     ],
     *[
         pytest.param("cuda", ["--compile", mode, *more], 8, 25, marks=pytest.mark.gpu)  # 3 to 10 with ten seeds
-        for mode in ("default", "reduce-overhead")
-        for more in ([], ["--precision", "bf16"], ["--efficient"])
+        for mode, more in [("default", ["--efficient"]), ("reduce-overhead", []), ("reduce-overhead", ["--precision", "bf16"])]
     ],
 ]
 
@@ -346,7 +346,7 @@ def test_torchrun_with_more_processes_than_gpus(device, tmp_path):
 @GPU
 def test_the_bench_measures_all_variants(device, run):
     lines = run("bench.py", "--device", device, "--depth", 10, "--batch-size", 4, "--rounds", 2).splitlines()
-    assert [line.split()[1] for line in lines[4:]] == ["plain", "efficient", "plain-compiled", "efficient-compiled"]
+    assert [line.split()[1] for line in lines[4:]] == list(bench.VARIANTS)
 
 
 @GPU

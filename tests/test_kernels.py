@@ -245,6 +245,8 @@ def unfit_blocks():
 def test_offsets_of_32_bits_are_enough():
     import kernels
 
-    layers = list(DenseBlock(Bottleneck, 2, 6, 5, 0.0, efficient=False))  # 16 channels
-    assert kernels.fit(torch.empty(2**17 - 1, 6, 32, 32, device="meta"), layers)
-    assert not kernels.fit(torch.empty(2**17, 6, 32, 32, device="meta"), layers)
+    for channels, growth_rate, widest in [(8, 4, 16), (1, 8, 32)]:  # the maps; z
+        layers = list(DenseBlock(Bottleneck, 2, channels, growth_rate, 0.0, efficient=False))
+        images = 2**21 // widest
+        assert kernels.fit(torch.empty(images - 1, channels, 32, 32, device="meta"), layers)
+        assert not kernels.fit(torch.empty(images, channels, 32, 32, device="meta"), layers)
