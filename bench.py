@@ -71,8 +71,7 @@ def check_measurement(args):
     device = choose_device(args.device)
     args.steps = args.steps or (2 if device.type == "cpu" else 10)
     if args.efficient or args.capture:
-        flag = "--efficient" if args.efficient else "--capture"
-        raise endings.Refused(f"{flag} is what variants differ in: choose them with --only")
+        raise endings.Refused("--efficient and --capture are what variants differ in: choose them with --only")
     flags.refuse_contradictions(args, device)
     if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
         raise endings.Refused(f"--json {args.json} cannot be written: name a file in an existing, writable folder")
