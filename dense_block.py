@@ -22,6 +22,9 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -37,13 +40,48 @@ aten = torch.ops.aten
 def dense_block(x, layers):
     """The maps (N, C, H, W) and, behind them, those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
-    Differentiable once, with respect to x and all parameters. Updates every running statistic as the plain layers would.
-    ValueError if a batch norm is not a plain one: its statistics would not be those of the others.
+    Differentiable once, with respect to x and all parameters. Updates every running statistic as the plain layers would. To
+    be called for layers that are `computable` alone.
     """
-    if any(type(layer.bn1) is not nn.BatchNorm2d or layer.bn1.eps != layers[0].bn1.eps for layer in layers):
-        raise ValueError("the efficient dense block needs plain batch norms of one eps: make the net with efficient=False")
     parameters = [p for layer in layers for p in layer_parameters(layer)]
     return DenseBlockFunction.apply(x, layers, *parameters)
+
+
+def computable(x, layers):
+    """Whether dense_block computes the layers as they are: no module of theirs is frozen, changed, hooked or parametrized.
+
+    Asked before each pass, since a hook may come at any time: some 40 us a layer on a CPU. A captured step does not ask.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    channels, eps = x.shape[1], layers[0].bn1.eps
+    for layer in layers:
+        modules = untouched(layer, type(layers[0])) and untouched(layer.dropout, nn.Dropout)
+        if not modules or (layer.bn1.num_features, layer.bn1.eps) != (channels, eps) or not all(map(plain, *halves(layer))):
+            return False
+        channels += new_channels(layer)
+    return True
+
+
+def halves(layer):
+    """The batch norms, the convolutions behind them, and the sides of their kernels."""
+    if hasattr(layer, "bn2"):
+        return (layer.bn1, layer.bn2), (layer.conv1, layer.conv2), (1, 3)
+    return (layer.bn1,), (layer.conv1,), (3,)
+
+
+def untouched(module, kind):
+    """Whether the module is of this very class, in training mode, without hooks and with the forward of its class."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and module.training and not any(hooks) and "forward" not in module.__dict__
+
+
+def plain(bn, conv, side):
+    """Whether a batch norm has all that is its own, and the convolution is zero-padded to keep the size, and nothing else."""
+    own = untouched(bn, nn.BatchNorm2d) and untouched(conv, nn.Conv2d) and bn.affine and bn.track_running_stats
+    shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
+    rest = conv.stride, conv.dilation, conv.groups, conv.bias, conv.padding_mode
+    return own and shape and rest == ((1, 1), (1, 1), 1, None, "zeros")
 
 
 def layer_parameters(layer):
@@ -61,7 +99,7 @@ class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *parameters):
         kernels = fitting_kernels(x, layers)
-        with no_autocast(x.device):
+        with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
             maps, mean, rstd, kept = forward_layers(x, layers, kernels)
         ctx.layers, ctx.kernels = layers, kernels
         maps = nchw(maps)
@@ -76,7 +114,7 @@ class DenseBlockFunction(torch.autograd.Function):
         rest = rest[len(ctx.needs_input_grad) - 2 :]
         each = len(rest) // len(ctx.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
-        with no_autocast(grad.device):
+        with no_autocast(grad.device), torch.cuda.device_of(grad):
             grad_x, parameter_grads = backward_layers(grad, nhwc(maps), mean, rstd, ctx.layers, kept, ctx.kernels)
         return grad_x, None, *parameter_grads
 
@@ -120,10 +158,12 @@ def fitting_kernels(x, layers):
 @functools.cache
 def triton_runs(device):
     """Whether Triton is there and compiles for the device, or interprets its kernels, on a CPU, for tests."""
-    if device.type == "cuda":
-        capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-        return capable and importlib.util.find_spec("triton") is not None
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda":
+        return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # of C: each kernel gets a small launcher
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return capable and compiler and headers and importlib.util.find_spec("triton") is not None
 
 
 def empty_maps(x, channels, aligned):

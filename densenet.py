@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dense_block import dense_block
+from dense_block import computable, dense_block
 
 
 class ArgumentError(ValueError):
@@ -87,7 +87,8 @@ class DenseNet(nn.Module):
         drop_rate: dropout after every convolution but the first, in [0, 1).
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
-        efficient: train the dense blocks in linear memory; never changes a result beyond rounding.
+        efficient: train the dense blocks in linear memory; never changes a result beyond rounding. A block with a layer that is
+            frozen, changed or hooked goes through the plain modules.
 
     Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.
@@ -135,7 +136,8 @@ class DenseBlock(nn.Sequential):
     """num_layers layers, each reading the concatenation of the block's input and all earlier outputs.
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
-    definition; with efficient, training computes the same in less memory, see dense_block.py.
+    definition; with efficient, training computes the same in less memory where the layers are as they were made, see
+    dense_block.py.
     """
 
     def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
@@ -143,7 +145,10 @@ class DenseBlock(nn.Sequential):
         self.efficient = efficient
 
     def forward(self, x):
-        return dense_block(x, list(self)) if self.efficient and self.training else super().forward(x)
+        layers, known = list(self), type(self[0]) in (Bottleneck, SingleLayer)
+        if self.efficient and self.training and known and computable(x, layers):
+            return dense_block(x, layers)  # (N, C + num_layers * k, H, W)
+        return super().forward(x)  #         (N, C + num_layers * k, H, W)
 
 
 def layers_per_block(depth, bottleneck):

@@ -1,10 +1,10 @@
 """The dense block of bottlenecks on a GPU, in Triton: what dense_block.py defines, in few passes over the maps.
 
 Tensors are rows of pixels. x and G of the derivation in dense_block.py are (P, S), S = 8 S8 the block's channels rounded up, so
-that rows are aligned; what lies behind a layer's channels is read, which keeps loads wide, but never used. z and its gradient dz
-are (P, K), K = 4k. A matrix product multiplies in the type of x (float32 as IEEE or TF32, see machine.py) and adds in float32;
-batch norms, sums and what is made of them are float32. No atomics: each program writes its part of a sum, and a next kernel adds
-the parts in a fixed order, so the same input gives the same bits.
+that rows are aligned; what lies behind a layer's channels is read, which keeps loads wide, but never used. z and its gradient
+dz are (P, K), K = 4k. A matrix product multiplies in the type of x, see products(), and adds in float32; batch norms, sums and
+what is made of them are float32. No atomics: each program writes its part of a sum, and a next kernel adds the parts in a fixed
+order, so the same input gives the same bits.
 
     forward     first_convolution     z = conv1(relu(bn1(x))), and the statistics of each program's pixels
                 activation            their mean and 1 / std, b = relu(bn2(z))
@@ -52,7 +52,7 @@ def operand(a, like, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def store_statistics(part, tile, rows, P, columns, N: tl.constexpr):
-    """Mean and sum of squared deviations of a tile's pixels (those before P), to this program's row of part (programs, 2, N)."""
+    """Mean and sum of squared deviations of a tile's pixels before P, into this program's row of part (programs, 2, N)."""
     inside = (rows < P)[:, None]
     mean = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.sum((rows < P).to(tl.float32), 0)
     deviations = tl.where(inside, tile - mean[None, :], 0.0)
@@ -175,9 +175,9 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns,
                     N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """dz (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
 
-    Grid (groups of `turns` times BM pixels, chunks of BK channels). g9 has the nine gradients that a pixel of z takes part in side
-    by side, column tap N + n, so that each product is one matrix product. part (groups, 9 N K + 2 K): of W2 (N, 3, 3, K), beta2,
-    and gamma2.
+    Grid (groups of `turns` times BM pixels, chunks of BK channels). g9 has the gradients of the nine pixels that a pixel of z
+    takes part in side by side, column tap N + n, so that all taps are one matrix product. part (groups, 9 N K + 2 K): of
+    W2 (N, 3, 3, K), beta2, gamma2.
     """
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     j = tl.arange(0, TAPS)
@@ -213,10 +213,10 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns,
 def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S8, units, turns,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
-    """G[:, :C] += scale da, C = units UNIT; this program's part (groups, (K + 2) C) of the gradients of W1 (K, C), beta1, gamma1.
+    """G[:, :C] += scale da, C = units UNIT; this program's part of the gradients.
 
-    Grid (groups of `turns` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2. What a turn
-    needs is loaded one turn ahead: to wait for the memory takes longer than to compute.
+    Grid (groups of `turns` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2. part
+    (groups, (K + 2) C): of W1 (K, C), beta1, gamma1. A turn's tiles are loaded one turn ahead, to wait less for the memory.
     """
     C = units * UNIT
     k, c = tl.arange(0, KP), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -277,8 +277,9 @@ def through_batch_norm(dz, z, norm):
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
 def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S8, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr):  # fmt: skip
-    """sums (width,) of part (groups, width). MOMENTS: the columns behind the weights are the gradients of beta1 (C,) and gamma1
-    (C,); moments (2, S), the offset and slope of x, get scale / P times these."""
+    """sums (width,) of part (groups, width). With MOMENTS, the columns behind the weights are the gradients of beta1 (C,) and
+    gamma1 (C,), and moments (2, S), offset and slope, get scale / P times these.
+    """
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for row in range(0, groups, ROWS):
@@ -303,10 +304,11 @@ def fit(x, layers):
     bn, growth_rate = layers[0].bn1, layers[0].conv2.out_channels
     types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
     plain = all(layer.dropout.p == 0 and None not in (layer.bn1.momentum, layer.bn2.momentum) for layer in layers)
+    widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     exact = x.dtype == torch.float32 and products(x) == "tf32x3"
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     offsets = pixels * max(8 * triton.cdiv(channels(layers), 8), 4 * growth_rate) < 2**31  # they have 32 bits
-    return types and plain and offsets and growth_rate <= (16 if exact else 56)  # beyond, registers would be spilled
+    return types and plain and widths and offsets and growth_rate <= (16 if exact else 56)  # beyond, registers would be spilled
 
 
 def channels(layers):
@@ -314,9 +316,9 @@ def channels(layers):
     return layers[-1].conv2.out_channels + layers[-1].bn1.num_features
 
 
-# For each kernel pixels and channels at a time, warps, pipeline stages, and for a backward kernel how often a program turns: for
-# 2^16 pixels or more, 2^14 or more, fewer: the fastest of some dozens on an H200 with 48 channels in z that spill no registers.
-# And for more than 64 channels or an older GPU: not timed.
+# By kernel: pixels and channels at a time, warps, pipeline stages, and for a backward kernel how often a program turns. For
+# 2^16 pixels or more, 2^14 or more, and fewer: of some dozens that spill no registers the fastest on an H200, with 48 channels
+# in z. The last column, for more than 64 channels or an older GPU, was not timed.
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),

@@ -25,6 +25,8 @@ def main():
     args = parser.parse_args()
     args.drop_rate = args.drop_rate or 0.0
     with endings.worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
+        if args.efficient:
+            raise endings.Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
         print(write_dot(make_net(args), args.out))
         try:
             for kind in ("png", "svg"):

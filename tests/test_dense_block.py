@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dense_block
+import densenet
 from attic.comparison import random_batch, randomize, relative_error, training_pass
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
-from distributed import synchronise_batch_norm
 
 BC = dict(depth=16, growth_rate=5)
 PLAIN = dict(depth=13, growth_rate=5, bottleneck=False)
@@ -236,14 +236,107 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
-def test_what_it_cannot_do_is_said():
-    net = DenseNet(**BC, efficient=True)
-    synchronise_batch_norm(net, torch.device("cpu"))
-    with pytest.raises(ValueError, match="needs plain batch norms"):
-        net(torch.zeros(2, 3, 8, 8))
-    net = DenseNet(**BC, efficient=True)
-    net.dense1[1].bn1.eps = 1e-3
-    with pytest.raises(ValueError, match="of one eps"):
-        net(torch.zeros(2, 3, 8, 8))
+# ------------------------------------------------------------------------------- what is not a layer as it was made
+
+
+def each_batch_norm(change):
+    return lambda net: [change(module) for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def with_bias(conv):
+    conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=conv.weight.dtype))
+
+
+class Absolute(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
+class Doubled(Bottleneck):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CHANGES = {  # of a net with bottlenecks
+    "all batch norms in evaluation mode": each_batch_norm(nn.Module.eval),
+    "a block in evaluation mode": lambda net: net.dense2.eval(),
+    "a layer in evaluation mode": lambda net: net.dense2[1].eval(),
+    "one batch norm in evaluation mode": lambda net: net.dense1[1].bn2.eval(),
+    "dropout in evaluation mode": lambda net: net.dense1[0].dropout.eval(),
+    "no running statistics used": each_batch_norm(lambda bn: setattr(bn, "track_running_stats", False)),
+    "no affine batch norm": lambda net: setattr(net.dense1[0], "bn2", nn.BatchNorm2d(20, affine=False)),
+    "another eps": lambda net: setattr(net.dense1[1].bn1, "eps", 1e-3),
+    "another batch norm": lambda net: setattr(net.dense1[0].bn2, "__class__", Absolute),
+    "a bias": lambda net: with_bias(net.dense1[1].conv1),
+    "a bias of the 3x3": lambda net: with_bias(net.dense3[0].conv2),
+    "a dilation": lambda net: vars(net.dense1[0].conv2).update(dilation=(2, 2), padding=(2, 2)),
+    "another padding": lambda net: setattr(net.dense1[0].conv2, "padding_mode", "reflect"),
+    "groups": lambda net: setattr(net.dense2[0], "conv2", nn.Conv2d(20, 5, 3, 1, 1, bias=False, groups=5)),
+    "a wider kernel": lambda net: setattr(net.dense2[1], "conv2", nn.Conv2d(20, 5, 5, 1, 2, bias=False)),
+    "a parametrization": lambda net: nn.utils.parametrizations.weight_norm(net.dense1[0].conv1),
+    "spectral norm by a hook": lambda net: nn.utils.spectral_norm(net.dense1[0].conv2),
+    "another class of layer": lambda net: setattr(net.dense2[0], "__class__", Doubled),
+    "another forward": lambda net: setattr(net.dense2[0].conv1, "forward", lambda x: x[:, :1].expand(-1, 20, -1, -1)),
+    "a plain layer in between": lambda net: setattr(net.dense1, "1", SingleLayer(15, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_layer_goes_through_the_plain_modules(name):
+    """In outputs, statistics and gradients to the last bit; the blocks that were not changed stay efficient."""
+    torch.manual_seed(0)
+    drop_rate = 0.3 if "dropout" in name else 0.0
+    net = randomize(DenseNet(**BC, drop_rate=drop_rate), seed=0)
+    twin = efficient_twin(net)
+    results = []
+    for each in (net, twin):
+        torch.manual_seed(1)
+        CHANGES[name](each)
+        each.double().to(memory_format=torch.channels_last)
+        torch.manual_seed(2)
+        images, labels = batch(3, 16)
+        logits = each(images)
+        F.cross_entropy(logits, labels).backward()
+        grads = {f"grad/{key}": p.grad for key, p in each.named_parameters() if p.grad is not None}
+        results.append({"logits": logits.detach(), **grads, **dict(each.named_buffers())})
+    assert results[0].keys() == results[1].keys()
+    for key, value in results[0].items():
+        assert (results[1][key] - value).abs().max() <= 1e-11 * max(1, value.abs().max()), key
+
+
+@pytest.mark.parametrize("where", ["dense1.0", "dense2.1.bn1", "dense3.1.conv2", "dense1.1.dropout"])
+@pytest.mark.parametrize("way", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_are_called(where, way):
+    net, called = efficient_twin(random_net(BC)), []
+    getattr(net.get_submodule(where), way)(lambda *arguments: called.append(arguments[0]))
+    images, labels = batch(2, 8)
+    F.cross_entropy(net(images), labels).backward()
+    assert {*called} == {net.get_submodule(where)}
+
+
+def test_hooks_of_all_modules_are_called():
+    net, called = efficient_twin(random_net(BC)), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    net(batch(2, 8)[0])
+    handle.remove()
+    assert {*net.modules()} <= {*called}
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN, {**BC, "drop_rate": 0.2}])
+def test_what_was_not_changed_is_efficient(monkeypatch, arguments):
+    """Also after a time in evaluation mode, with weights that get no gradient, and behind a hook that was removed."""
+    blocks = []
+    monkeypatch.setattr(densenet, "dense_block", lambda x, layers: blocks.append(layers) or dense_block.dense_block(x, layers))
+    net = efficient_twin(random_net(arguments)).eval()
+    net.dense1[0].conv1.weight.requires_grad_(False)
+    net.dense1[0].conv1.register_forward_hook(print).remove()
+    net(batch(2, 8)[0])
+    assert not blocks
+    net.train()
+    net(batch(2, 8)[0])
+    assert len(blocks) == 3
+
+
+def test_a_single_value_per_channel_is_an_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         dense_block.dense_block(torch.zeros(1, 4, 1, 1), [Bottleneck(4, 2)])

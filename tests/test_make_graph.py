@@ -40,3 +40,9 @@ def test_bad_depth(call_main, tmp_path):
     status, _, errors = call_main(make_graph, "--depth", 11, "--out", tmp_path / "graph")
     assert (status, "nearest are 10 and 16" in errors) == (2, True)
     assert not (tmp_path / "graph.dot").exists()
+
+
+def test_efficient_blocks_have_no_graph_to_show(call_main, tmp_path):
+    status, _, errors = call_main(make_graph, "--efficient", "--out", tmp_path / "graph")
+    assert (status, "--efficient makes one node of each dense block" in errors) == (2, True)
+    assert not (tmp_path / "graph.dot").exists()
