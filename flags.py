@@ -116,7 +116,7 @@ def make_net(args, num_classes=10):
 def fill_in(args, device, processes=1):
     """Sets the arguments whose default depends on the machine: what has been measured to be faster there."""
     args.precision = args.precision or default_precision(device)
-    alone = device.type == "cuda" and processes == 1 and not args.compile
+    alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile
     if args.capture is None:
         args.capture = alone
     if args.efficient is None:
