@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -72,6 +73,7 @@ def load_checkpoint(path):
 
     Never executes code. testzip, because torch.load ignores checksums.
     """
+    path = Path(path)
     if not path.is_file():
         raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
     try:
@@ -127,7 +129,7 @@ def as_json(values):
 
 
 def export(checkpoint, path):
-    """Writes the weights as a state dict and the card as JSON; returns the JSON's path."""
+    """Writes the weights as a state dict, contiguous for other programs, and the card as JSON; returns the JSON's path."""
     card = path.with_suffix(".json")
     if card == path:
         raise Refused(f"{path} is where the description goes: name a .pth file")
@@ -135,7 +137,7 @@ def export(checkpoint, path):
         if file.exists():
             raise Refused(f"{file} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, encoded(checkpoint["net"]))
+    replace_file(path, encoded({name: value.contiguous() for name, value in checkpoint["net"].items()}))
     replace_file(card, as_json({name: checkpoint[name] for name in CARD}))
     return card
 

@@ -5,11 +5,11 @@ import subprocess
 
 import pytest
 import torch
-from conftest import TINY, contents
+from conftest import ROOT, TINY, contents
 
 import evaluate
 import train
-from checkpoint import load_checkpoint, make_checkpoint, replace_file, restore
+from checkpoint import export, load_checkpoint, make_checkpoint, replace_file, restore
 from densenet import DenseNet
 from endings import Refused
 
@@ -144,6 +144,21 @@ def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run
     (tmp_path / "net.json").unlink()
     status, _, errors = call_main(evaluate, tmp_path / "net.pth")
     assert (status, f"bare weights need {tmp_path / 'net.json'}" in errors) == (2, True)
+
+
+def test_exported_weights_are_contiguous_and_their_file_may_be_a_str(tiny_run, tmp_path):
+    """A run's own are not: its net is channels last."""
+    trained = load_checkpoint(str(tiny_run / "latest.pth"))
+    assert not all(value.is_contiguous() for value in trained["net"].values())
+    export(trained, tmp_path / "net.pth")
+    bare = torch.load(tmp_path / "net.pth", weights_only=True)
+    assert all(value.is_contiguous() for value in bare.values())
+    assert all(torch.equal(value, trained["net"][name]) for name, value in bare.items())
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("work/*/net.pth")), ids=lambda path: path.parent.name)
+def test_the_weights_that_ship_are_contiguous(path):
+    assert all(value.is_contiguous() for value in load_checkpoint(path)["net"].values())
 
 
 def text_file(path):
