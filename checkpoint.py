@@ -49,6 +49,14 @@ def fits(state, net):
     return own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
 
 
+def load_weights(net, state):
+    """Loads a state dict, except a classifier for another number of classes; returns whether that was so."""
+    own = net.state_dict()
+    new = {name: own[name] for name in ("fc.weight", "fc.bias") if own[name].shape != state[name].shape}
+    net.load_state_dict({**state, **new})
+    return bool(new)
+
+
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, in evaluation mode. Refused if the weights are not those of such a net."""
     if not all(isinstance(value, MODEL.get(name, ())) for name, value in checkpoint["model"].items()):
@@ -110,11 +118,17 @@ def is_state_dict(values):
 
 def read_card(path):
     """What --export wrote beside the weights. Refused if it is not there or something else."""
+    remedy = "put it there, or name the latest.pth of the run"
     try:
         card = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refused(f"bare weights need {path}, which --export writes beside them: {error}") from error
-    return card if isinstance(card, dict) else {}
+    except FileNotFoundError as error:
+        raise Refused(f"bare weights need {path}, which evaluate.py --export writes beside them: {remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} cannot be read ({error}), evaluate.py --export writes it: {remedy}") from error
+    missing = [name for name in CARD if not isinstance(card, dict) or name not in card]
+    if missing:
+        raise Refused(f"{path} lacks {', '.join(missing)}, it is not what evaluate.py --export writes: {remedy}")
+    return card
 
 
 def encoded(values):

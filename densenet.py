@@ -114,6 +114,8 @@ class DenseNet(nn.Module):
         num_layers = layers_per_block(depth, bottleneck)
         layer = Bottleneck if bottleneck else SingleLayer
         (in1, out1), (in2, out2), (in3, out3) = block_channels(init_channels, num_layers * growth_rate, reduction)
+        self.architecture = {"depth": depth, "growth_rate": growth_rate, "bottleneck": bottleneck}
+        self.architecture |= {"reduction": reduction, "init_channels": init_channels}  # of these depend all shapes but fc's
         self.conv1 = nn.Conv2d(3, in1, kernel_size=3, padding=1, bias=False)
         self.dense1 = DenseBlock(layer, num_layers, in1, growth_rate, drop_rate, efficient)
         self.trans1 = Transition(out1, in2, drop_rate)

@@ -4,7 +4,7 @@
     ./train.py                                                  DenseNet-BC, L=100, k=12, CIFAR-10 with augmentation, 300 epochs
     ./train.py --no-bottleneck --depth 40 --no-augment          the plain DenseNet, L=40, k=12, without augmentation
     ./train.py --dataset digits --depth 22 --epochs 20          a small net on a data set that needs no download
-    ./train.py --init net.pth --lr 0.01 --epochs 10             fine-tune a trained net for ten epochs
+    ./train.py --init net.pth --lr 0.01 --epochs 10             fine-tune a trained net, also for other classes
 
 work/<dataset>.base, or --save DIR, then holds: args.json (arguments, versions, device), train.csv (a row for each step),
 test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error.png, loss-error.png.
@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ import distributed
 import endings
 import flags
 import run_folder
-from checkpoint import fits, load_checkpoint, make_card, make_checkpoint, restore
+from checkpoint import build_net, load_checkpoint, load_weights, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
@@ -54,7 +53,8 @@ def main():
             fresh = not run_folder.continues(args.save, args.resume)
             init, args.image_size = distributed.share_object(read_init(args, fresh) if world.rank == 0 else None, world)
             dataset = load_data(args, device, world)
-            net = initial_net(args, len(dataset.classes), init).to(device, memory_format=torch.channels_last)
+            net = initial_net(args, len(dataset.classes), init, quiet=world.rank > 0)
+            net = net.to(device, memory_format=torch.channels_last)
             run(net, dataset, args, world, ending, fresh)
 
 
@@ -64,7 +64,7 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    text = "start from these weights: a latest.pth, or a file that evaluate.py exported"
+    text = "start from these weights, with a new classifier for other classes: a latest.pth, or a file of evaluate.py --export"
     model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
@@ -82,9 +82,25 @@ def take_over(args, world):
 
 def read_init(args, fresh):
     """(weights of --init or None, image size); a run that continues ignores --init."""
-    init = load_checkpoint(Path(args.init)) if args.init and fresh else None
+    init = load_checkpoint(args.init) if args.init and fresh else None
+    if init:
+        refuse_another_net(args, init)
     init_size = init["args"].get("image_size") if init and args.dataset == "folder" else None
     return init and init["net"], args.image_size or init_size or data.IMAGE_SIZE
+
+
+def refuse_another_net(args, init):
+    """Refused where the net of --init has other shapes than that of the model flags, but for the classifier's.
+
+    Named is what the flags say otherwise, and not what follows from it, such as init_channels from growth_rate.
+    """
+    trained, flagged = build_net(init).architecture, flags.model_arguments(args)
+    with torch.device("meta"):
+        ours = flags.make_net(args).architecture
+    names = [name for name in ours if trained[name] != ours[name] and init["model"].get(name) != flagged[name]]
+    if names:
+        differences = ", ".join(f"{name.replace('_', ' ')} {trained[name]} and not {ours[name]}" for name in names)
+        raise Refused(f"--init {args.init} has {differences}: give its model flags")
 
 
 def load_data(args, device, world):
@@ -95,14 +111,13 @@ def load_data(args, device, world):
     return dataset.to(device)
 
 
-def initial_net(args, num_classes, weights):
-    """The net at the start of the run: initialised from --seed, or with the weights of --init."""
+def initial_net(args, num_classes, weights, quiet=False):
+    """The net at the start of the run: initialised from --seed, or with the weights of --init as far as they fit."""
     torch.manual_seed(args.seed)
     net = flags.make_net(args, num_classes)
-    if weights:
-        if not fits(weights, net):
-            raise Refused(f"--init {args.init} is not of this net: give the model flags and the data set it was trained with")
-        net.load_state_dict(weights)
+    if weights and load_weights(net, weights) and not quiet:
+        classes = f"{num_classes} classes instead of {len(weights['fc.bias'])}"
+        say(f"--init {args.init}: a new classifier for {classes}; the rest is loaded")
     return net
 
 

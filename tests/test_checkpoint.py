@@ -141,9 +141,25 @@ def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run
     assert (status, "name a .pth file" in errors) == (2, True)
     status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--export", tmp_path / "new" / "net.pth")
     assert status == 0, errors
-    (tmp_path / "net.json").unlink()
-    status, _, errors = call_main(evaluate, tmp_path / "net.pth")
-    assert (status, f"bare weights need {tmp_path / 'net.json'}" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (None, "bare weights need {}, which evaluate.py --export writes beside them: put it there, or name the latest.pth"),
+        ("{", "{} cannot be read (Expecting property name"),
+        ("[" * 100_000, "{} cannot be read ("),
+        ("[]", "{} lacks model, args, epoch, mean, std, classes, it is not what"),
+        ('{"args": {}, "epoch": 1, "mean": [], "std": []}', "{} lacks model, classes, it is not what evaluate.py --export"),
+    ],
+)
+def test_bare_weights_without_their_card_are_refused_and_it_is_named(call_main, tmp_path, card, message):
+    torch.save(DenseNet(depth=10, growth_rate=4).state_dict(), tmp_path / "net.pth")
+    if card:
+        (tmp_path / "net.json").write_text(card)
+    for module, *arguments in [(evaluate, tmp_path / "net.pth"), (train, *TINY, "--init", tmp_path / "net.pth")]:
+        status, _, errors = call_main(module, *arguments, *["--save", tmp_path / "run"] * (module is train))
+        assert (status, len(errors.splitlines()), message.format(tmp_path / "net.json") in errors) == (2, 2, True), errors
 
 
 def test_exported_weights_are_contiguous_and_their_file_may_be_a_str(tiny_run, tmp_path):

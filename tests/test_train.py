@@ -507,13 +507,45 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
     assert not torch.equal(before.bn1.running_mean, after.bn1.running_mean)
 
 
-def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "differences"),
+    [
+        (["--growth-rate", 8], "growth rate 4 and not 8"),
+        (["--depth", 16, "--reduction", 0.6], "depth 10 and not 16, reduction 0.5 and not 0.6"),
+        (["--no-bottleneck"], "bottleneck True and not False"),
+        (["--init-channels", 5], "init channels 8 and not 5"),
+    ],
+)
+def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_run, tmp_path, flags, differences):
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    flags = ["--growth-rate", 8, "--init", tiny_run / "latest.pth", "--save", run, "--force"]
-    status, _, errors = call_main(train, *TINY, *flags)
+    flags = ["--dataset", "folder", "--data", "missing", *flags]  # which is not read
+    status, _, errors = call_main(train, *TINY, *flags, "--init", tiny_run / "latest.pth", "--save", run, "--force")
     assert status == 2
-    assert f"--init {tiny_run / 'latest.pth'} is not of this net: give the model flags" in errors.splitlines()[1]
+    expected = f"train.py: error: --init {tiny_run / 'latest.pth'} has {differences}: give its model flags"
+    assert errors.splitlines()[1:] == [expected]
     assert (run / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
+
+
+@pytest.mark.parametrize("flags", [["--reduction", 0.5, "--init-channels", 8], ["--drop-rate", 0.1, "--efficient"]])
+def test_init_takes_what_stands_for_the_same_shapes(tiny_run, flags):
+    args = parse(*TINY, "--init", str(tiny_run / "latest.pth"), *map(str, flags))
+    weights, _ = train.read_init(args, fresh=True)
+    assert torch.equal(train.initial_net(args, 10, weights, quiet=False).fc.weight, weights["fc.weight"])
+
+
+def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictures, tmp_path):
+    """Two, instead of ten: the one that --seed gives. At rate 0 the net ends with the weights that it began with."""
+    weights, run = tiny_run / "latest.pth", tmp_path / "run"
+    flags = [*TINY, "--dataset", "folder", "--data", pictures, "--limit", 12, "--seed", 2, "--lr", 0, "--epochs", 1]
+    status, out, errors = call_main(train, *flags, "--no-plot", "--init", weights, "--save", run)
+    assert status == 0, errors
+    told = f"--init {weights}: a new classifier for 2 classes instead of 10; the rest is loaded"
+    assert out.splitlines().count(told) == 1
+    new = train.initial_net(parse("--depth", "10", "--growth-rate", "4", "--seed", "2"), 2, None)
+    begun, ended = (build_net(load_checkpoint(path)) for path in (weights, run / "latest.pth"))
+    expected = {**dict(begun.named_parameters()), "fc.weight": new.fc.weight, "fc.bias": new.fc.bias}
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in ended.named_parameters())
+    assert len(ended.fc.bias) == 2
 
 
 def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_run, tmp_path):
