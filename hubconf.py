@@ -3,6 +3,7 @@
     net = torch.hub.load("<folder of this repository>", "densenet_bc_40_12", source="local", pretrained=True).eval()
 
 Images are (N, 3, 32, 32), normalised by the mean and std in work/<run>/net.json, where the classes are named, too.
+With another num_classes the classifier is a new one, and the rest is loaded.
 """
 
 import json
@@ -13,6 +14,10 @@ import torch
 import densenet
 
 dependencies = ["torch"]
+HERE = pathlib.Path(__file__).resolve().parent
+imported = getattr(densenet, "__file__", None)  # None: a folder of that name
+if not imported or pathlib.Path(imported).resolve().parent != HERE:
+    raise ImportError(f"{densenet} was imported before {HERE / 'densenet.py'}: load this net in a process without it")
 
 
 def densenet_bc_40_12(pretrained=False, **arguments):
@@ -26,8 +31,22 @@ def densenet_bc_40_12_adam(pretrained=False, **arguments):
 
 
 def _make(run, pretrained, arguments):
-    folder = pathlib.Path(__file__).resolve().parent / "work" / run
-    net = densenet.DenseNet(**json.loads((folder / "net.json").read_text())["model"] | arguments)
+    folder = HERE / "work" / run
+    model = json.loads((folder / "net.json").read_text())["model"]
+    net = densenet.DenseNet(**model | arguments)
     if pretrained:
-        net.load_state_dict(torch.load(folder / "net.pth", map_location="cpu", weights_only=True))
+        _refuse_another_net(net, model, arguments)
+        state = torch.load(folder / "net.pth", map_location="cpu", weights_only=True)
+        if net.fc.out_features != model["num_classes"]:
+            state |= {"fc.weight": net.fc.weight, "fc.bias": net.fc.bias}
+        net.load_state_dict(state)
     return net
+
+
+def _refuse_another_net(net, model, arguments):
+    """ValueError where an argument makes other shapes than those of the trained net."""
+    with torch.device("meta"):
+        trained = densenet.DenseNet(**model).architecture
+    for name, value in arguments.items():
+        if name in trained and net.architecture[name] != trained[name]:
+            raise ValueError(f"pretrained=True has {name} {trained[name]} and not {value}: leave out {name}, or pretrained")
