@@ -1,9 +1,12 @@
 """The trained nets for torch.hub; work/README.md says how they were trained and what they are not for.
 
     net = torch.hub.load("<folder of this repository>", "densenet_bc_40_12", source="local", pretrained=True).eval()
+    preprocess = torch.hub.load("<folder of this repository>", "preprocess", source="local")
+    logits = net(preprocess(PIL.Image.open("cat.png")))
 
 Images are (N, 3, 32, 32), normalised by the mean and std in work/<run>/net.json, where the classes are named, too.
 With another num_classes the classifier is a new one, and the rest is loaded.
+The nets need torch alone; preprocess needs Pillow, NumPy, torchvision and tqdm as well.
 """
 
 import json
@@ -28,6 +31,25 @@ def densenet_bc_40_12(pretrained=False, **arguments):
 def densenet_bc_40_12_adam(pretrained=False, **arguments):
     """The same net; pretrained with Adam."""
     return _make("bc-40-12-adam", pretrained, arguments)
+
+
+def preprocess(size=None):
+    """The function that makes of a Pillow picture, or of a list of them, a batch (N, 3, size, size) for the nets.
+
+    As evaluate.py --image reads a file: upright RGB, white where transparent, its shorter side resized to `size` and the middle
+    cut out; then normalised as CIFAR-10 was. The size None is that of the nets' own images, 32.
+    """
+    from pictures import to_tensor
+
+    card = json.loads((HERE / "work" / "bc-40-12" / "net.json").read_text())
+    mean, std = (torch.tensor(card[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+    def batch(pictures):
+        pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+        images = torch.stack([to_tensor(picture, size or card["image_size"]) for picture in pictures])
+        return (images.float() - mean) / std
+
+    return batch
 
 
 def _make(run, pretrained, arguments):

@@ -52,6 +52,27 @@ def read_picture(path, size):
         picture = to_rgb(picture, raw_mode)
     except NoMeaning as error:
         raise Refused(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
+    return cut_out(picture, size)
+
+
+def to_tensor(picture, size):
+    """An open picture, which is neither turned nor decoded smaller, as read_picture reads its file; ValueError if it cannot."""
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"{type(picture).__name__} is no picture of Pillow's: open a file by PIL.Image.open")
+    raw_mode = stored_mode(picture)
+    picture.load()
+    try:
+        rgb = to_rgb(picture, raw_mode)
+    except NoMeaning as error:
+        raise ValueError(f"{picture} cannot be read as an image ({error}): make it 8-bit RGB") from error
+    with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
+        rgb.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        ImageOps.exif_transpose(rgb, in_place=True)
+    return cut_out(rgb, size)
+
+
+def cut_out(picture, size):
+    """The middle of an RGB picture, resized, as a (3, size, size) uint8 tensor."""
     return pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
 
 
@@ -61,7 +82,7 @@ def open_picture(path, size):
         raise Refused(f"{path} cannot be read as an image (there is no file of this name): repair or remove it")
     try:
         with Image.open(path) as picture:
-            raw_mode = picture.tile[0].args if picture.tile else None
+            raw_mode = stored_mode(picture)
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more
             # of the way is left to the antialiasing, and a photograph is read several times as fast.
             picture.draft(None, (2 * size, 2 * size))
@@ -74,6 +95,12 @@ def open_picture(path, size):
         raise Refused(f"{path} cannot be read as an image ({limit}): make it smaller or remove it") from error
     except Exception as error:  # Pillow raises nearly anything for a broken file
         raise Refused(f"{path} cannot be read as an image ({reason(error)}): repair or remove it") from error
+
+
+def stored_mode(picture):
+    """The mode of its pixels in the file; None where Pillow does not know it, or has decoded them already."""
+    tile = getattr(picture, "tile", None)
+    return tile[0].args if tile else None
 
 
 class NoMeaning(Exception):

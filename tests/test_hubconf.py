@@ -1,16 +1,20 @@
 """The weights that ship, loaded as a user would."""
 
+import subprocess
 import sys
 import types
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import data
 from checkpoint import load_checkpoint, normalization
 from metrics import loss_and_error_sums, predict
+from pictures import read_pictures
 
 RUNS = {
     "densenet_bc_40_12": ROOT / "work" / "bc-40-12",
@@ -76,6 +80,16 @@ def test_another_module_called_densenet_is_named(monkeypatch, file):
         load("densenet_bc_40_12")
 
 
+def test_the_nets_need_torch_alone(tmp_path):
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(["PIL", "numpy", "torchvision", "tqdm"])
+import torch
+torch.hub.load({str(ROOT)!r}, "densenet_bc_40_12", source="local", pretrained=True)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
 @pytest.fixture(scope="module")
 def test_set(cifar):
     return data.load("cifar10", cifar).test
@@ -88,3 +102,71 @@ def test_error_on_the_first_1000_test_images(name, wrong, test_set):
     logits = predict(load(name, pretrained=True), test_set.images[:1000], mean, std)
     _, errors = loss_and_error_sums(logits, test_set.labels[:1000])
     assert errors == wrong
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save_turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(70, 41).save(path, exif=exif)
+
+
+FILES = {
+    "plain.png": lambda path: noise(70, 41).save(path),
+    "turned.png": save_turned,
+    "turned.tif": save_turned,
+    "turned.jpg": save_turned,
+    "deep.png": lambda path: Image.fromarray(np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30).save(path),
+    "clear.png": lambda path: Image.new("RGBA", (40, 50), (9, 8, 7, 100)).save(path),
+    "key.gif": lambda path: Image.new("P", (40, 50), 0).save(path, transparency=0),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("size", [None, 16])
+def test_a_picture_becomes_what_evaluate_gives_the_net(tmp_path, name, size):
+    """The same bits; also a second time, from a picture that is decoded by then and still lies as it did."""
+    FILES[name](tmp_path / name)
+    mean, std = normalization(load_checkpoint(RUNS["densenet_bc_40_12"] / "net.pth"), torch.device("cpu"))
+    expected = data.normalize(read_pictures([tmp_path / name], size or 32), mean, std)
+    preprocess, picture = load("preprocess", size=size), Image.open(tmp_path / name)
+    before = picture.size
+    assert torch.equal(preprocess(picture), expected)
+    assert torch.equal(preprocess([picture, picture]), torch.cat([expected, expected]))
+    assert picture.size == before
+
+
+def test_a_photograph_is_the_same_to_rounding_and_keeps_its_size(tmp_path):
+    noise(800, 600).save(tmp_path / "large.jpg", quality=95)
+    picture = Image.open(tmp_path / "large.jpg")
+    std = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
+    mean = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
+    difference = load("preprocess")(picture) * std + mean - read_pictures([tmp_path / "large.jpg"], 32)
+    assert difference.abs().max() <= 6.001  # evaluate.py decodes large photographs at a half or less
+    assert picture.size == (800, 600)
+
+
+@pytest.mark.parametrize(
+    ("picture", "sentence"),
+    [
+        (
+            Image.new("F", (8, 8)),
+            r"<PIL.*> cannot be read as an image \(its pixels are of type F.*\): make it 8-bit RGB",
+        ),
+        ("cat.png", "str is no picture of Pillow's: open a file by PIL.Image.open"),
+    ],
+)
+def test_what_is_no_picture_is_a_value_error(picture, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load("preprocess")(picture)
+
+
+@pytest.mark.parametrize("folder", ["bc-40-12", "bc-40-12-sgd", "bc-40-12-adam"])
+def test_the_card_says_what_its_pixels_are_and_preprocess_fits_each(folder):
+    card = load_checkpoint(ROOT / "work" / folder / "net.pth")
+    assert (card["image_size"], card["pixels"], card["args"]["dataset"]) == (32, "0..255", "cifar10")
+    assert (card["mean"], card["std"]) == tuple(torch.tensor(moments).tolist() for moments in data.SOURCES["cifar10"][1])
