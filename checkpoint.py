@@ -152,7 +152,8 @@ def export(checkpoint, path):
             raise Refused(f"{file} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, encoded({name: value.contiguous() for name, value in checkpoint["net"].items()}))
-    replace_file(card, as_json({name: checkpoint[name] for name in CARD}))
+    images = {"image_size": checkpoint["args"].get("image_size") or 32, "pixels": "0..255"}  # mean and std are of such pixels
+    replace_file(card, as_json({**{name: checkpoint[name] for name in CARD}, **images}))
     return card
 
 

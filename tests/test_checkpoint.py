@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import shutil
@@ -170,6 +171,8 @@ def test_exported_weights_are_contiguous_and_their_file_may_be_a_str(tiny_run, t
     bare = torch.load(tmp_path / "net.pth", weights_only=True)
     assert all(value.is_contiguous() for value in bare.values())
     assert all(torch.equal(value, trained["net"][name]) for name, value in bare.items())
+    card = json.loads((tmp_path / "net.json").read_text())
+    assert (card["image_size"], card["pixels"]) == (32, "0..255")  # of which mean and std are
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("work/*/net.pth")), ids=lambda path: path.parent.name)
