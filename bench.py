@@ -56,8 +56,7 @@ def build_parser(text, variants):
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine; --compile is the mode of the compiled variants"))
     group = parser.add_argument_group("measurement")
-    which = f"of {', '.join(variants)} (default: all; on a CPU the uncompiled ones)"
-    group.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=which)
+    group.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=f"of {', '.join(variants)} (all)")
     group.add_argument("--rounds", type=endings.at_least(1), default=5, help="(%(default)s)")
     group.add_argument("--steps", type=endings.at_least(1), help="of a round (10; on a CPU 2)")
     group.add_argument("--image-size", metavar="N", type=flags.image_size, default=data.IMAGE_SIZE, help="(%(default)s)")
@@ -72,6 +71,8 @@ def check_measurement(args):
     args.steps = args.steps or (2 if device.type == "cpu" else 10)
     if args.efficient or args.capture:
         raise endings.Refused("--efficient and --capture are what variants differ in: choose them with --only")
+    if device.type != "cuda" and any("captured" in name for name in args.only or []):
+        raise endings.Refused("what is captured is a CUDA graph: leave it out of --only, or choose --device cuda")
     flags.refuse_contradictions(args, device)
     if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
         raise endings.Refused(f"--json {args.json} cannot be written: name a file in an existing, writable folder")
@@ -183,9 +184,8 @@ def measured(step, steps, device):
 
 def table(results, args, device):
     """Yields a heading and the lines of a Markdown table; the ratio is to the first row."""
-    what = (
-        f"L={args.depth}, k={args.growth_rate}, {args.precision}, batch {args.batch_size}, {args.rounds} x {args.steps} steps"
-    )
+    net, rounds = f"L={args.depth}, k={args.growth_rate}", f"{args.rounds} x {args.steps} steps"
+    what = f"{net}, {args.precision}, batch {args.batch_size}, {rounds}"
     yield f"`{shlex.join(sys.argv)}`: {what}, {describe(device)}, torch {torch.__version__}"
     yield f"\n| | ms a step | images/s | ratio | memory, GB |\n|{' --- |' * 5}"
     base = statistics.median(next(iter(results.values()))["ms_a_step"])

@@ -23,6 +23,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -48,11 +49,11 @@ def dense_block(x, layers):
 
 
 def computable(x, layers):
-    """Whether dense_block computes the layers as they are: no module of theirs is frozen, changed, hooked or parametrized.
+    """Whether dense_block computes the layers: none of their modules is in evaluation mode, changed, hooked or parametrized.
 
     Asked before each pass, since a hook may come at any time: some 20 us a layer. A captured step does not ask.
     """
-    if torch.nn.modules.module._has_any_global_hook():
+    if torch.nn.modules.module._has_any_global_hook() or not x.numel():
         return False
     channels, eps = x.shape[1], layers[0].bn1.eps
     for layer in layers:
@@ -80,8 +81,8 @@ def plain(bn, conv, side):
     """Whether a batch norm has all that is its own, and the convolution is zero-padded to keep the size, and nothing else."""
     own = untouched(bn, nn.BatchNorm2d) and untouched(conv, nn.Conv2d) and bn.affine and bn.track_running_stats
     shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
-    rest = conv.stride, conv.dilation, conv.groups, conv.bias, conv.padding_mode
-    return own and shape and rest == ((1, 1), (1, 1), 1, None, "zeros")
+    rest = conv.stride, conv.dilation, conv.bias, conv.padding_mode
+    return own and shape and rest == ((1, 1), (1, 1), None, "zeros")
 
 
 def layer_parameters(layer):
@@ -100,22 +101,23 @@ class DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, x, layers, *parameters):
         kernels = fitting_kernels(x, layers)
         with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
-            maps, mean, rstd, kept = forward_layers(x, layers, kernels)
+            buffer, mean, rstd, kept = forward_layers(x, layers, kernels)
         ctx.layers, ctx.kernels = layers, kernels
-        maps = nchw(maps)
+        maps = nchw(buffer[..., : x.shape[1] + sum(map(new_channels, layers))])
         out = maps.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
-        ctx.save_for_backward(maps, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
+        ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        maps, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
+        buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
         rest = rest[len(ctx.needs_input_grad) - 2 :]
         each = len(rest) // len(ctx.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):
-            grad_x, parameter_grads = backward_layers(grad, nhwc(maps), mean, rstd, ctx.layers, kept, ctx.kernels)
+            maps = buffer[..., : grad.shape[1]]
+            grad_x, parameter_grads = backward_layers(grad, maps, mean, rstd, ctx.layers, kept, ctx.kernels)
         return grad_x, None, *parameter_grads
 
 
@@ -129,7 +131,7 @@ def no_autocast(device):
 
 
 def forward_layers(x, layers, kernels):
-    """All maps (N, H, W, C), mean and 1 / std of each, and for each layer what its backward pass needs besides them.
+    """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and for each layer what else its backward needs.
 
     kernels is the module that computes the layers, None for this one.
     """
@@ -137,22 +139,37 @@ def forward_layers(x, layers, kernels):
     if n * h * w == 1:
         raise ValueError("expected more than 1 value per channel when training")  # as batch norm says it
     count_batches(layers)
-    maps = empty_maps(x, c + sum(new_channels(layer) for layer in layers), aligned=kernels is not None)
+    channels = c + sum(map(new_channels, layers))
+    buffer = empty_maps(x, channels, aligned=kernels is not None)
+    maps = buffer[..., :channels]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd, var = torch.zeros(3, maps.stride(2), dtype=dtype, device=x.device)
+    mean, rstd, var = torch.zeros(3, buffer.shape[-1], dtype=dtype, device=x.device)
     write_maps(maps, mean, rstd, var, 0, nhwc(x), layers[0].bn1.eps)
     kept = (kernels.forward if kernels else forward)(maps, mean, rstd, var, layers)
     update_running_statistics([layer.bn1 for layer in layers], mean, var)
-    return maps, mean, rstd, kept
+    return buffer, mean, rstd, kept
 
 
 def fitting_kernels(x, layers):
     """kernels.py where it computes these layers: bottlenecks without dropout on a GPU. None elsewhere."""
     if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
         return None
-    import kernels
-
+    kernels = load_kernels()
     return kernels if kernels.fit(x, layers) else None
+
+
+@functools.cache
+def load_kernels():
+    """kernels.py from beside this file: torch.hub has taken the folder off the path, and others have modules of that name."""
+    path = Path(__file__).with_name("kernels.py")
+    loaded = sys.modules.get("kernels")
+    if loaded and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.setdefault("kernels", module)
+    return module
 
 
 @functools.cache
@@ -167,9 +184,9 @@ def triton_runs(device):
 
 
 def empty_maps(x, channels, aligned):
-    """Memory for maps (N, H, W, channels) of the batch x (N, C, H, W), each pixel's at a multiple of 8 if aligned."""
+    """Memory for maps (N, H, W, channels) of the batch x (N, C, H, W); the channels are rounded up to 8 if aligned."""
     n, _, h, w = x.shape
-    return x.new_empty(n, h, w, -(-channels // 8) * 8 if aligned else channels)[..., :channels]
+    return x.new_empty(n, h, w, -(-channels // 8) * 8 if aligned else channels)
 
 
 def forward(maps, mean, rstd, var, layers):
@@ -288,7 +305,7 @@ def nhwc(x):
 
 def backward_layers(grad, maps, mean, rstd, layers, kept, kernels):
     """Gradient of the block's input (N, C, H, W), and those of all layers' parameters in the order of layer_parameters."""
-    grads = empty_maps(grad, grad.shape[1], aligned=kernels is not None)  # G of the derivation
+    grads = empty_maps(grad, grad.shape[1], aligned=kernels is not None)[..., : grad.shape[1]]  # G of the derivation
     grads.copy_(nhwc(grad))
     moments = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)  # offset and slope of the derivation
     parameter_grads = (kernels.backward if kernels else backward)(grads, maps, mean, rstd, moments, layers, kept)

@@ -87,8 +87,8 @@ class DenseNet(nn.Module):
         drop_rate: dropout after every convolution but the first, in [0, 1).
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
-        efficient: train the dense blocks in linear memory; never changes a result beyond rounding. A block with a layer that is
-            frozen, changed or hooked goes through the plain modules.
+        efficient: train the dense blocks in linear memory; never changes a result beyond rounding. A block with a
+            module that is in evaluation mode, changed or hooked goes through the plain modules.
 
     Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.

@@ -106,11 +106,9 @@ def lost_peer(error):
 
 def memory_advice(args, gpu):
     """(what a run needs memory for, the flags not yet in use that need less); gpu: whether there is one."""
-    gpu = gpu and not args.device.startswith("cpu")
-    efficient, captured = (gpu if each is None else each for each in (args.efficient, args.capture))  # as by default
-    remedies = ["--efficient"] * (not efficient)
-    remedies += ["--precision bf16"] * (gpu and args.precision not in ("bf16", "fp16"))
-    remedies += ["--no-capture"] * captured
+    remedies = ["--efficient"] * (args.efficient is False and args.depth is not None)
+    remedies += ["--precision bf16"] * (gpu and not args.device.startswith("cpu") and args.precision not in ("bf16", "fp16"))
+    remedies += ["--no-capture"] * bool(args.capture)
     remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
     needs = f"batches of {args.batch_size}"
     if args.depth is not None:  # the control experiment has a net of its own

@@ -114,14 +114,14 @@ def make_net(args, num_classes=10):
 
 
 def fill_in(args, device, processes=1):
-    """Sets the arguments whose default depends on the machine: what has been measured to be faster there."""
+    """Sets the arguments whose default depends on the machine: what has been measured to be faster there, together."""
     args.precision = args.precision or default_precision(device)
     alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile
     if args.capture is None:
         args.capture = alone
     if args.efficient is None:
         kernels = args.bottleneck and not args.drop_rate and args.growth_rate <= 16 and args.precision != "fp32"
-        args.efficient = bool(alone and kernels and triton_runs(device))
+        args.efficient = bool(alone and args.capture and kernels and not args.sync_bn and triton_runs(device))
 
 
 def refuse_contradictions(args, device, processes=1):

@@ -7,9 +7,9 @@ what is made of them are float32. No atomics: each program writes its part of a 
 order, so the same input gives the same bits.
 
     forward     first_convolution     z = conv1(relu(bn1(x))), and the statistics of each program's pixels
-                activation            their mean and 1 / std, b = relu(bn2(z))
+                activation            b = relu(bn2(z))
                 second_convolution    new maps = conv2(b), written behind x, and their statistics
-                join_statistics       mean and 1 / std of these
+                join_statistics       after each of the two: mean and 1 / std
     backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
                 second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
                 first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
@@ -39,14 +39,20 @@ def activated(x, norm, live):
     """(x - mean, relu(scale (x - mean) + beta)) of a tile x (pixels, channels), in float32; the latter is 0 if not live."""
     mean, scale, beta = norm
     centred = x.to(tl.float32) - mean
-    return centred, tl.where(live[None, :], tl.maximum(centred * scale + beta, 0.0), 0.0)
+    return centred, tl.where(live[None, :], relu(centred * scale + beta), 0.0)
+
+
+@triton.jit
+def relu(x):
+    """NaN stays NaN, as in PyTorch: a net that has diverged is not to look alive."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def operand(a, like, PRODUCTS: tl.constexpr):
     """A tile in the type that matrices are multiplied in; rounded to TF32, since the matrix units would cut its bits off."""
     if PRODUCTS == "tf32" and like.dtype.element_ty == tl.float32:
-        return (a.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(a == a, (a.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True), a)
     return a.to(like.dtype.element_ty)
 
 
@@ -81,22 +87,15 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S8, units, UNI
     store_statistics(part, z_tile.to(tl.float32), rows, P, k, K)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def activation(z, part, mean, rstd, var, gamma, beta, b, programs, pixels, P, eps, K: tl.constexpr, KP: tl.constexpr,
-               BM: tl.constexpr, ROWS: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
-    """b (P, K) = relu(bn2(z)). Each program joins the statistics in part (programs, 2, K); the first one stores them."""
-    k = tl.arange(0, KP)
-    z_mean, squares = joined_statistics(part, programs, pixels, P, k, K, ROWS)
-    z_rstd = 1.0 / tl.sqrt_rn(squares / P + eps)
-    if tl.program_id(0) == 0:
-        tl.store(mean + k, z_mean, mask=k < K)
-        tl.store(rstd + k, z_rstd, mask=k < K)
-        tl.store(var + k, squares / (P - 1), mask=k < K)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+@triton.jit
+def activation(z, mean, rstd, gamma, beta, b, P, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+               PRODUCTS: tl.constexpr):  # fmt: skip
+    """b (P, K) = relu(bn2(z))."""
+    rows, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, KP)
     at, mask = rows[:, None] * K + k[None, :], (rows < P)[:, None] & (k < K)[None, :]
-    centred = tl.load(z + at, mask=mask, other=0.0).to(tl.float32) - z_mean[None, :]
-    scale, shift = tl.load(gamma + k, mask=k < K, other=0.0) * z_rstd, tl.load(beta + k, mask=k < K, other=0.0)
-    tl.store(b + at, operand(tl.maximum(centred * scale[None, :] + shift[None, :], 0.0), b, PRODUCTS), mask=mask)
+    z_tile = tl.load(z + at, mask=mask, other=0.0)
+    _, tile = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K), k < K)
+    tl.store(b + at, operand(tile, b, PRODUCTS), mask=mask)
 
 
 @triton.jit(do_not_specialize=["units", "H", "W"])
@@ -123,22 +122,13 @@ def second_convolution(b, w2, x, part, P, S8, units, H, W, UNIT: tl.constexpr, K
 @triton.jit(do_not_specialize=["programs", "first"])
 def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: tl.constexpr, COLUMNS: tl.constexpr,
                     ROWS: tl.constexpr):  # fmt: skip
-    """Mean, 1 / std and unbiased variance of new maps from part (programs, 2, N), written from column `first` on."""
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    x_mean, squares = joined_statistics(part, programs, pixels, P, n, N, ROWS)
-    tl.store(mean + first + n, x_mean, mask=n < N)
-    tl.store(rstd + first + n, 1.0 / tl.sqrt_rn(squares / P + eps), mask=n < N)
-    tl.store(var + first + n, squares / (P - 1), mask=n < N)
-
-
-@triton.jit
-def joined_statistics(part, programs, pixels, P, n, N: tl.constexpr, ROWS: tl.constexpr):
-    """Mean and sum of squared deviations of columns n from part (programs, 2, N), of `pixels` pixels each.
+    """Mean, 1 / std and unbiased variance from part (programs, 2, N), of `pixels` pixels each, written from column `first` on.
 
     Deviations are taken around the first program's mean, which is one of the data's: no large mean is subtracted from another.
     """
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     around = tl.load(part + n, mask=n < N, other=0.0)
-    total, squares = tl.zeros(n.shape, tl.float32), tl.zeros(n.shape, tl.float32)
+    total, squares = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for row in range(0, programs, ROWS):
         i = row + tl.arange(0, ROWS)
         count = tl.minimum(pixels, P - i * pixels).to(tl.float32)[:, None]
@@ -148,7 +138,10 @@ def joined_statistics(part, programs, pixels, P, n, N: tl.constexpr, ROWS: tl.co
         total += tl.sum(difference * count, 0)
         inner = tl.load(part + i[:, None] * (2 * N) + N + n[None, :], mask=mask, other=0.0)
         squares += tl.sum(inner + difference * difference * count, 0)
-    return around + total / P, squares - total * total / P
+    squares -= total * total / P
+    tl.store(mean + first + n, around + total / P, mask=n < N)
+    tl.store(rstd + first + n, 1.0 / tl.sqrt_rn(squares / P + eps), mask=n < N)
+    tl.store(var + first + n, squares / (P - 1), mask=n < N)
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -202,7 +195,7 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns,
         tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
         grad_beta += db.to(tl.float32)
         sum_dz_z += db.to(tl.float32) * centred
-    part += tl.program_id(0) * (9 * N * K + 2 * K)
+    part += tl.program_id(0).to(tl.int64) * (9 * N * K + 2 * K)
     tl.store(part + at_w, grad_w, mask=mask_w)
     tl.store(part + 9 * N * K + k, tl.sum(grad_beta, 0), mask=k < K)
     grad_gamma = tl.sum(sum_dz_z, 0) * tl.load(rstd + k, mask=k < K, other=0.0)
@@ -242,7 +235,7 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
         new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
         tl.store(G + rows[:, None] * (8 * S8) + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :])
         rows = following
-    part += tl.program_id(0) * (K + 2) * C
+    part += tl.program_id(0).to(tl.int64) * ((K + 2) * C)
     tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
     tl.store(part + K * C + c, tl.sum(grad_beta, 0), mask=c < C)
     tl.store(part + (K + 1) * C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
@@ -250,7 +243,7 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
 
 @triton.jit
 def load_tiles(dz, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
-    """Tiles of dz and z (pixels, K), x and G (pixels, C); the latter two with all of the 16 channels that lie together."""
+    """Tiles of dz and z (pixels, K), x and G (pixels, C); the latter two with all of the 8 channels that lie together."""
     mask, at = inside[:, None] & (k < K)[None, :], rows[:, None] * K + k[None, :]
     wide, at_x = inside[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :], rows[:, None] * (8 * S8) + c[None, :]
     return (tl.load(dz + at, mask=mask, other=0.0), tl.load(z + at, mask=mask, other=0.0),
@@ -285,7 +278,7 @@ def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S8, M
     for row in range(0, groups, ROWS):
         i = row + tl.arange(0, ROWS)
         mask = (i < groups)[:, None] & (j < width)[None, :]
-        total += tl.sum(tl.load(part + i[:, None] * width + j[None, :], mask=mask, other=0.0), 0)
+        total += tl.sum(tl.load(part + i[:, None].to(tl.int64) * width + j[None, :], mask=mask, other=0.0), 0)
     tl.store(sums + j, total, mask=j < width)
     if MOMENTS:
         live = (j >= weights) & (j < width)
@@ -318,7 +311,7 @@ def channels(layers):
 
 # By kernel: pixels and channels at a time, warps, pipeline stages, and for a backward kernel how often a program turns. For
 # 2^16 pixels or more, 2^14 or more, and fewer: of some dozens that spill no registers the fastest on an H200, with 48 channels
-# in z. The last column, for more than 64 channels or an older GPU, was not timed.
+# in z. The last column, for more than 64 channels or another GPU, was not timed.
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
@@ -338,7 +331,7 @@ TILES["tf32x3"] = TILES["tf32"] | {"second_backward": ((16, 16, 8, 1, 8),) * 4} 
 
 
 class Sizes(NamedTuple):
-    """Of a block. Tiles depend on shapes alone, so that a run repeats its bits."""
+    """Of a block. Tiles depend on shapes, type and GPU alone, so that a run repeats its bits."""
 
     P: int  # pixels
     S8: int  # from a pixel's row of maps to the next, in units of 8
@@ -356,14 +349,14 @@ class Sizes(NamedTuple):
         return cls(n * h * w, maps.stride(2) // 8, h, w, growth_rate, 4 * growth_rate, unit)
 
     def tile(self, kernel, maps):
-        small = self.K > 64 or before_hopper(maps)
-        column = 3 if small else 0 if self.P >= 2**16 else 1 if self.P >= 2**14 else 2
+        timed = self.K <= 64 and hopper(maps)
+        column = 3 if not timed else 0 if self.P >= 2**16 else 1 if self.P >= 2**14 else 2
         return TILES["bits16" if maps.element_size() == 2 else products(maps)][kernel][column]
 
 
-def before_hopper(maps):
-    """Whether the GPU's matrix products take both factors from registers, of which large tiles then need too many."""
-    return maps.device.type == "cuda" and torch.cuda.get_device_capability(maps.device) < (9, 0)
+def hopper(maps):
+    """Whether the GPU is of the kind for which tiles were timed; others need more registers for them, or have less memory."""
+    return maps.device.type != "cuda" or torch.cuda.get_device_capability(maps.device)[0] == 9
 
 
 def products(maps):
@@ -382,8 +375,10 @@ def cast(convolutions, maps):
     """The weights in the type of the maps, the input channels innermost in memory; TF32 is rounded to as operand() does."""
     weights = [conv.weight.detach().contiguous(memory_format=torch.channels_last) for conv in convolutions]
     if maps.dtype == torch.float32:
-        rounding = 0x1000 if products(maps) == "tf32" else 0
-        return [w.view(torch.float32) for w in torch._foreach_add([w.view(torch.int32) for w in weights], rounding)]
+        if products(maps) != "tf32":
+            return weights
+        wide = torch._foreach_mul(weights, 8193.0)  # 2^13 + 1: what is taken off and put back, are the last 13 bits
+        return torch._foreach_sub(wide, torch._foreach_sub(wide, weights))
     out = [torch.empty_like(weight, dtype=maps.dtype) for weight in weights]
     torch._foreach_copy_(out, weights)  # in one launch
     return out
@@ -418,10 +413,9 @@ def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
         maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S8, units, UNIT, K, power(K), pixels, channels, multiply,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    pixels_b, rows = (256, 64) if P >= 2**16 and K <= 64 else (128, 64) if P >= 2**14 and K <= 64 else (32, 16)
-    activation[(triton.cdiv(P, pixels_b),)](
-        z, part, *statistics2, bn2.weight, bn2.bias, b, len(part), pixels, P, bn2.eps, K, power(K), pixels_b, rows, multiply
-    )  # fmt: skip
+    join_statistics[(triton.cdiv(K, 16),)](part, *statistics2, len(part), pixels, P, 0, bn2.eps, K, 16, 256, num_warps=8)
+    grid = (triton.cdiv(P, 64),)
+    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, power(K), 64, multiply)
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](

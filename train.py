@@ -48,6 +48,7 @@ def main():
         with distributed.joined(world, choose_device(args.device)) as device:
             take_over(args, world)
             flags.refuse_contradictions(args, device, world.size)
+            ending.remedy = endings.memory_advice(args, gpu=device.type == "cuda")[1]  # of what was filled in
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
             fresh = not run_folder.continues(args.save, args.resume)

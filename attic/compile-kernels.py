@@ -131,7 +131,7 @@ def launches(growth_rate, type_name, capability, depth, batch_size):
         raise Refused(str(error)) from error
     found = {}  # as a set in order
     recorders = {name: Recorder(getattr(kernels, name), found) for name in kernel_names()}
-    gpu = {"products": lambda maps: MULTIPLIED.get(type_name, "tf32"), "before_hopper": lambda maps: capability < 90}
+    gpu = {"products": lambda maps: MULTIPLIED.get(type_name, "tf32"), "hopper": lambda maps: 90 <= capability < 100}
     with mock.patch.multiple(kernels, **recorders, **gpu):
         for i, block in enumerate((net.dense1, net.dense2, net.dense3)):
             train(block, batch_size, 32 >> i, TYPES[type_name])

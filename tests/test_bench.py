@@ -145,6 +145,7 @@ def test_a_bug_in_a_worker_is_a_bug_and_a_killed_one_is_named():
         (["--depth", 41], "nearest are 40 and 46"),
         (["--growth-rate", 0], "growth_rate 0 is too small"),
         (["--efficient"], "--efficient and --capture are what variants differ in: choose them with --only"),
+        (["--device", "cpu", "--only", "plain", "plain-captured"], "what is captured is a CUDA graph: leave it out"),
         (["--capture"], "--efficient and --capture are what variants differ in: choose them with --only"),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--json", "."], "--json . cannot be written: name a file in an existing"),

@@ -270,6 +270,7 @@ CHANGES = {  # of a net with bottlenecks
     "a bias": lambda net: with_bias(net.dense1[1].conv1),
     "a bias of the 3x3": lambda net: with_bias(net.dense3[0].conv2),
     "a dilation": lambda net: vars(net.dense1[0].conv2).update(dilation=(2, 2), padding=(2, 2)),
+    "a dilation and a kernel of the same reach": lambda net: vars(net.dense1[0].conv1).update(dilation=(2, 2)),
     "another padding": lambda net: setattr(net.dense1[0].conv2, "padding_mode", "reflect"),
     "groups": lambda net: setattr(net.dense2[0], "conv2", nn.Conv2d(20, 5, 3, 1, 1, bias=False, groups=5)),
     "a wider kernel": lambda net: setattr(net.dense2[1], "conv2", nn.Conv2d(20, 5, 5, 1, 2, bias=False)),
@@ -283,7 +284,7 @@ CHANGES = {  # of a net with bottlenecks
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_layer_goes_through_the_plain_modules(name):
-    """In outputs, statistics and gradients to the last bit; the blocks that were not changed stay efficient."""
+    """Outputs, statistics and gradients are those of the plain net."""
     torch.manual_seed(0)
     drop_rate = 0.3 if "dropout" in name else 0.0
     net = randomize(DenseNet(**BC, drop_rate=drop_rate), seed=0)
@@ -305,10 +306,10 @@ def test_a_changed_layer_goes_through_the_plain_modules(name):
 
 
 @pytest.mark.parametrize("where", ["dense1.0", "dense2.1.bn1", "dense3.1.conv2", "dense1.1.dropout"])
-@pytest.mark.parametrize("way", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_hooks_are_called(where, way):
+@pytest.mark.parametrize("when", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_are_called(where, when):
     net, called = efficient_twin(random_net(BC)), []
-    getattr(net.get_submodule(where), way)(lambda *arguments: called.append(arguments[0]))
+    getattr(net.get_submodule(where), f"register_{when}")(lambda *arguments: called.append(arguments[0]))
     images, labels = batch(2, 8)
     F.cross_entropy(net(images), labels).backward()
     assert {*called} == {net.get_submodule(where)}

@@ -44,7 +44,7 @@ def test_no_circle():
 
 def test_the_model_needs_torch_and_its_kernels_triton():
     needed = {name: imports(ROOT / f"{name}.py") - sys.stdlib_module_names for name in ("densenet", "dense_block", "kernels")}
-    assert needed == {"densenet": {"torch", "dense_block"}, "dense_block": {"torch", "kernels"}, "kernels": {"torch", "triton"}}
+    assert needed == {"densenet": {"torch", "dense_block"}, "dense_block": {"torch"}, "kernels": {"torch", "triton"}}
 
 
 def test_without_a_gpu_the_kernels_are_not_imported():

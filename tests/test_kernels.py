@@ -6,12 +6,15 @@ Triton 3.8 interprets products in bf16 wrongly, as products of integers: bf16 is
 import contextlib
 import copy
 import os
+import sys
+import types
 from unittest import mock
 
 import numpy
 import pytest
 import torch
 import torch.nn as nn
+from conftest import ROOT
 from forked import Forked
 from test_dense_block import distance
 
@@ -250,3 +253,49 @@ def test_offsets_of_32_bits_are_enough():
         images = 2**21 // widest
         assert kernels.fit(torch.empty(images - 1, channels, 32, 32, device="meta"), layers)
         assert not kernels.fit(torch.empty(images, channels, 32, 32, device="meta"), layers)
+
+
+def test_the_hubs_nets_find_the_kernels(interpreted):
+    interpreted(check_hub)
+
+
+def check_hub():
+    """torch.hub takes the folder off the path when it has loaded the net; a module of another may have the kernels' name."""
+    sys.path[:] = [folder for folder in sys.path if folder not in ("", str(ROOT))]
+    for name in ("densenet", "dense_block", "kernels"):
+        sys.modules.pop(name, None)
+    sys.modules["kernels"] = types.ModuleType("kernels")
+    net = torch.hub.load(str(ROOT), "densenet_bc_40_12", source="local", efficient=True).train()
+    block = net.dense1.to(memory_format=torch.channels_last)
+    block(torch.randn(2, 24, 4, 4)).sum().backward()
+    found = sys.modules["dense_block"].load_kernels()
+    assert (found.__file__, hasattr(found, "first_convolution")) == (str(ROOT / "kernels.py"), True)
+
+
+def test_saved_tensors_may_be_packed_and_unpacked(interpreted):
+    interpreted(check_saved_tensors)
+
+
+def check_saved_tensors():
+    """What keeps values and not strides, as a copy to another device does."""
+    block, images, target = block_and_batch(8, 10, (2, 4, 4))
+    expected = block_pass(efficient_twin(block), images, target)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        ours = block_pass(efficient_twin(block), images, target)
+    assert all(torch.equal(ours[name], values) for name, values in expected.items())
+
+
+def test_nan_is_passed_on(interpreted):
+    interpreted(check_nan)
+
+
+def check_nan():
+    for name in ("conv1.weight", "bn1.weight", "bn2.bias", "conv2.weight"):
+        block, images, target = block_and_batch(8, 10, (1, 4, 4))
+        values = block.get_parameter(f"0.{name}").data
+        values[(0,) * values.dim()] = float("nan")
+        plain, ours = (block_pass(each, images, target) for each in (copy.deepcopy(block), efficient_twin(block)))
+        assert torch.equal(plain["new maps"].isnan(), ours["new maps"].isnan()), name
+        assert plain["new maps"].isnan().any()
