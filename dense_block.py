@@ -55,10 +55,10 @@ def computable(x, layers):
     """
     if torch.nn.modules.module._has_any_global_hook() or not x.numel():
         return False
-    channels, eps = x.shape[1], layers[0].bn1.eps
+    channels = x.shape[1]
     for layer in layers:
-        modules = untouched(layer, type(layers[0])) and untouched(layer.dropout, nn.Dropout)
-        if not modules or (layer.bn1.num_features, layer.bn1.eps) != (channels, eps) or not all(map(plain, *halves(layer))):
+        modules = untouched(layer, type(layers[0])) and untouched(layer.dropout, nn.Dropout) and all(map(plain, *halves(layer)))
+        if not modules or (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
     return True
@@ -79,10 +79,10 @@ def untouched(module, kind):
 
 def plain(bn, conv, side):
     """Whether a batch norm has all that is its own, and the convolution is zero-padded to keep the size, and nothing else."""
-    own = untouched(bn, nn.BatchNorm2d) and untouched(conv, nn.Conv2d) and bn.affine and bn.track_running_stats
+    if not (untouched(bn, nn.BatchNorm2d) and untouched(conv, nn.Conv2d) and bn.affine and bn.track_running_stats):
+        return False
     shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
-    rest = conv.stride, conv.dilation, conv.bias, conv.padding_mode
-    return own and shape and rest == ((1, 1), (1, 1), None, "zeros")
+    return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
 
 
 def layer_parameters(layer):

@@ -278,6 +278,10 @@ CHANGES = {  # of a net with bottlenecks
     "spectral norm by a hook": lambda net: nn.utils.spectral_norm(net.dense1[0].conv2),
     "another class of layer": lambda net: setattr(net.dense2[0], "__class__", Doubled),
     "another forward": lambda net: setattr(net.dense2[0].conv1, "forward", lambda x: x[:, :1].expand(-1, 20, -1, -1)),
+    "no batch norm": lambda net: setattr(net.dense1[0], "bn1", nn.Identity()),
+    "no batch norm before the 3x3": lambda net: setattr(net.dense2[1], "bn2", nn.Identity()),
+    "no dropout": lambda net: setattr(net.dense1[1], "dropout", nn.Identity()),
+    "another convolution": lambda net: setattr(net.dense1[0], "conv2", nn.Sequential(net.dense1[0].conv2)),
     "a plain layer in between": lambda net: setattr(net.dense1, "1", SingleLayer(15, 5)),
 }  # fmt: skip
 

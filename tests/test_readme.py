@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 import densenet
@@ -43,15 +44,18 @@ def test_from_a_picture_to_the_name_of_a_class(call_main, capsys, tmp_path):
     assert names[0] != names[1]
 
 
-def test_training_and_exporting_in_your_own_code(monkeypatch):
-    """Compiled without the slow last stage; the program is the net, for batches of another size, too."""
+def test_training_and_exporting_in_your_own_code(monkeypatch, tmp_path):
+    """Compiled without the slow last stage; the programs are the net, for batches of another size, too."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    names = run(OWN_CODE, {"depth=40": "depth=10"}, batches=[(images, labels)] * 20)
+    names = run(OWN_CODE, {"depth=40": "depth=10", "net.onnx": str(tmp_path / "net.onnx")}, batches=[(images, labels)] * 20)
     assert names["loss"] < 1.5  # of 2.3: these four are learnt by heart
     net, others = names["net"], torch.randn(7, 3, 32, 32)
     assert torch.allclose(names["program"].module()(others), net(others), atol=1e-5)
+    onnx_net = ReferenceEvaluator(str(tmp_path / "net.onnx"))
+    (logits,) = onnx_net.run(None, {onnx_net.input_names[0]: others.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), net(others), atol=1e-4)
 
 
 @pytest.fixture
