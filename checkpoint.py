@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data import IMAGE_SIZE
 from densenet import ArgumentError, DenseNet
 from endings import Refused, naming
 
@@ -131,6 +132,11 @@ def read_card(path):
     return card
 
 
+def image_size_of(checkpoint):
+    """The size that the net's pictures had."""
+    return checkpoint["args"].get("image_size") or IMAGE_SIZE
+
+
 def encoded(values):
     """The bytes of torch.save, which does not report a full disk when given a path."""
     content = io.BytesIO()
@@ -152,7 +158,7 @@ def export(checkpoint, path):
             raise Refused(f"{file} exists already: name another file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, encoded({name: value.contiguous() for name, value in checkpoint["net"].items()}))
-    images = {"image_size": checkpoint["args"].get("image_size") or 32, "pixels": "0..255"}  # mean and std are of such pixels
+    images = {"image_size": image_size_of(checkpoint), "pixels": "0..255"}  # mean and std are of such pixels
     replace_file(card, as_json({**{name: checkpoint[name] for name in CARD}, **images}))
     return card
 

@@ -87,13 +87,17 @@ def plain(bn, conv, side):
 
 def layer_parameters(layer):
     """gamma1, beta1, W1 and for a bottleneck also gamma2, beta2, W2."""
-    first = [layer.bn1.weight, layer.bn1.bias, layer.conv1.weight]
-    return first + [layer.bn2.weight, layer.bn2.bias, layer.conv2.weight] if hasattr(layer, "bn2") else first
+    return [p for bn, conv, _ in zip(*halves(layer), strict=True) for p in (bn.weight, bn.bias, conv.weight)]
 
 
 def new_channels(layer):
     """The number of maps that the layer adds."""
     return (layer.conv2 if hasattr(layer, "conv2") else layer.conv1).out_channels
+
+
+def out_channels(layers):
+    """The number of maps behind the last layer."""
+    return layers[-1].bn1.num_features + new_channels(layers[-1])
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -103,7 +107,7 @@ class DenseBlockFunction(torch.autograd.Function):
         with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
             buffer, mean, rstd, kept = forward_layers(x, layers, kernels)
         ctx.layers, ctx.kernels = layers, kernels
-        maps = nchw(buffer[..., : x.shape[1] + sum(map(new_channels, layers))])
+        maps = nchw(buffer[..., : out_channels(layers)])
         out = maps.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out
@@ -135,13 +139,11 @@ def forward_layers(x, layers, kernels):
 
     kernels is the module that computes the layers, None for this one.
     """
-    n, c, h, w = x.shape
-    if n * h * w == 1:
+    if x[:, 0].numel() == 1:
         raise ValueError("expected more than 1 value per channel when training")  # as batch norm says it
     count_batches(layers)
-    channels = c + sum(map(new_channels, layers))
-    buffer = empty_maps(x, channels, aligned=kernels is not None)
-    maps = buffer[..., :channels]
+    buffer = empty_maps(x, out_channels(layers), aligned=kernels is not None)
+    maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, rstd, var = torch.zeros(3, buffer.shape[-1], dtype=dtype, device=x.device)
     write_maps(maps, mean, rstd, var, 0, nhwc(x), layers[0].bn1.eps)
@@ -202,7 +204,7 @@ def forward(maps, mean, rstd, var, layers):
 
 def count_batches(layers):
     """As every batch norm does before it uses its momentum."""
-    norms = [module for layer in layers for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [bn for layer in layers for bn in halves(layer)[0]]
     torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
 
 

@@ -147,8 +147,8 @@ class DenseBlock(nn.Sequential):
         self.efficient = efficient
 
     def forward(self, x):
-        layers, known = list(self), type(self[0]) in (Bottleneck, SingleLayer)
-        if self.efficient and self.training and known and computable(x, layers):
+        layers = list(self)
+        if self.efficient and self.training and type(layers[0]) in (Bottleneck, SingleLayer) and computable(x, layers):
             return dense_block(x, layers)  # (N, C + num_layers * k, H, W)
         return super().forward(x)  #         (N, C + num_layers * k, H, W)
 

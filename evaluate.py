@@ -17,7 +17,7 @@ import torch
 
 import data
 import endings
-from checkpoint import build_net, export, load_checkpoint, normalization
+from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
 from endings import Refused, naming, say
 from flags import add_device_flag, named
 from machine import choose_device, keep_freed_memory
@@ -100,11 +100,6 @@ def mean_class_error(confusion):
     """The mean of the classes' shares of wrong answers, each counting alike; classes without an image do not count."""
     total = confusion.sum(axis=1)
     return (1 - confusion.diagonal()[total > 0] / total[total > 0]).mean().item()
-
-
-def image_size_of(checkpoint):
-    """The size that the net's pictures had."""
-    return checkpoint["args"].get("image_size") or data.IMAGE_SIZE
 
 
 def class_lines(confusion, classes):

@@ -36,6 +36,7 @@ try:
 except ImportError:
     triton = None
 
+from dense_block import empty_maps, out_channels
 from densenet import ArgumentError, DenseNet
 from endings import Refused, at_least, worded
 
@@ -147,13 +148,13 @@ def kernel_names():
 def train(block, batch_size, size, dtype):
     """Both passes of kernels.py over a block, on the meta device, which has shapes and no numbers."""
     layers = list(block)
-    if not kernels.fit(torch.empty(batch_size, 1, size, size, dtype=dtype, device="meta"), layers):
+    x = torch.empty(batch_size, 1, size, size, dtype=dtype, device="meta")
+    if not kernels.fit(x, layers):
         return
-    channels = kernels.channels(layers)
-    shape = batch_size, size, size, -(-channels // 8) * 8
-    maps, grads = (torch.empty(shape, dtype=dtype, device="meta")[..., :channels] for _ in range(2))
-    mean, rstd, var = torch.empty(3, shape[-1], device="meta")
-    moments = torch.empty(2, shape[-1], device="meta")
+    channels = out_channels(layers)
+    maps, grads = (empty_maps(x, channels, aligned=True)[..., :channels] for _ in range(2))
+    mean, rstd, var = torch.empty(3, maps.stride(2), device="meta")
+    moments = torch.empty(2, maps.stride(2), device="meta")
     kept = kernels.forward(maps, mean, rstd, var, layers)
     kernels.backward(grads, maps, mean, rstd, moments, layers, kept)
 
