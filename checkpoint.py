@@ -1,5 +1,7 @@
 """A net on disk: what a checkpoint holds, written in one step, read safely, exported as weights; the net rebuilt from it."""
 
+import errno
+import functools
 import io
 import json
 import os
@@ -7,14 +9,16 @@ import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data import IMAGE_SIZE
 from densenet import ArgumentError, DenseNet
-from endings import Refused, naming
+from endings import Refused, naming, say
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
+NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without it say
 
 
 def make_card(model, args, dataset):
@@ -83,8 +87,7 @@ def load_checkpoint(path):
     Never executes code. testzip, because torch.load ignores checksums.
     """
     path = Path(path)
-    if not path.is_file():
-        raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
+    refuse_no_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -97,6 +100,16 @@ def load_checkpoint(path):
     if not is_checkpoint(checkpoint):
         raise Refused(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
     return checkpoint
+
+
+def refuse_no_file(path):
+    """Refused if the path is not that of a file with weights, with what may be meant."""
+    if path.is_dir():
+        raise Refused(f"{path} is a folder: name {path / 'latest.pth' if (path / 'latest.pth').exists() else 'a file in it'}")
+    if not path.is_file():
+        raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
+    if path.suffix == ".json":
+        raise Refused(f"{path} is a description and has no weights: name the .pth file beside it")
 
 
 def is_checkpoint(values):
@@ -178,10 +191,20 @@ def replace_file(path, content):
 
 
 def flush_to_disk(path):
-    """Returns when the content of a file, or the entries of a folder, are on the disk."""
+    """Returns when the content of a file, or the entries of a folder, are on the disk; not every file system can promise it."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in NO_FSYNC:
+                raise
+            say_unsafe(path if path.is_dir() else path.parent, error.strerror)
         finally:
             os.close(descriptor)
+
+
+@functools.cache  # once
+def say_unsafe(folder, reason):
+    """Says that a file system does not say when data are on the disk."""
+    say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage the run", write=tqdm.write)

@@ -3,6 +3,8 @@
 No worker processes; every image is decoded once. torchvision reads the archives, folder.py your own pictures.
 """
 
+import contextlib
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,12 @@ class Split:
     def to(self, device):
         return Split(self.images.to(device), self.labels.to(device))
 
+    def digest(self):
+        content = hashlib.blake2b(repr(self.images.shape).encode(), digest_size=16)
+        for tensor in (self.images, self.labels):
+            content.update(tensor.cpu().contiguous().numpy())
+        return content.hexdigest()
+
 
 class Dataset(NamedTuple):
     train: Split
@@ -47,6 +55,11 @@ class Dataset(NamedTuple):
     def to(self, device):
         *tensors, classes = self
         return Dataset(*(each if each is None else each.to(device) for each in tensors), classes)
+
+    def digests(self):
+        """{part: hash of its pixels and labels}, by which a run that is continued knows its data."""
+        parts = {name: getattr(self, name) for name in ("train", "val", "test")}
+        return {name: split.digest() for name, split in parts.items() if split}
 
 
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
@@ -70,9 +83,10 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False):
 
 def hold_out(split, val, limit):
     """(training split of at most `limit` images, held-out split of `val` images or None); independent of the seed."""
-    if val + (limit or 1) > len(split):
-        asked = f"--val {val}" + (f" and --limit {limit}" if limit else "")
-        raise Refused(f"{asked} is more than the {len(split)} training images: choose less")
+    if (limit or 1) > len(split) - val:
+        left = f"--val {val} leaves {max(0, len(split) - val):,} of" if val else f"--limit {limit} is more than"
+        fewer = f", fewer than --limit {limit}" if val and limit else ""
+        raise Refused(f"{left} the {len(split):,} training images{fewer}: choose less")
     if not val and limit is None:
         return split, None  # avoids a copy
     order = folder.fixed_permutation(len(split))
@@ -134,10 +148,14 @@ def refuse_damaged(files):
 
 
 def download(dataset_class, root, archive, **kwargs):
-    """torchvision's data set; missing files are downloaded, or extracted from the archive in root."""
+    """torchvision's data set; missing files are downloaded, or extracted from the archive in root, which may be made for it."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
         return dataset_class(root, download=True, **kwargs)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            for path in missing:  # a name mistyped leaves no folder
+                path.rmdir()
         raise Refused(
             f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error}): "
             f"put {archive} into {root}, or name the right folder with --data"

@@ -28,6 +28,7 @@ class World(NamedTuple):
 
 def read_world(environment):
     """The world that torchrun describes in the environment; World() without torchrun."""
+    environment = {name: value for name, value in environment.items() if value}  # empty is as if unset
     if "WORLD_SIZE" not in environment:
         return World()
     try:

@@ -17,6 +17,8 @@ import signal
 import sys
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
+STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}  # in the order of their descriptors
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
 FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of a disk: nobody's mistake
 KEPT = "the last complete checkpoint is kept, --resume continues from it"
 
@@ -36,6 +38,10 @@ class Refused(Exception):
         self.status = status
 
 
+class OutOfMemory(Exception):
+    """Memory ran out for what is named; its arguments are those of `worded`."""
+
+
 class Stopped(Exception):
     """A signal ends the run."""
 
@@ -50,6 +56,7 @@ def worded(parser, needs, remedy):
 
     Yields a namespace; set its `resume` to the command that resumes, once the run has begun.
     """
+    settle_streams()
     ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None)
     try:
         yield ending
@@ -71,9 +78,13 @@ def last_words(error, ending):
     go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
     kept = f"; {KEPT}" if ending.resume else ""
     if out_of_memory(error):
-        return 1, f"memory ran out for {ending.needs}: choose {ending.remedy}{kept}"
+        needs, remedy = error.args if isinstance(error, OutOfMemory) else (ending.needs, ending.remedy)
+        return 1, f"memory ran out for {needs}: choose {remedy}{kept}"
     if lost_peer(error):
         return 1, f"another process of this run has ended, see its message{kept}"
+    if failed_compiler(error):
+        reason = str(error).splitlines()[0]
+        return 1, f"torch.compile does not work here ({reason}): install what is missing, or leave out --compile{kept}"
     if isinstance(error, Refused):
         return error.status, str(error)
     if isinstance(error, Stopped):
@@ -104,6 +115,23 @@ def lost_peer(error):
     return dist is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
+def failed_compiler(error):
+    """Whether torch.compile could not compile: no compiler, or a cache that cannot be written."""
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    return dynamo is not None and isinstance(error, dynamo.BackendCompilerFailed)
+
+
+@contextlib.contextmanager
+def memory_for(needs, remedy):
+    """Where memory runs out inside, the message names what needed it there, and not what the whole program needs."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise OutOfMemory(needs, remedy) from error
+        raise
+
+
 def memory_advice(args, gpu):
     """(what a run needs memory for, the flags not yet in use that need less); gpu: whether there is one."""
     remedies = ["--efficient"] * (args.efficient is False and args.depth is not None)
@@ -124,7 +152,8 @@ def at_least(low, kind=int, high=None):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be from {low} to {high:g}")
+            bound = f"{high:g} or less" if value > high else f"{low:g} or more"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -155,38 +184,54 @@ def naming(path):
 
 def say(*lines, write=print):
     """Prints and flushes, so that a closed pipe or a full disk is noticed at once."""
-    if sys.stdout is not None:  # None where it was closed from the start
-        with naming("standard output"):
-            for line in lines:
-                write(line)
-            sys.stdout.flush()
+    with naming("standard output"):
+        for line in lines:
+            write(line)
+        sys.stdout.flush()
+
+
+def settle_streams():
+    """Opens as /dev/null what was closed from the start (>&-); letters that a stream cannot encode are escaped."""
+    for name, mode in STREAMS.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def resume_command(num_processes):
     """The command that continues this run."""
     if num_processes > 1:
         return "the same torchrun command with --resume"
-    return shlex.join([word for word in sys.orig_argv if word not in ("--resume", "--force")] + ["--resume"])
+    return " ".join(shell_word(word) for word in [*(w for w in sys.orig_argv if w not in ("--resume", "--force")), "--resume"])
+
+
+def shell_word(word):
+    """The word as a shell takes it, also where it is no text: then its bytes are escaped, $'work/\\xff'."""
+    if word.isprintable() and word == word.encode(sys.stderr.encoding, "replace").decode(sys.stderr.encoding):
+        return shlex.quote(word)
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{''.join(plain)}'"
 
 
 class StopSignals:
-    """Remembers the first SIGINT, SIGTERM or SIGHUP for the training loop; a second SIGINT or SIGTERM ends the program.
+    """Remembers the first of STOPPING for the training loop; then a SIGINT or SIGTERM ends the program at once.
 
-    SIGHUP, a closed terminal, is ignored under nohup, and never counts as a second signal: system and shell both send it.
+    The others never count as a second signal: system and shell both send SIGHUP, and SIGXCPU comes every second. SIGHUP, a
+    closed terminal, is ignored under nohup.
     """
 
     def __init__(self):
         self.received = 0
         self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in STOPPING:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
         self.received = signum
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_DFL if each in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
         for descriptor in self.terminals:
             if not os.isatty(descriptor):  # the terminal was closed: to write to it would be an error
                 silence(descriptor)
@@ -194,7 +239,7 @@ class StopSignals:
 
 def silence_broken_streams():
     """Discards unwritable output of stdout and stderr, of which the interpreter would complain at its end."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:

@@ -20,6 +20,7 @@ import endings
 from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
 from endings import Refused, naming, say
 from flags import add_device_flag, named
+from folder import pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
 from pictures import read_pictures
@@ -64,7 +65,11 @@ def build_parser():
         "--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json"
     )
     parser.add_argument(
-        "--image", nargs="+", metavar="FILE", type=named(str), help="name the most likely classes of these pictures instead"
+        "--image",
+        nargs="+",
+        metavar="FILE|DIR",
+        type=named(Path),
+        help="name the most likely classes of these pictures, or of those in a folder, instead",
     )
     return parser
 
@@ -115,7 +120,7 @@ def write_csv(confusion, classes, path):
     import pandas as pd
 
     with naming(path):
-        pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv(path)
+        pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv(path, errors="backslashreplace")
 
 
 def draw(confusion, classes, path):
@@ -144,7 +149,8 @@ def draw(confusion, classes, path):
 
 
 def classify(net, checkpoint, paths, device):
-    """Prints the three most likely classes of each picture."""
+    """Prints the three most likely classes of each picture, a folder's among them."""
+    paths = [picture for path in paths for picture in (pictures_in(path) if path.is_dir() else [path])]
     images = read_pictures(paths, image_size_of(checkpoint))
     logits = predict(net, images.to(device), *normalization(checkpoint, device))
     classes = checkpoint["classes"]

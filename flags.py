@@ -1,6 +1,7 @@
 """The flags that several programs share, and their defaults, each of which is stated here and nowhere else."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from data import IMAGE_SIZE, SOURCES
 from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
-from endings import MAX_VALUE, Refused, at_least, named
+from endings import Refused, at_least, named
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
@@ -31,12 +32,12 @@ def add_data_flags(group):
 
 def add_model_flags(group, depth=100):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
-    size = at_least(0, high=MAX_SIZE)  # what DenseNet makes of 0, it says itself
+    size = at_least(-math.inf, high=MAX_SIZE)  # what is too small, DenseNet says
     add("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
     add("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
-    add("--reduction", type=at_least(0, float), help="fraction of the channels a transition keeps (0.5; plain net 1.0)")
+    add("--reduction", type=float, help="fraction of the channels a transition keeps (0.5; plain net 1.0)")
     add("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
-    add("--drop-rate", type=at_least(0, float), help="dropout (0 with augmentation, else 0.2)")
+    add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
     add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with the kernels that are fast there)")
 
@@ -78,9 +79,10 @@ def add_run_flags(group):
 
 def image_size(text):
     """An argparse type: a multiple of 4 from 8."""
-    size = int(text)
-    if size % 4 or not 8 <= size <= MAX_VALUE[int]:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be a multiple of 4, from 8 to {MAX_VALUE[int]:g}")
+    size = at_least(8)(text)
+    if size % 4:
+        below = size - size % 4
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4: the nearest are {below} and {below + 4}")
     return size
 
 

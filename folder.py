@@ -5,6 +5,7 @@
 
 import math
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -41,8 +42,12 @@ def check_classes(root, train, image_size):
     """Refused unless train and test have the same classes, two or more, and their images fit the memory."""
     test = list_classes(root / "test")
     if list(train) != list(test):
-        odd = min(set(train) ^ set(test))
-        raise Refused(f"{root}: the class {odd} is in only one of train and test: give it a folder in both")
+        name = min(set(train) ^ set(test))
+        lacking, its_classes = (root / "test", test) if name in train else (root / "train", train)
+        twin = next((each for each in its_classes if spelling(each) == spelling(name)), None)
+        if twin:  # in ASCII, since they may look alike
+            raise Refused(f"{lacking} lacks the class {name!a}, and {twin!a} there differs in spelling only: rename one")
+        raise Refused(f"{lacking} lacks the class {name!r}: give it a folder in both train and test")
     if len(train) < 2:
         raise Refused(f"{root / 'train'} holds one class only ({next(iter(train))}): add a folder for each further class")
     number = sum(map(len, [*train.values(), *test.values()]))
@@ -52,6 +57,11 @@ def check_classes(root, train, image_size):
             f"{root} holds {number:,} pictures, which are {needed / 1e9:.1f} GB at {image_size} x {image_size}, and "
             f"{free / 1e9:.1f} GB of memory are free: choose a smaller --image-size, or put fewer pictures there"
         )
+
+
+def spelling(name):
+    """What is left of a name without case, spaces, invisible letters and the ways to write an accent."""
+    return [letter for letter in unicodedata.normalize("NFKC", name).casefold() if letter.isprintable() and letter != " "]
 
 
 def free_memory():
@@ -68,15 +78,15 @@ def list_classes(folder):
     folders = sorted(path for path in visible(folder) if path.is_dir())
     if not folders:
         raise Refused(f"{folder} holds no folder: make one for each class and put its pictures there")
-    classes = {path.name: sorted(list_pictures(path), key=lambda file: (str(file.parent), file.name)) for path in folders}
-    odd = next((name for name in classes if name.encode(errors="replace").decode() != name), None)
-    if odd:
-        raise Refused(f"{folder}: the name of the class {odd!r} is not UTF-8: rename its folder")
-    empty = next((name for name, files in classes.items() if not files), None)
-    if empty:
-        extensions = ", ".join(EXTENSIONS)
-        raise Refused(f"{folder}: the class {empty} holds no picture ({extensions}): put pictures into its folder or remove it")
-    return classes
+    return {path.name: pictures_in(path) for path in folders}
+
+
+def pictures_in(folder):
+    """The picture files in the folder and below it, sorted. Refused if there is none."""
+    files = sorted(list_pictures(folder), key=lambda file: (str(file.parent), file.name))
+    if not files:
+        raise Refused(f"{folder} holds no picture ({', '.join(EXTENSIONS)}): put some there, or remove it")
+    return files
 
 
 def list_pictures(folder, above=()):

@@ -1,12 +1,10 @@
 """Predictions for a whole set of images, and their exact loss and error."""
 
-import sys
-
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import normalize
+from progress import progress
 
 BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net needs little memory
 GPU_NUMBERS = 2**28  # at a time in the widest layer's input, on a GPU: large batches, and 1 to 3 GB in all, whatever the net
@@ -14,11 +12,9 @@ GPU_NUMBERS = 2**28  # at a time in the widest layer's input, on a GPU: large ba
 
 @torch.inference_mode()
 def predict(net, images, mean, std, title=None):
-    """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a terminal shows a bar."""
+    """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, it shows how far it is."""
     net.eval()
-    batches = images.split(batch_size(net, images))
-    if title and sys.stderr.isatty():
-        batches = tqdm(batches, desc=title, leave=False, dynamic_ncols=True)
+    batches = progress(images.split(batch_size(net, images)), shown=bool(title), desc=title, unit=" batches", leave=False)
     return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
 
 

@@ -5,6 +5,7 @@ EXIF orientation, 16 bits and transparency are taken into account; what has no o
 
 import contextlib
 import os
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 from endings import Refused, say
 from machine import num_cpus
+from progress import progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
@@ -31,8 +32,8 @@ def read_pictures(paths, size, title=None):
     """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
-    bar = tqdm(desc=title, total=len(paths), unit="", leave=False, dynamic_ncols=True, disable=None if title else True)
-    if title and bar.disable:
+    bar = progress(shown=bool(title), desc=title, total=len(paths), unit="", leave=False)
+    if title and not sys.stderr.isatty():
         say(title)
     with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well
         try:

@@ -73,9 +73,9 @@ def read_arguments(save):
         facts = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {REMEDY}") from error
-    names = ("image_size", "precision", "epochs")
-    size, precision, epochs = (facts.get(name) if isinstance(facts, dict) else "" for name in names)
-    known = isinstance(size, int | None) and precision in (None, *DTYPES)
+    names = ("image_size", "precision", "epochs", "digests")
+    size, precision, epochs, digests = (facts.get(name) if isinstance(facts, dict) else "" for name in names)
+    known = isinstance(size, int | None) and precision in (None, *DTYPES) and isinstance(digests, dict | None)
     if not known or type(epochs) is not int or not 1 <= epochs <= MAX_VALUE[int]:
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
@@ -125,6 +125,16 @@ def resume(save, facts, net, old_rates, new_rates):
     return checkpoint
 
 
+def final_error(save):
+    """The test error of the last epoch, in %."""
+    return float((save / "test.csv").read_text().splitlines()[-1].split(",")[2])
+
+
+def results(save):
+    """The names of the run's files."""
+    return [name for name in FILES if (save / name).is_file()]
+
+
 def refuse_lost_checkpoint(save):
     """Refused if the CSVs go beyond the first epoch: then a checkpoint has been lost."""
     for path in (save / "train.csv", save / "test.csv"):
@@ -140,17 +150,23 @@ def refuse_folders(save):
 
 
 def compare_arguments(old, new):
-    """Refused if an argument that changes the result differs."""
+    """Refused if an argument that changes the result differs, or the data."""
     for name in old:
         if name in new and name not in MAY_CHANGE and old[name] != new[name]:
+            if name == "digests":
+                parts = " and ".join(part for part in new[name] if old[name].get(part) != new[name][part])
+                change = f"the images or labels of {parts} are not those that the run was begun with"
+                raise Refused(f"{new['data']}: {change}: put those back, or begin another run with --save")
             raise Refused(f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments")
 
 
 def compare_rates(old, new, epochs_done):
     """Refused if the finished epochs had other learning rates, or are more than --epochs."""
-    if old[:epochs_done] != new[:epochs_done] or epochs_done > len(new):
-        changed = f"--epochs {len(new)} instead of {len(old)}"
-        raise Refused(f"{changed} changes the schedule of the {epochs_done} epochs already done")
+    remedy = f"resume it with --epochs {len(old)}, or train its net on with --init, in another --save"
+    if epochs_done > len(new):
+        raise Refused(f"--epochs {len(new)} is less than the {epochs_done} that are done: {remedy}")
+    if old[:epochs_done] != new[:epochs_done]:
+        raise Refused(f"with --epochs {len(new)} the {epochs_done} epochs done would have had other learning rates: {remedy}")
 
 
 def rows_until(path, facts, epochs_done, steps):
@@ -199,19 +215,25 @@ class Plots:
         """Starts plot.py, unless it is still running."""
         if self.enabled and (self.process is None or self.process.poll() is not None):
             self.wait()
-            self.process = subprocess.Popen(  # start_new_session: Ctrl-C is not meant for it
-                self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-            )
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+            try:  # start_new_session: Ctrl-C is not meant for it
+                self.process = subprocess.Popen(self.command, **streams, start_new_session=True)
+            except OSError as error:  # no memory or no process is left for it
+                self.report(error.strerror)
 
     def wait(self):
         """Waits for plot.py; its first failure is reported."""
         _, errors = self.process.communicate() if self.process else (None, "")
-        if self.process and self.process.returncode and not self.warned:
+        if self.process and self.process.returncode:
             reasons = [line for line in errors.splitlines() if "this is a bug" not in line]
-            reason = reasons[-1] if reasons else f"plot.py ended with status {self.process.returncode}"
-            say(f"the figures could not be drawn, training goes on: {reason}", write=tqdm.write)
-            self.warned = True
+            self.report(reasons[-1] if reasons else f"plot.py ended with status {self.process.returncode}")
         self.process = None
+
+    def report(self, reason):
+        """Says, the first time, why there is no figure."""
+        if not self.warned:
+            say(f"the figures could not be drawn, training goes on: {reason}", write=tqdm.write)
+        self.warned = True
 
 
 def git_commit():

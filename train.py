@@ -12,7 +12,6 @@ test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import sys
@@ -34,9 +33,11 @@ from endings import Refused, Stopped, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from metrics import loss_and_error_sums, predict
+from progress import progress
 from step import TrainingStep, schedule
 
 GROUP_STEPS = 20  # steps between two writes to train.csv; each write waits for the device
+MAX_LOSS = 1e4  # of a step; no training that goes well has it
 
 
 def main():
@@ -105,10 +106,11 @@ def refuse_another_net(args, init):
 
 
 def load_data(args, device, world):
-    """The data set on the device; on each machine one process downloads it first."""
+    """The data set on the device; on each machine one process downloads it first. The run's arguments get its digests."""
     with distributed.first_rank_first(world):
         dataset = data.load(args.dataset, args.data, args.val, args.limit, args.image_size, quiet=world.rank > 0)
     distributed.check_batches(world, args.batch_size, len(dataset.train))
+    args.digests = dataset.digests()
     return dataset.to(device)
 
 
@@ -128,7 +130,11 @@ def run(net, dataset, args, world, ending, fresh):
         checkpoint = open_run(net, dataset, args, world, fresh) if world.rank == 0 else None
         checkpoint = distributed.share_object(checkpoint, world)
         ending.resume = endings.resume_command(world.size)
+        if world.rank == 0:
+            say(*opening_lines(net, dataset, args, checkpoint))
         fit(net, dataset, args, world, checkpoint)
+        if world.rank == 0:
+            say(*closing_lines(args))
 
 
 def open_run(net, dataset, args, world, fresh):
@@ -145,35 +151,52 @@ def open_run(net, dataset, args, world, fresh):
         checkpoint = run_folder.resume(args.save, facts, net, schedule(args, old_epochs), schedule(args, args.epochs))
     if checkpoint is None:
         run_folder.begin(args.save, facts)
-    if args.dataset == "folder":
-        say(*describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels))
-    if args.resume:
-        say(f"{args.save}: continuing after epoch {checkpoint['epoch']}" if checkpoint else f"{args.save}: from the start")
     return checkpoint
+
+
+def opening_lines(net, dataset, args, checkpoint):
+    """What is trained; on what, where, how and into which folder; a folder's classes; where a run goes on."""
+    name = ("DenseNet-BC" if args.bottleneck else "DenseNet") + f", L={args.depth}, k={args.growth_rate}"
+    yield f"{name if args.depth else type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters"
+    parts = {"training": dataset.train, "held-out": dataset.val, "test": dataset.test}
+    images = ", ".join(f"{len(split):,} {part}" for part, split in parts.items() if split)
+    ways = [args.precision, *(name for name in ("capture", "compile", "efficient") if getattr(args, name))]
+    yield f"{args.dataset} ({images} images), {describe(dataset.mean.device)}, {', '.join(ways)}, {args.save}"
+    if args.dataset == "folder":
+        yield from describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels)
+    if args.resume:
+        epochs_done = checkpoint["epoch"] if checkpoint else 0
+        where = f"continuing after epoch {epochs_done}" if epochs_done else "from the start"
+        yield f"{args.save} is complete" if epochs_done == args.epochs else f"{args.save}: {where}"
+
+
+def closing_lines(args):
+    """The final test error, and what the run's folder holds."""
+    yield f"test error {run_folder.final_error(args.save):.2f} % after epoch {args.epochs}"
+    yield f"{args.save} has {', '.join(run_folder.results(args.save))}"
 
 
 def fit(net, dataset, args, world, checkpoint):
     """The training loop: trains, tests, saves and plots each epoch, starting after the checkpoint."""
     stop = endings.StopSignals()
-    setproctitle(str(args.save).encode(errors="replace").decode())
+    setproctitle(str(args.save).encode(errors="replace").decode())  # it takes no other bytes than UTF-8's
     step = TrainingStep(net, args, dataset.mean.device, world)
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
     rates = schedule(args, args.epochs)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
-    hidden = None if world.rank == 0 and sys.stderr else True  # None: where there is no terminal
-    shown = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": hidden}
-    with tqdm(initial=first_epoch * len(dataset.train), total=args.epochs * len(dataset.train), **shown) as bar:
+    images = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
+    with progress(shown=world.rank == 0, unit=" images", unit_scale=True, **images) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
-            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}")
+            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}", refresh=False)
             log = EpochLog(args, epoch, len(dataset.train), world)
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
             result = test(net, dataset, world)
-            check_finite(result[0], f"on the test images after epoch {epoch + 1}")
+            check_loss(result[0], f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
             if world.rank == 0:
                 run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
                 plots.redraw()
@@ -210,7 +233,7 @@ class EpochLog:
         bar.update(self.sizes[done - 1])
         if len(self.group) == GROUP_STEPS or done == len(self.sizes) or (stop.received and self.world.size == 1):
             signum = self.write(stop.received)
-            bar.set_postfix_str(f"loss {self.rows[-1][0]:.3f}, error {self.rows[-1][1]:.1f} %")
+            bar.set_postfix_str(f"loss {self.rows[-1][0]:.3f}, error {self.rows[-1][1]:.1f} %", refresh=False)
             if signum:
                 raise Stopped(signum) if self.world.rank == 0 else SystemExit(128 + signum)
 
@@ -223,7 +246,7 @@ class EpochLog:
             epochs = [self.epoch + i / len(self.sizes) for i in range(first, first + len(rows))]
             run_folder.append_rows(self.path, [(epoch, *row) for epoch, row in zip(epochs, rows, strict=True)])
         for number, (loss, _) in enumerate(rows, start=first):
-            check_finite(loss, f"at step {number} of epoch {self.epoch + 1}")
+            check_loss(loss, f"at step {number} of epoch {self.epoch + 1}")
         self.rows += rows
         self.group = []
         return signals and (received or signal.SIGTERM)
@@ -233,19 +256,23 @@ class EpochLog:
         return np.average(self.rows, axis=0, weights=self.sizes)
 
 
-def check_finite(loss, where):
-    if not math.isfinite(loss):
-        sentence = f"the loss is {loss} {where}: start again with a lower --lr, in another --save or with --force"
-        raise Refused(sentence, status=1)
+def check_loss(loss, where, largest=MAX_LOSS):
+    """Refused where training has diverged; the rows and the last checkpoint stay."""
+    if not loss <= largest:
+        remedy = "start again with a lower --lr, in another --save or with --force"
+        raise Refused(f"training diverged, the loss is {loss:g} {where}: {remedy}", status=1)
 
 
 def test(net, dataset, world):
     """[loss, error in %] of the test set, followed by those of the held-out images if there are any."""
     distributed.share_buffers(net, world)
     results = []
+    title = "test" if world.rank == 0 else None
     for split in filter(None, [dataset.test, dataset.val]):
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
-        sums = loss_and_error_sums(predict(net, images, dataset.mean, dataset.std), labels.cpu())
+        with endings.memory_for("the test after an epoch", "a smaller net (--depth, --growth-rate) or a machine that has more"):
+            logits = predict(net, images, dataset.mean, dataset.std, title)
+        sums = loss_and_error_sums(logits, labels.cpu())
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()
         results += [loss, 100 * error]
     return results

@@ -150,7 +150,7 @@ def test_a_bug_in_a_worker_is_a_bug_and_a_killed_one_is_named():
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--json", "."], "--json . cannot be written: name a file in an existing"),
         (["--json", "no/such/folder/report.json"], "--json no/such/folder/report.json cannot be written"),
-        (["--image-size", 30], "30 is out of range: it must be a multiple of 4"),
+        (["--image-size", 30], "30 is no multiple of 4: the nearest are 28 and 32"),
         (["--only", "torchvision"], "invalid choice: 'torchvision'"),
     ],
 )

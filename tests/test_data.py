@@ -99,9 +99,9 @@ def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
     assert torch.equal(whole.train.images[:100], part.train.images)
     rows = {image.numpy().tobytes() for image in torch.cat([whole.train.images, whole.val.images])}
     assert rows == {image.numpy().tobytes() for image in data.load("digits", ".").train.images}
-    with pytest.raises(Refused, match="--val 1437 is more than the 1437"):
+    with pytest.raises(Refused, match="--val 1437 leaves 0 of the 1,437 training images: choose less"):
         data.load("digits", ".", val=1437)
-    with pytest.raises(Refused, match="--val 1000 and --limit 438 is more than"):
+    with pytest.raises(Refused, match="--val 1000 leaves 437 of the 1,437 training images, fewer than --limit 438"):
         data.load("digits", ".", val=1000, limit=438)
 
 
@@ -283,6 +283,16 @@ def class_without_test(root):
     (root / "test" / "red").rename(root / "test" / "green")
 
 
+def class_spelt_in_two_ways(root):
+    """As two machines write it."""
+    (root / "train" / "red").rename(root / "train" / "cafe\u0301")
+    (root / "test" / "red").rename(root / "test" / "caf\u00e9")
+
+
+def class_with_a_space(root):
+    (root / "test" / "red").rename(root / "test" / "Red ")
+
+
 def no_test(root):
     shutil.rmtree(root / "test")
 
@@ -292,13 +302,18 @@ def no_test(root):
     [
         (break_picture, "red/3.png cannot be read as an image"),
         (cut_picture, "blue/2.jpg cannot be read as an image"),
-        (empty_class, "train: .*red"),
+        (empty_class, "train/red holds no picture"),
         (one_class, r"one class only \(blue\)"),
-        (class_without_test, "green is in only one of train and test"),
+        (class_without_test, "train lacks the class 'green': give it a folder in both"),
+        (
+            class_spelt_in_two_ways,
+            r"train lacks the class 'caf\\xe9', and 'cafe\\u0301' there differs in spelling only: rename one",
+        ),
+        (class_with_a_space, "test lacks the class 'red', and 'Red ' there differs in spelling only: rename one"),
         (no_test, "test is not a folder"),
-        (class_with_hidden_files_only, r"train: the class red holds no picture \(.jpg, .*put pictures into its folder"),
+        (class_with_hidden_files_only, r"train/red holds no picture \(.jpg, .*: put some there, or remove it"),
         (only_hidden_folders, "test holds no folder: make one for each class"),
-        (class_that_is_hidden_in_test, "red is in only one of train and test"),
+        (class_that_is_hidden_in_test, "test lacks the class 'red': give it a folder in both train and test"),
         (vanished_picture, "red/lost.png cannot be read as an image .there is no file of this name"),
         (picture_of_floats, "red/depth.tif cannot be read as an image .* save it as 8-bit RGB"),
     ],

@@ -44,9 +44,10 @@ def test_the_checkpoint_knows_the_size(call_main, run, pictures, tmp_path):
     """Trained at 64, then exported, evaluated, a picture classified and training begun anew, without a flag."""
     status, out, errors = run(tmp_path / "run", "--image-size", 64, epochs=2)
     assert status == 0, errors
-    assert out.splitlines()[:4] == [
-        f"reading 16 pictures in {pictures / 'train'}",
-        f"reading 4 pictures in {pictures / 'test'}",
+    lines = out.splitlines()
+    assert lines[:2] == [f"reading 16 pictures in {pictures / 'train'}", f"reading 4 pictures in {pictures / 'test'}"]
+    assert lines[3].startswith("folder (16 training, 4 test images), cpu (")
+    assert lines[4:6] == [
         "  dark         8 training       1 test images",
         "  light        8 training       3 test images",
     ]
@@ -83,7 +84,7 @@ def test_another_size_is_another_run(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--image-size", 30], "--image-size: 30 is out of range: it must be a multiple of 4, from 8"),
+        (["--image-size", 30], "--image-size: 30 is no multiple of 4: the nearest are 28 and 32"),
         (["--image-size", 4], "--image-size: 4 is out of range"),
         (["--image-size", -32], "--image-size: -32 is out of range"),
         (["--image-size", "large"], "--image-size: invalid"),

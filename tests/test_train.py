@@ -294,14 +294,22 @@ def test_a_run_writes_its_files(tiny_run):
     assert "commit" in facts
     for name in ("loss.png", "error.png", "loss-error.png"):
         assert Image.open(tiny_run / name).size[1] > 300
-    lines = (tiny_run / "stdout").read_text().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_a_run_says_what_it_is_how_far_it_is_and_what_there_is(tiny_run):
+    what, how, *epochs, error, files = (tiny_run / "stdout").read_text().splitlines()
+    assert what == "DenseNet-BC, L=10, k=4, 2,666 parameters"
+    assert how.startswith("digits (96 training, 360 test images), cpu (")
+    assert how.endswith(f"fp32, {tiny_run}")
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
+    assert error == f"test error {pd.read_csv(tiny_run / 'test.csv')['error'].iloc[-1]:.2f} % after epoch 2"
+    assert files == f"{tiny_run} has args.json, train.csv, test.csv, latest.pth, loss.png, error.png, loss-error.png"
 
 
 def test_the_line_of_an_epoch_has_its_figures(tiny_run):
     """Of training, the mean over its images: the last batch has 16, the others 40."""
     steps, epochs = (pd.read_csv(tiny_run / f"{part}.csv") for part in ("train", "test"))
-    for epoch, line in enumerate((tiny_run / "stdout").read_text().splitlines()):
+    for epoch, line in enumerate((tiny_run / "stdout").read_text().splitlines()[2:4]):
         means = [np.average(steps[name][3 * epoch : 3 * epoch + 3], weights=[40, 40, 16]) for name in ("loss", "error")]
         pattern = r"train loss ([\d.]+) error ([\d.]+) %  test loss ([\d.]+) error ([\d.]+) %  lr ([\d.]+)"
         told = [float(number) for number in re.search(pattern, line).groups()]
@@ -319,7 +327,7 @@ def test_rows_stand_at_the_end_of_their_steps_over_many_groups(call_main, tmp_pa
     assert rows["epoch"].tolist() == pytest.approx([step / 50 for step in range(1, 101)], abs=1e-6)
     assert {50, 100} <= set(rows["error"]) <= {0, 50, 100}
     sizes = [2] * 49 + [1]
-    for epoch, line in enumerate(out.splitlines()):
+    for epoch, line in enumerate(out.splitlines()[2:4]):
         assert f"error {np.average(rows['error'][50 * epoch :][:50], weights=sizes):.2f} %  test" in line
 
 
@@ -381,7 +389,7 @@ def test_checkpoint_is_the_bare_net_even_if_a_compiled_one_was_trained(call_main
     compiled, plain = (pd.read_csv(folder / "train.csv")["loss"] for folder in (tmp_path / "run", tiny_run))
     assert compiled.tolist() == pytest.approx(plain.tolist(), rel=1e-3)
     status, out, errors = call_main(train, *flags, "--epochs", 2, "--resume")
-    assert (status, "continuing after epoch 2" in out) == (0, True), errors
+    assert (status, f"{tmp_path / 'run'} is complete" in out) == (0, True), errors
 
 
 def test_held_out_images_get_columns_of_their_own(call_main, tmp_path):
@@ -585,7 +593,7 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
     flags = ["--depth", 10, "--growth-rate", 2, "--limit", 144, "--epochs", 3, "--device", "cpu", "--no-plot"]
     status, out, errors = call_main(train, "--data", cifar, *flags, "--save", tmp_path / "run")
     assert status == 0, errors
-    assert [line.split("  ")[0] for line in out.splitlines()] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert [line.split("  ")[0] for line in out.splitlines()[2:5]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     rows, tests = (pd.read_csv(tmp_path / "run" / f"{part}.csv") for part in ("train", "test"))
     assert rows["epoch"].tolist() == pytest.approx([step / 3 for step in range(1, 10)], abs=1e-6)
     assert tests["epoch"].tolist() == [1, 2, 3]
@@ -604,14 +612,18 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--depth", 41], "depth 41 does not fit: depth - 4 must divide by 6, the nearest are 40 and 46"),
         (["--depth", 41, "--no-bottleneck"], "nearest are 40 and 43"),
         (["--growth-rate", 0], "growth_rate 0 is too small"),
-        (["--batch-size", 0], "--batch-size/--batchSz: 0 is out of range: it must be from 1 to"),
+        (["--batch-size", 0], "--batch-size/--batchSz: 0 is out of range: it must be 1 or more"),
+        (["--batch-size", 10**9], "1000000000 is out of range: it must be 1e+07 or less"),
+        (["--depth", -3], "depth -3 is too small: the two smallest that fit are 10 and 16"),
+        (["--growth-rate", -1], "growth_rate -1 is too small: it must be 1 or more"),
+        (["--reduction", -1], "reduction -1.0 is out of range: it must be in (0, 1]"),
         (["--batch-size", "many"], "invalid int value: 'many'"),
         (["--reduction", 0], "reduction 0.0 is out of range"),
         (["--reduction", 1.5], "reduction 1.5 is out of range"),
         (["--drop-rate", 1], "drop_rate 1.0 is out of range"),
         (["--lr", "nan"], "nan is out of range"),
-        (["--limit", 2000], "--limit 2000 is more than the 1437 training images"),
-        (["--val", 1437, "--limit", 1], "--val 1437 and --limit 1 is more than the 1437 training images"),
+        (["--limit", 2000], "--limit 2000 is more than the 1,437 training images"),
+        (["--val", 1437, "--limit", 1], "--val 1437 leaves 0 of the 1,437 training images, fewer than --limit 1: choose"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz into"),
         (["--dataset", "folder"], "train is not a folder"),

@@ -1,0 +1,39 @@
+"""How far a program is: a bar on a terminal; elsewhere, as in a log file, a line every few minutes.
+
+for batch in progress(batches, desc="test images"):
+"""
+
+import sys
+
+from tqdm import tqdm
+
+from endings import say
+
+LOG_SECONDS = 120
+LOG_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}{postfix}, {remaining} left"
+
+
+class Log:
+    """A file for tqdm that prints lines in place of a bar."""
+
+    def write(self, text):
+        if text.strip():
+            say(text.strip())
+
+    def flush(self):
+        pass
+
+
+class Bar(tqdm):
+    """Looks at the clock in each update, and so needs no thread that does."""
+
+    monitor_interval = 0
+
+
+def progress(iterable=None, shown=True, **options):
+    """tqdm with its options."""
+    if sys.stderr.isatty():
+        options |= {"dynamic_ncols": True}
+    else:
+        options |= {"file": Log(), "delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "bar_format": LOG_LINE}
+    return Bar(iterable, disable=not shown, miniters=1, **options)
