@@ -35,5 +35,5 @@ def progress(iterable=None, shown=True, **options):
     if sys.stderr.isatty():
         options |= {"dynamic_ncols": True}
     else:
-        options |= {"file": Log(), "delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "bar_format": LOG_LINE}
+        options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
     return Bar(iterable, disable=not shown, miniters=1, **options)

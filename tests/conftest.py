@@ -1,6 +1,9 @@
+import contextlib
 import os
+import pty
 import signal
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,26 @@ def run_script(forked):
 
     def run(name, *arguments, **options):
         return forked([ROOT / name, *arguments], **options).wait()
+
+    return run
+
+
+@pytest.fixture
+def run_on_terminal(forked):
+    """Runs a script on a real pseudo-terminal; returns what that has shown."""
+
+    def run(*command):
+        master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (40, 160))
+        process = forked(command, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
+            while chunk := os.read(master, 65536):
+                shown += chunk
+        os.close(master)
+        assert process.wait().returncode == 0
+        return shown
 
     return run
 

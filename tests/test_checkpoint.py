@@ -196,6 +196,15 @@ def nothing(path):
     pass
 
 
+def folder(path):
+    path.mkdir()
+
+
+def folder_of_a_run(path):
+    path.mkdir()
+    (path / "latest.pth").touch()
+
+
 CARD = {"args": {}, "epoch": 1, "mean": [], "std": [], "classes": []}  # complete, so that it is the net that is refused
 
 
@@ -213,7 +222,9 @@ def other_net(path):
         (text_file, "is damaged or no checkpoint of train.py"),
         (other_checkpoint, "is no checkpoint of train.py"),
         (bare_tensor, "is no checkpoint of train.py"),
-        (nothing, "does not exist"),
+        (nothing, "does not exist: name the latest.pth of a run"),
+        (folder, "file.pth is a folder: name a file in it"),
+        (folder_of_a_run, "file.pth/latest.pth"),
         (vgg, "is no checkpoint of train.py"),
         (other_net, "is no checkpoint of train.py"),
     ],

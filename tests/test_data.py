@@ -307,9 +307,9 @@ def no_test(root):
         (class_without_test, "train lacks the class 'green': give it a folder in both"),
         (
             class_spelt_in_two_ways,
-            r"train lacks the class 'caf\\xe9', and 'cafe\\u0301' there differs in spelling only: rename one",
+            r"test lacks the class 'cafe\\u0301', and 'caf\\xe9' there differs in spelling only: rename one",
         ),
-        (class_with_a_space, "test lacks the class 'red', and 'Red ' there differs in spelling only: rename one"),
+        (class_with_a_space, "train lacks the class 'Red ', and 'red' there differs in spelling only: rename one"),
         (no_test, "test is not a folder"),
         (class_with_hidden_files_only, r"train/red holds no picture \(.jpg, .*: put some there, or remove it"),
         (only_hidden_folders, "test holds no folder: make one for each class"),

@@ -239,3 +239,12 @@ def test_half_an_environment_is_a_sentence():
         Refused, match=r"WORLD_SIZE is set but RANK or LOCAL_RANK is missing or no number \('RANK'\): use torchrun"
     ):
         distributed.read_world({"WORLD_SIZE": "2"})
+
+
+def test_what_is_empty_in_the_environment_is_as_if_unset():
+    assert distributed.read_world({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}) == World()
+    full = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    assert distributed.read_world({**full, "TORCHELASTIC_RESTART_COUNT": ""}) == World(1, 0, 2)
+    for name in ("RANK", "LOCAL_RANK"):
+        with pytest.raises(Refused, match="WORLD_SIZE is set but RANK or LOCAL_RANK is missing"):
+            distributed.read_world({**full, name: ""})

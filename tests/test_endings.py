@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -347,3 +350,96 @@ def test_a_process_whose_partner_is_gone_says_so(capsys):
         with pytest.raises(SystemExit, match="1"):
             end(resume)
         assert capsys.readouterr().err == f"a.py: another process of this run has ended, see its message{kept}\n"
+
+
+# ------------------------------------------------------------------------------------------- streams, names, compilers
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(tiny_run, tmp_path, closed):
+    """No file of the run gets the number of a stream, and with it what a library prints."""
+    command = shlex.join(map(str, [sys.executable, ROOT / "train.py", *flags(tmp_path / "run")]))
+    done = subprocess.run(["sh", "-c", f"exec {command} {closed}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.stdout == "") == (closed != "2>&-")
+    assert_same_run(tiny_run, tmp_path / "run")
+
+
+NARROW = """
+import runpy, sys
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+NAMES = [b"caf\xc3\xa9", b"\xe7\x8c\xab", b"bad\xff"]
+
+
+def test_names_of_classes_that_the_output_cannot_encode(run, tmp_path):
+    for part in ("train", "test"):
+        for number, name in enumerate(NAMES):
+            folder = tmp_path / "data" / part / os.fsdecode(name)
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (9, 9), (90 * number, 0, 0)).save(folder / f"{i}.png")
+    more = ["--dataset", "folder", "--data", tmp_path / "data", "--limit", 9, "--drop-rate", 0, "--epochs", 1]
+    done = run("-c", NARROW, ROOT / "train.py", *flags(tmp_path / "run", *more))
+    assert (done.returncode, done.stderr) == (0, "")
+    for evaluated in (["--out", tmp_path], ["--image", tmp_path / "data" / "test"]):
+        done = run("-c", NARROW, ROOT / "evaluate.py", tmp_path / "run" / "latest.pth", *evaluated)
+        assert (done.returncode, done.stderr) == (0, "")
+        for told in ("caf\\xe9 ", "\\u732b ", "bad\\udcff "):
+            assert told in done.stdout
+    table = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
+    assert list(table.index) == list(table.columns) == ["bad\\udcff", "caf\u00e9", "\u732b"]
+    assert Image.open(tmp_path / "confusion.png").size[0] > 300
+
+
+@pytest.mark.parametrize("name", [b"run\xff", "r\u00fcn 'x' \\".encode(), b"a\nb\x1b[31m"])
+def test_the_command_that_goes_on_can_be_pasted(forked, tiny_run, tmp_path, name):
+    save = tmp_path / os.fsdecode(name)
+    done = forked(["-c", NARROW_ERRORS + FAILING, *flags(save)]).wait()
+    assert (done.returncode, save.is_dir()) == (1, True)
+    told = done.stderr.split("this continues the run: ")[1].rstrip("\n")
+    assert told.isascii()
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {told}"], capture_output=True, check=True).stdout.split(b"\0")
+    assert os.fsencode(save) in words
+    assert subprocess.run(["bash", "-c", told], cwd=ROOT, capture_output=True).returncode == 1  # the bug is still there
+    done = forked(["train.py", *flags(save, "--resume")]).wait()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_run(tiny_run, save)
+
+
+NARROW_ERRORS = "import sys\nsys.stderr.reconfigure(encoding='ascii')\n"
+
+
+def test_words_for_a_shell():
+    assert endings.shell_word("plain") == "plain"
+    assert endings.shell_word("r\u00fcn x") == "'r\u00fcn x'"
+    assert endings.shell_word("it's\n\udcff\\") == r"$'it\x27s\x0a\xff\x5c'"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/gone/c++", "PATH": "/gone"}, "InvalidCxxCompiler: No working C++ compiler found"),
+        ({"TORCHINDUCTOR_CACHE_DIR": "/sys"}, "PermissionError: "),
+    ],
+)
+def test_a_compiler_that_is_not_there_and_a_cache_of_another(run, call_main, tiny_run, tmp_path, environment, reason):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), **environment}
+    done = run("train.py", *flags(tmp_path / "run", "--compile"), env=environment)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"train.py: torch.compile does not work here ({reason}")
+    assert f"): install what is missing, or leave out --compile; {endings.KEPT}" in done.stderr
+    assert call_main(train, *flags(tmp_path / "run", "--resume"))[0] == 0
+    assert_same_run(tiny_run, tmp_path / "run")
+
+
+def test_training_that_diverges_ends(call_main, tmp_path):
+    save = tmp_path / "run"
+    status, _, errors = call_main(train, *flags(save, "--lr", 1000))
+    assert (status, len(errors.splitlines())) == (1, 1)
+    assert errors.startswith("train.py: training diverged, the loss is ")
+    assert "of epoch 1: start again with a lower --lr, in another --save or with --force" in errors
+    losses = pd.read_csv(save / "train.csv")["loss"]
+    assert losses.max() > train.MAX_LOSS
+    assert (save / "args.json").exists()

@@ -119,3 +119,20 @@ def exported(tiny_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "net.pth"
     export(load_checkpoint(tiny_run / "latest.pth"), path)
     return path
+
+
+def test_the_pictures_of_a_folder_are_named(call_main, tiny_run, pictures):
+    one = pictures / "train" / "red" / "0.jpg"
+    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", pictures / "test", one)
+    assert status == 0, errors
+    named = [pictures / "test" / "blue" / "0.jpg", pictures / "test" / "red" / "0.jpg", one]
+    assert [line.split(":")[0] for line in out.splitlines()] == [*map(str, named)]
+    (pictures / "empty").mkdir()
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", pictures / "empty")
+    assert (status, f"{pictures / 'empty'} holds no picture (.jpg, " in errors) == (2, True)
+
+
+def test_a_terminal_shows_how_far_the_test_is(run_on_terminal, tiny_run, tmp_path):
+    shown = run_on_terminal("evaluate.py", tiny_run / "latest.pth", "--out", tmp_path)
+    for part in (b"test images", b"batches", b"test error"):
+        assert part in shown

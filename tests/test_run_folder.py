@@ -1,16 +1,22 @@
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, contents
+from conftest import ROOT, TINY, contents
+from PIL import Image
 
+import checkpoint
 import data
 import evaluate
 import plot
@@ -473,3 +479,138 @@ def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_p
     out = capsys.readouterr().out
     assert out.count("the figures could not be drawn, training goes on: plot.py: error:") == 1
     assert "loss.png" in out
+
+
+# ------------------------------------------------------------------------------------ data that changed, and what fails
+
+
+def replaced(root):
+    Image.new("RGB", (40, 50), (0, 9, 255)).save(root / "train" / "blue" / "0.jpg")
+
+
+def relabelled(root):
+    for part in ("train", "test"):
+        (root / part / "blue").rename(root / part / "x")
+        (root / part / "red").rename(root / part / "blue")
+        (root / part / "x").rename(root / part / "red")
+
+
+def moved(root):
+    (root / "train" / "red" / "0.jpg").rename(root / "train" / "blue" / "r.jpg")
+
+
+def removed(root):
+    Image.new("RGB", (40, 50), (255, 9, 0)).save(root / "test" / "red" / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"), [(replaced, "train"), (relabelled, "train and test"), (moved, "train"), (removed, "test")]
+)
+def test_a_run_is_not_continued_on_other_data(call_main, pictures, tmp_path, change, parts):
+    save, flags = tmp_path / "run", [*TINY[2:], "--limit", 12, "--drop-rate", 0, "--no-plot", "--save", tmp_path / "run"]
+    flags += ["--dataset", "folder", "--data", pictures]
+    assert call_main(train, *flags, "--epochs", 1)[0] == 0
+    known = json.loads((save / "args.json").read_text())["digests"]
+    assert known == torch.load(save / "latest.pth", weights_only=True)["args"]["digests"]
+    assert (known.keys(), {len(digest) for digest in known.values()}) == ({"train", "test"}, {32})
+    whole, before = shutil.copytree(pictures / "train", tmp_path / "elsewhere" / "train").parent, contents(save)
+    shutil.copytree(pictures / "test", whole / "test")
+    change(pictures)
+    for also_gone in ("nothing", "args.json's"):
+        status, _, errors = call_main(train, *flags, "--epochs", 2, "--resume")
+        told = f"{pictures}: the images or labels of {parts} are not those that the run was begun with: put those back"
+        assert (status, told in errors, contents(save)) == (2, True, before), also_gone
+        facts = json.loads(before["args.json"])  # the checkpoint knows, too
+        before["args.json"] = json.dumps({name: facts[name] for name in facts if name != "digests"}).encode()
+        (save / "args.json").write_bytes(before["args.json"])
+    status, _, errors = call_main(train, *flags, "--data", whole, "--epochs", 2, "--resume")  # the same, in another place
+    assert status == 0, errors
+
+
+def test_each_part_has_a_digest_of_its_pixels_and_labels():
+    whole, part = data.load("digits", ".", val=300), data.load("digits", ".", val=300, limit=100)
+    ours, theirs = whole.digests(), part.digests()
+    assert list(ours) == ["train", "val", "test"]
+    assert [name for name in ours if ours[name] != theirs[name]] == ["train"]
+    for split in whole[:3]:
+        other = data.Split(split.images, split.labels.roll(1))
+        assert other.digest() != split.digest() == data.Split(split.images.clone(), split.labels).digest()
+        assert data.Split(split.images.mT, split.labels).digest() != split.digest()
+
+
+NO_FSYNC = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+int fsync(int descriptor) { errno = atoi(getenv("FSYNC_ERRNO")); return errno ? -1 : 0; }
+"""
+
+
+@pytest.fixture(scope="session")
+def without_fsync(tmp_path_factory):
+    """The environment of a process whose fsync says what FSYNC_ERRNO is."""
+    compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
+    folder = tmp_path_factory.mktemp("preload")
+    (folder / "fsync.c").write_text(NO_FSYNC)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "fsync.so", folder / "fsync.c"], check=True)
+    return {**os.environ, "LD_PRELOAD": str(folder / "fsync.so")}
+
+
+def test_a_file_system_that_cannot_flush(without_fsync, tiny_run, tmp_path):
+    """As CIFS, FUSE and VirtualBox say; a disk that fails says otherwise, and is no place for a run."""
+    flags = [*TINY, "--epochs", "2", "--batch-size", "40", "--no-plot", "--save", tmp_path / "run"]
+
+    def run(number, *more):
+        command = [sys.executable, ROOT / "train.py", *flags, *more]
+        environment = {**without_fsync, "FSYNC_ERRNO": str(number)}
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+
+    done = run(errno.EINVAL)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = f"{tmp_path / 'run'}: its file system cannot flush a file ("
+    assert done.stdout.count("cannot flush") == done.stdout.count(told) == 1
+    assert_same_run(tiny_run, tmp_path / "run")
+    done = run(errno.EIO, "--resume")
+    assert (done.returncode, "Input/output error" in done.stderr) == (1, True)
+
+
+def test_flushing_what_cannot_be_flushed(capsys):
+    """Of /proc, each file says EINVAL."""
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("there is no /proc")
+    for _ in range(2):
+        checkpoint.flush_to_disk(Path("/proc/self/stat"))
+    assert capsys.readouterr().out == (
+        "/proc/self: its file system cannot flush a file (Invalid argument): a power cut may damage the run\n"
+    )
+
+
+# A run whose interpreter is gone when it draws.
+GONE = """
+import sys, train
+sys.executable = "/gone/python"
+sys.argv[0] = train.__file__
+train.main()
+"""
+
+
+def test_figures_without_a_process_to_draw_them(forked, tiny_run, tmp_path):
+    save = tmp_path / "run"
+    done = forked(["-c", GONE, *TINY, "--epochs", "2", "--batch-size", "40", "--save", str(save)]).wait()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("the figures could not be drawn, training goes on: No such file or directory\n") == 1
+    assert done.stdout.endswith(f"{save} has args.json, train.csv, test.csv, latest.pth\n")
+    assert_same_run(tiny_run, save)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_no_process_and_no_memory_for_figures(monkeypatch, capsys, tmp_path, number):
+    def fork(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    plots = run_folder.Plots(tmp_path, enabled=True)
+    monkeypatch.setattr(run_folder.subprocess, "Popen", fork)
+    for _ in range(2):
+        plots.redraw()
+        plots.wait()
+    assert capsys.readouterr().out == f"the figures could not be drawn, training goes on: {os.strerror(number)}\n"

@@ -165,3 +165,28 @@ def test_ctrl_c_after_the_last_step_comes_too_late(call_main, monkeypatch, tmp_p
     status, _, errors = call_main(train, *FLAGS, "--epochs", "1", "--save", tmp_path / "run")
     assert (status, errors) == (0, "")
     assert (tmp_path / "run" / "latest.pth").exists()
+
+
+# A run that gets a second of the processor, which a cluster's limit on it does.
+LIMITED = """
+import resource, sys, time, train
+limit = int(time.process_time()) + 2
+resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))
+sys.argv[0] = train.__file__
+train.main()
+"""
+
+
+def test_a_limit_on_processor_time_is_a_signal_to_stop(forked, call_main, tmp_path):
+    flags = [*TINY, "--epochs", "100000", "--no-plot", "--save", tmp_path / "run"]
+    done = forked(["-c", LIMITED, *flags]).wait(timeout=100)
+    assert done.returncode == 128 + signal.SIGXCPU
+    assert done.stderr.startswith("train.py: stopped by SIGXCPU; this continues the run: ")
+    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) > 0
+
+
+def test_a_clusters_warning_is_followed_by_no_second_one(start):
+    run = start()
+    for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGXCPU):
+        run.send_signal(signum)
+    assert finish(run).returncode == 128 + signal.SIGXCPU or run.returncode == 128 + signal.SIGUSR1

@@ -2,12 +2,9 @@ import contextlib
 import itertools
 import json
 import math
-import os
-import pty
 import re
 import shutil
 import subprocess
-import termios
 import warnings
 import weakref
 from functools import partial
@@ -572,20 +569,9 @@ def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_ru
     assert contents(tmp_path / "parts") == before
 
 
-def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left(forked, tmp_path):
-    """The program on a real pseudo-terminal."""
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (40, 160))
-    flags = [*TINY, "--epochs", 1, "--no-plot", "--save", tmp_path / "run"]
-    process = forked(["train.py", *flags], stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
-        while chunk := os.read(master, 65536):
-            shown += chunk
-    os.close(master)
-    assert process.wait().returncode == 0
-    for part in (b"images/s", b"loss", b"error", b"lr 0.1", b"epoch 1", b"96.0/96.0"):
+def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left_and_one_of_the_test(run_on_terminal, tmp_path):
+    shown = run_on_terminal("train.py", *TINY, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
+    for part in (b"images/s", b"loss", b"error", b"lr 0.1", b"epoch 1", b"96.0/96.0", b"test: "):
         assert part in shown
 
 

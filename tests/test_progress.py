@@ -1,0 +1,30 @@
+"""How far a program is, where there is no terminal."""
+
+import re
+
+from conftest import TINY
+
+# A run in whose log a line is due at each step.
+OFTEN = """
+import progress, sys, train
+progress.LOG_SECONDS = 0
+sys.argv[0] = train.__file__
+train.main()
+"""
+
+
+def test_a_log_gets_lines_within_an_epoch_and_within_its_test(forked, tmp_path):
+    flags = [*TINY, "--epochs", "2", "--batch-size", "2", "--no-plot", "--save", str(tmp_path / "run")]
+    done = forked(["-c", OFTEN, *flags]).wait()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    pattern = r"epoch (\d), lr [\d.]+: [\d.]+ of 192 images, .* images/s(, loss [\d.]+, error [\d.]+ %)?, \d\d:\d\d left"
+    told = [found[1] for line in lines if (found := re.fullmatch(pattern, line))]
+    assert told.count("1") > 40
+    assert told.count("2") > 40
+    assert any(re.fullmatch(r"test: \d of 2 batches, .* left", line) for line in lines)
+    assert not any("\r" in line or "\x1b" in line for line in lines)
+
+
+def test_a_short_run_has_its_epochs_lines_alone(tiny_run):
+    assert len((tiny_run / "stdout").read_text().splitlines()) == 6
