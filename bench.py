@@ -73,6 +73,7 @@ def check_measurement(args):
         raise endings.Refused("--efficient and --capture are what variants differ in: choose them with --only")
     if device.type != "cuda" and any("captured" in name for name in args.only or []):
         raise endings.Refused("what is captured is a CUDA graph: leave it out of --only, or choose --device cuda")
+    flags.fill_in(args, device)
     flags.refuse_contradictions(args, device)
     if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
         raise endings.Refused(f"--json {args.json} cannot be written: name a file in an existing, writable folder")
@@ -80,7 +81,7 @@ def check_measurement(args):
 
 
 def variant_arguments(name, args):
-    compiled = args.compile if name.endswith("-compiled") else None
+    compiled = (args.compile or "auto") if name.endswith("-compiled") else None
     ways = {"efficient": name.startswith("efficient"), "capture": name.endswith("-captured"), "compile": compiled}
     return argparse.Namespace(**vars(args) | ways)
 

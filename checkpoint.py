@@ -192,16 +192,16 @@ def replace_file(path, content):
 
 def flush_to_disk(path):
     """Returns when the content of a file, or the entries of a folder, are on the disk; not every file system can promise it."""
-    with naming(path):
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in NO_FSYNC:
-                raise
-            say_unsafe(path if path.is_dir() else path.parent, error.strerror)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        say_unsafe(path if path.is_dir() else path.parent, error.strerror)
 
 
 @functools.cache  # once

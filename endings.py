@@ -84,7 +84,7 @@ def last_words(error, ending):
         return 1, f"another process of this run has ended, see its message{kept}"
     if failed_compiler(error):
         reason = str(error).splitlines()[0]
-        return 1, f"torch.compile does not work here ({reason}): install what is missing, or leave out --compile{kept}"
+        return 1, f"torch.compile does not work here ({reason}): install what is missing, or choose --compile none{kept}"
     if isinstance(error, Refused):
         return error.status, str(error)
     if isinstance(error, Stopped):

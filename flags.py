@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from endings import Refused, at_least, named
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
+NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # of a run that is continued
 MAX_SIZE = 10**4  # allowed value of what makes a net's size
 
 # What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
@@ -56,7 +58,7 @@ def add_optimisation_flags(group):
 
 
 def add_machine_flags(group):
-    add, switch, modes = group.add_argument, argparse.BooleanOptionalAction, ["auto", "default", "reduce-overhead"]
+    add, switch, modes = group.add_argument, argparse.BooleanOptionalAction, ["auto", "default", "reduce-overhead", "none"]
     add_device_flag(group)
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
@@ -86,12 +88,16 @@ def image_size(text):
     return size
 
 
-def parse_args(parser, argv=None):
-    """The arguments, with the defaults that depend on the data set or on another argument filled in."""
-    parser.set_defaults(**PROTOCOLS.get(parser.parse_args(argv).dataset, {}))
-    args = parser.parse_args(argv)
-    if args.image_size is not None and args.dataset != "folder":
-        parser.error(f"--image-size is for --dataset folder: the images of {args.dataset} are {IMAGE_SIZE} x {IMAGE_SIZE}")
+def parse_args(parser, argv=None, begun=None):
+    """The arguments, with the defaults that depend on the data set or on another argument filled in.
+
+    What is not given is as in `begun`, the args.json of the run that is continued, but for what fill_in sets.
+    """
+    names = vars(parser.parse_args(argv)).keys() - NOT_TAKEN_OVER
+    words = [*words_of(begun or {}, names), *(sys.argv[1:] if argv is None else argv)]
+    parser.set_defaults(**PROTOCOLS.get(parser.parse_known_args(words)[0].dataset, {}))
+    args, _ = parser.parse_known_args(words)
+    args.compile = None if args.compile == "none" else args.compile
     if args.drop_rate is None:
         args.drop_rate = 0.0 if args.augment else 0.2
     if args.lr is None and args.opt == "sgd":
@@ -99,6 +105,16 @@ def parse_args(parser, argv=None):
     if args.save is None:
         args.save = Path("work", f"{args.dataset}.base")
     return args
+
+
+def words_of(begun, names):
+    """The command line of arguments that are JSON; where one is the default that no flag says, the word is of no flag."""
+    for name in sorted(names & begun.keys()):
+        value, flag = begun[name], name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, int | float | str):
+            yield f"--{flag}={value}"
 
 
 def model_arguments(args):
@@ -115,9 +131,15 @@ def make_net(args, num_classes=10):
         raise Refused(str(error)) from error
 
 
-def fill_in(args, device, processes=1):
-    """Sets the arguments whose default depends on the machine: what has been measured to be faster there, together."""
+def fill_in(args, device, processes=1, begun=None):
+    """Sets the arguments whose default depends on the machine: what has been measured to be faster there, together.
+
+    On a machine of the same kind, a CPU's or a GPU's, a run that is continued (see parse_args) keeps what it had.
+    """
     args.precision = args.precision or default_precision(device)
+    if begun and str(begun.get("hardware")).startswith("cpu") == (device.type == "cpu"):
+        args.capture = begun.get("capture") if args.capture is None else args.capture
+        args.efficient = begun.get("efficient") if args.efficient is None else args.efficient
     alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile
     if args.capture is None:
         args.capture = alone
@@ -127,11 +149,9 @@ def fill_in(args, device, processes=1):
 
 
 def refuse_contradictions(args, device, processes=1):
-    """Refused for arguments that do not fit each other or the machine; before anything is downloaded or written.
-
-    What depends on the machine is filled in before.
-    """
-    fill_in(args, device, processes)
+    """Refused for arguments, filled in, that do not fit each other or the machine; before anything is downloaded or written."""
+    if args.image_size not in (None, IMAGE_SIZE) and args.dataset != "folder":
+        raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} are {IMAGE_SIZE} x {IMAGE_SIZE}")
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)

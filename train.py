@@ -46,8 +46,11 @@ def main():
     with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
+        begun = run_folder.read_arguments(args.save) if args.resume and world.rank == 0 else {}
+        args = flags.parse_args(parser, begun=begun)
         with distributed.joined(world, choose_device(args.device)) as device:
-            take_over(args, world)
+            args, begun = distributed.share_object((args, begun), world)  # rank 0 alone has read them
+            flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
             ending.remedy = endings.memory_advice(args, gpu=device.type == "cuda")[1]  # of what was filled in
             keep_freed_memory(device)
@@ -72,14 +75,6 @@ def build_parser():
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
     return parser
-
-
-def take_over(args, world):
-    """Sets what the flags leave open as in the run that --resume continues; rank 0 alone reads its folder."""
-    begun = run_folder.read_arguments(args.save) if args.resume and world.rank == 0 else {}
-    begun = distributed.share_object(begun, world)
-    args.image_size = args.image_size or begun.get("image_size")
-    args.precision = args.precision or begun.get("precision")
 
 
 def read_init(args, fresh):
@@ -196,7 +191,7 @@ def fit(net, dataset, args, world, checkpoint):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
             result = test(net, dataset, world)
-            check_loss(result[0], f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
+            check_loss(sum(result[::2]), f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
             if world.rank == 0:
                 run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
                 plots.redraw()

@@ -37,8 +37,10 @@ def main():
     args = flags.parse_args(parser)
     with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
+        begun = run_folder.read_arguments(args.save) if args.resume else {}
+        args = flags.parse_args(parser, begun=begun)
         device = choose_device(args.device)
-        train.take_over(args, World())
+        flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
         keep_freed_memory(device)
         make_repeatable(args.deterministic)

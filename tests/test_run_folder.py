@@ -19,6 +19,7 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import flags
 import plot
 import run_folder
 import train
@@ -614,3 +615,59 @@ def test_no_process_and_no_memory_for_figures(monkeypatch, capsys, tmp_path, num
         plots.redraw()
         plots.wait()
     assert capsys.readouterr().out == f"the figures could not be drawn, training goes on: {os.strerror(number)}\n"
+
+
+def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
+    """Each kind of flag: numbers, names, switches on and off, a data set that is not the default one."""
+    flags = [*TINY, "--batch-size", 40, "--no-augment", "--drop-rate", 0.1, "--no-nesterov", "--efficient", "--seed", 7]
+    flags += ["--val", 200, "--no-plot", "--precision", "bf16", "--epochs", 2]
+    assert call_main(train, *flags, "--save", tmp_path / "whole")[0] == 0
+    assert call_main(train, *flags, "--epochs", 1, "--save", tmp_path / "parts")[0] == 0
+    for epochs in (["--epochs", 2], []):  # the second time it is complete
+        status, _, errors = call_main(train, "--save", tmp_path / "parts", "--resume", *epochs)
+        assert status == 0, errors
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    one, other = (json.loads((tmp_path / name / "args.json").read_text()) for name in ("whole", "parts"))
+    assert {name for name in one if one[name] != other[name]} == {"save", "resume"}
+    for more, told in [
+        (["--lr", 0.2], "lr 0.1 and not 0.2"),
+        (["--augment"], "augment False and not True"),
+        (["--image-size", 64], "--image-size is for --dataset folder: the images of digits are 32 x 32"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ]:
+        status, _, errors = call_main(train, "--save", tmp_path / "parts", "--resume", *more)
+        assert (status, told in errors) == (2, True), errors
+
+
+def test_a_folders_run_goes_on_where_its_pictures_are_now(call_main, pictures, tmp_path):
+    save, data, moved = tmp_path / "run", tmp_path / "data", tmp_path / "moved"
+    shutil.copytree(pictures, data, ignore=lambda folder, names: {"data"} & {*names})
+    flags = ["--dataset", "folder", "--data", data, "--image-size", 16, *TINY[2:6], "--drop-rate", 0, "--no-plot"]
+    assert call_main(train, *flags, "--epochs", 1, "--save", save)[0] == 0
+    data.rename(moved)
+    status, _, errors = call_main(train, "--save", save, "--resume", "--epochs", 2)
+    assert (status, f"{data / 'train'} is not a folder" in errors) == (2, True)
+    status, _, errors = call_main(train, "--save", save, "--resume", "--epochs", 2, "--data", moved)
+    assert status == 0, errors
+    facts = json.loads((save / "args.json").read_text())
+    assert (facts["image_size"], facts["data"], facts["epochs"]) == (16, str(moved), 2)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device", "kept"), [("cpu (x86_64, 8 threads)", "cpu", True), ("cpu (x86_64, 8 threads)", "cuda", False)]
+)
+def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, device, kept):
+    """On another kind, what is faster there."""
+    begun = {"hardware": hardware, "efficient": True, "capture": False, "depth": 10}
+    args = flags.parse_args(train.build_parser(), ["--no-bottleneck"], begun)
+    flags.fill_in(args, torch.device(device), begun=begun)
+    assert (args.depth, args.efficient, args.capture) == (10, kept, device == "cuda")
+
+
+@pytest.mark.parametrize("damage", [{"limit": 9.6}, {"opt": "sge"}, {"dataset": "digitt"}, {"depth": 10**6}, {"epochs": "two"}])
+def test_arguments_that_no_flag_takes_are_a_sentence(call_main, tiny_run, tmp_path, damage):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    facts = json.loads((save / "args.json").read_text())
+    (save / "args.json").write_text(json.dumps(facts | damage))
+    status, _, errors = call_main(train, "--save", save, "--resume")
+    assert (status, len(errors.splitlines())) == (2, 2)
