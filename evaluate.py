@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 import data
@@ -20,7 +21,7 @@ import endings
 from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
 from endings import Refused, naming, say
 from flags import add_device_flag, named
-from folder import pictures_in
+from folder import list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
 from pictures import read_pictures
@@ -31,6 +32,8 @@ def main():
     args = parser.parse_args()
     remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine that has more"
     with endings.worded(parser, "the net and its images", remedy):
+        if args.predictions and args.predictions.exists():
+            raise Refused(f"{args.predictions} exists already: name another file, or remove it")
         checkpoint = load_checkpoint(args.checkpoint)
         if args.export:
             say(f"wrote {args.export} and {export(checkpoint, args.export)}")
@@ -39,9 +42,9 @@ def main():
         keep_freed_memory(device)
         net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
         if args.image:
-            classify(net, checkpoint, args.image, device)
+            classify(net, checkpoint, args, device)
         else:
-            evaluate(net, checkpoint, args.data, args.out or args.checkpoint.parent, device)
+            evaluate(net, checkpoint, args, device)
 
 
 def build_parser():
@@ -61,6 +64,10 @@ def build_parser():
         type=named(Path),
         help="folder for confusion.csv and confusion.png (default: beside the checkpoint)",
     )
+    parser.add_argument("--val", action="store_true", help="the images that the run held out, in place of the test set")
+    parser.add_argument(
+        "--predictions", metavar="FILE", type=named(Path), help="write the class of each picture, and its probability, as CSV"
+    )
     parser.add_argument(
         "--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json"
     )
@@ -74,26 +81,44 @@ def build_parser():
     return parser
 
 
-def evaluate(net, checkpoint, root, out, device):
-    """Prints loss and error of the test set and writes the confusion matrix into the folder `out`."""
-    args = checkpoint["args"]
-    if args["dataset"] not in data.SOURCES:
-        raise Refused(f"the net was trained on {args['dataset']}, which this version of the program does not know")
-    split, classes = data.read_part(args["dataset"], root or args["data"], "test", image_size_of(checkpoint))
-    if classes != checkpoint["classes"]:
-        raise Refused(
-            f"the classes in {root or args['data']} are not those that the net was trained on: name its data with --data"
-        )
-    say(f"{args['dataset']}, {len(split):,} test images, epoch {checkpoint['epoch']}")
-    logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title="test images")
+def evaluate(net, checkpoint, args, device):
+    """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
+    part, classes = "val" if args.val else "test", checkpoint["classes"]
+    root = Path(args.data or checkpoint["args"]["data"])
+    split = read_split(checkpoint, root, part)
+    say(f"{checkpoint['args']['dataset']}, {len(split):,} {part} images, epoch {checkpoint['epoch']}")
+    logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title=f"{part} images")
     loss, error = (loss_and_error_sums(logits, split.labels) / len(split)).tolist()
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
-    say(f"test loss {loss:.2f}   test error {100 * error:.2f} %")
+    say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
+    out = args.out or args.checkpoint.parent
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(confusion, classes, out / "confusion.csv")
-    draw(confusion, classes, out / "confusion.png")
+    write_csv(pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes), out / "confusion.csv")
+    draw(confusion, classes, f"{part} images", out / "confusion.png")
     say(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
+    if args.predictions:  # test images of a folder are in the order of its files, others have but a number
+        folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
+        pictures = [str(file) for files in folders for file in files] or range(len(split))
+        write_csv(predictions(pictures, logits, classes), args.predictions)
+
+
+def read_split(checkpoint, root, part):
+    """The test images, or those that the run held out, of the net's data in the folder root."""
+    run = checkpoint["args"]
+    if run["dataset"] not in data.SOURCES:
+        raise Refused(f"the net was trained on {run['dataset']}, which this version of the program does not know")
+    if part == "val" and not run.get("val"):
+        raise Refused("the run of this net held out no images: leave out --val")
+    source = "train" if part == "val" else "test"
+    split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
+    if classes != checkpoint["classes"]:
+        raise Refused(f"the classes in {root} are not those that the net was trained on: name its data with --data")
+    if part == "val":
+        _, split = data.hold_out(split, run["val"], None)
+    if part == "val" and run.get("digests", {}).get("val") not in (None, split.digest()):
+        raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
+    return split
 
 
 def confusion_matrix(predicted, labels, num_classes):
@@ -116,15 +141,21 @@ def class_lines(confusion, classes):
         yield f"  {name:{width}}  {error}  ({total - right} of {total} wrong)"
 
 
-def write_csv(confusion, classes, path):
-    import pandas as pd
+def predictions(pictures, logits, classes):
+    """A table of the most likely class of each picture, and its probability."""
+    best = logits.softmax(dim=1).max(dim=1)
+    names = [classes[i] for i in best.indices.tolist()]
+    table = pd.DataFrame({"picture": pictures, "class": names, "probability": best.values.numpy().round(6)})
+    return table.set_index("picture")
 
+
+def write_csv(table, path):
     with naming(path):
-        pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv(path, errors="backslashreplace")
+        table.to_csv(path, errors="backslashreplace")
 
 
-def draw(confusion, classes, path):
-    """The share of each true class that was taken for each class, in percent, numbers written where they fit."""
+def draw(confusion, classes, images, path):
+    """How many of each true class were taken for each class, numbers written where they fit; colours are shares."""
     from matplotlib.figure import Figure
 
     import drawing
@@ -138,19 +169,20 @@ def draw(confusion, classes, path):
     names, style = drawing.as_text(classes)
     style["fontsize"] = 9 if len(classes) <= 20 else 4
     axes.set_xticks(range(len(classes)), names, rotation=90, **style)
-    axes.set_yticks(range(len(classes)), names, **style)
-    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test set")
+    totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
+    axes.set_yticks(range(len(classes)), totals, **style)
+    axes.set(xlabel="predicted class", ylabel="true class (number of images)", title=f"Confusion matrix, {images}")
     if len(classes) <= 20:
-        for (row, column), value in np.ndenumerate(percent):
-            axes.text(
-                column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 50 else "black"
-            )
+        centred = {"ha": "center", "va": "center", "fontsize": 8}
+        for (row, column), count in np.ndenumerate(confusion):
+            color = "white" if percent[row, column] > 50 else "black"
+            axes.text(column, row, str(count) if count else "", color=color, **centred)
     drawing.save(figure, path)
 
 
-def classify(net, checkpoint, paths, device):
+def classify(net, checkpoint, args, device):
     """Prints the three most likely classes of each picture, a folder's among them."""
-    paths = [picture for path in paths for picture in (pictures_in(path) if path.is_dir() else [path])]
+    paths = [picture for path in args.image for picture in (pictures_in(path) if path.is_dir() else [path])]
     images = read_pictures(paths, image_size_of(checkpoint))
     logits = predict(net, images.to(device), *normalization(checkpoint, device))
     classes = checkpoint["classes"]
@@ -158,6 +190,8 @@ def classify(net, checkpoint, paths, device):
         best = probabilities.topk(min(3, len(classes)))
         answers = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         say(f"{path}: {', '.join(answers)}")
+    if args.predictions:
+        write_csv(predictions(map(str, paths), logits, classes), args.predictions)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ MAY_CHANGE = {"data", "device", "compile", "capture", "efficient", "deterministi
 MAY_CHANGE |= {"epochs", "torch", "hardware", "commit"}
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 
+LATER_COLUMNS = ",train_loss,train_error,lr,seconds"  # of test.csv; runs begun before them are continued without
 NUMBER = r"(-?\d+(\.\d+)?(e[+-]\d+)?|-?inf|nan)"  # as append_rows writes it
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -95,7 +96,8 @@ def begin(save, facts):
 def headers(facts):
     """{CSV: its first line}."""
     columns = "epoch,loss,error"
-    return {"train.csv": f"{columns}\n", "test.csv": columns + ",val_loss,val_error" * (facts["val"] > 0) + "\n"}
+    val = ",val_loss,val_error" * (facts["val"] > 0)
+    return {"train.csv": f"{columns}\n", "test.csv": f"{columns}{val}{LATER_COLUMNS}\n"}
 
 
 def resume(save, facts, net, old_rates, new_rates):
@@ -125,9 +127,10 @@ def resume(save, facts, net, old_rates, new_rates):
     return checkpoint
 
 
-def final_error(save):
-    """The test error of the last epoch, in %."""
-    return float((save / "test.csv").read_text().splitlines()[-1].split(",")[2])
+def last_row(path):
+    """{column: text} of the last row of a CSV, or of its header."""
+    header, *rows = path.read_text().splitlines()
+    return dict(zip(header.split(","), (rows or [header])[-1].split(","), strict=True))
 
 
 def results(save):
@@ -172,12 +175,13 @@ def compare_rates(old, new, epochs_done):
 def rows_until(path, facts, epochs_done, steps):
     """The CSV's content up to `epochs_done` epochs of `steps` rows. Refused if rows are missing or damaged."""
     header = headers(facts)[path.name]
+    old_header = header.replace(LATER_COLUMNS, "")
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
     content = path.read_bytes() if path.exists() else b""
     lines = content.decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
-    if lines[:1] != [header]:
+    if not lines or lines[0] not in (header, old_header):
         raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
-    row = re.compile(NUMBER + f",{NUMBER}" * header.count(",") + "\n")
+    row = re.compile(NUMBER + f",{NUMBER}" * lines[0].count(",") + "\n")
     if [line.split(",")[0] for line in lines[1:]] != expected or not all(map(row.fullmatch, lines[1:])):
         raise Refused(f"{path} is damaged, expected {steps} rows for each of {epochs_done} epochs: {REMEDY}")
     return "".join(lines).encode()
@@ -196,7 +200,8 @@ def epoch_text(epoch):
 
 def end_epoch(save, result, checkpoint):
     """Adds the epoch's row to test.csv and replaces latest.pth, after the rows that belong to it have reached the disk."""
-    append_rows(save / "test.csv", [(checkpoint["epoch"], *result)])
+    columns = len(last_row(save / "test.csv"))
+    append_rows(save / "test.csv", [(checkpoint["epoch"], *result)[:columns]])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
     replace_file(save / "latest.pth", encoded(checkpoint))

@@ -166,8 +166,11 @@ def opening_lines(net, dataset, args, checkpoint):
 
 
 def closing_lines(args):
-    """The final test error, and what the run's folder holds."""
-    yield f"test error {run_folder.final_error(args.save):.2f} % after epoch {args.epochs}"
+    """The final errors, and what the run's folder holds."""
+    last = run_folder.last_row(args.save / "test.csv")
+    parts = {"val": "val_error", "test": "error"}
+    errors = [f"{part} error {float(last[column]):.2f} %" for part, column in parts.items() if column in last]
+    yield f"{', '.join(errors)} after epoch {last['epoch']}"
     yield f"{args.save} has {', '.join(run_folder.results(args.save))}"
 
 
@@ -180,23 +183,26 @@ def fit(net, dataset, args, world, checkpoint):
     rates = schedule(args, args.epochs)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
+    val_error = ""
     images = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
     with progress(shown=world.rank == 0, unit=" images", unit_scale=True, **images) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
-            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}", refresh=False)
+            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}{val_error}", refresh=False)
             log = EpochLog(args, epoch, len(dataset.train), world)
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
-            result = test(net, dataset, world)
-            check_loss(sum(result[::2]), f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
+            tested = test(net, dataset, world)
+            check_loss(sum(tested[::2]), f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
+            val_error = f", val error {tested[3]:.2f} %" if dataset.val else ""
             if world.rank == 0:
+                result = [*tested, *log.mean(), rate, seconds]
                 run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
                 plots.redraw()
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
-                print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), result, rate, len(dataset.train) / seconds, left)
+                print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), tested, rate, len(dataset.train) / seconds, left)
     plots.wait()
     plots.redraw()  # the final state
     plots.wait()
@@ -274,13 +280,10 @@ def test(net, dataset, world):
 
 
 def print_epoch(epoch, train_result, test_result, rate, images_per_second, seconds_left):
-    (train_loss, train_error), (test_loss, test_error, *_) = train_result, test_result
-    say(
-        f"epoch {epoch}  train loss {train_loss:.4f} error {train_error:.2f} %  "
-        f"test loss {test_loss:.4f} error {test_error:.2f} %  lr {rate:g}  "
-        f"{images_per_second:.0f} images/s  {timedelta(seconds=round(seconds_left))} left",
-        write=tqdm.write,
-    )
+    results = {"train": train_result, "val": test_result[2:], "test": test_result[:2]}
+    figures = "".join(f"{part} loss {r[0]:.4f} error {r[1]:.2f} %  " for part, r in results.items() if len(r))
+    left = timedelta(seconds=round(seconds_left))
+    say(f"epoch {epoch}  {figures}lr {rate:g}  {images_per_second:.0f} images/s  {left} left", write=tqdm.write)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import TINY
 from matplotlib.figure import Figure
 from PIL import Image
 from test_run_folder import damage
@@ -75,10 +76,11 @@ def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
 def test_names_of_classes_are_text_in_the_picture(monkeypatch, tmp_path):
     names, figures, savefig = ["_x", "lr$0.1$b", r"$\frac{$", "\u4e2d\u6587", "bad\udcff"], [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), savefig(figure, *a, **k)])
-    evaluate.draw(np.eye(5, dtype=int), names, tmp_path / "confusion.png")
+    evaluate.draw(np.diag([7, 8, 9, 10, 11]), names, "test images", tmp_path / "confusion.png")
     axes = figures[0].axes[0]
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert [label.get_text() for label in labels] == [*names[:4], "bad?"]
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["7", "8", "9", "10", "11"]
+    for labels, counts in [(axes.get_xticklabels(), [""] * 5), (axes.get_yticklabels(), [f" ({n})" for n in range(7, 12)])]:
+        assert [label.get_text() for label in labels] == [a + b for a, b in zip([*names[:4], "bad?"], counts, strict=True)]
         assert not any(label.get_parse_math() for label in labels)
 
 
@@ -136,3 +138,45 @@ def test_a_terminal_shows_how_far_the_test_is(run_on_terminal, tiny_run, tmp_pat
     shown = run_on_terminal("evaluate.py", tiny_run / "latest.pth", "--out", tmp_path)
     for part in (b"test images", b"batches", b"test error"):
         assert part in shown
+
+
+@pytest.fixture(scope="module")
+def run_with_val(tmp_path_factory, forked):
+    save = tmp_path_factory.mktemp("runs") / "val"
+    flags = [*TINY, "--val", "50", "--batch-size", "32", "--epochs", "1", "--no-plot", "--save", save]
+    assert forked(["train.py", *flags]).wait().returncode == 0
+    return save
+
+
+def test_the_held_out_images_are_evaluated_as_the_run_did(call_main, run_with_val, tiny_run, tmp_path):
+    status, out, errors = call_main(evaluate, run_with_val / "latest.pth", "--val", "--out", tmp_path)
+    last = pd.read_csv(run_with_val / "test.csv").iloc[-1]
+    assert f"val loss {last['val_loss']:.2f}   val error {last['val_error']:.2f} %" in out, errors
+    assert "digits, 50 val images, epoch 1" in out
+    assert pd.read_csv(tmp_path / "confusion.csv", index_col="true").to_numpy().sum() == 50
+    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--val")
+    assert (status, "the run of this net held out no images: leave out --val" in errors) == (2, True)
+    checkpoint = torch.load(run_with_val / "latest.pth", weights_only=True)
+    checkpoint["args"]["digests"]["val"] = "0"
+    torch.save(checkpoint, tmp_path / "latest.pth")
+    status, _, errors = call_main(evaluate, tmp_path / "latest.pth", "--val")
+    assert (status, "are not those that the run held out: name its data with --data" in errors) == (2, True)
+
+
+def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path):
+    table = tmp_path / "predictions.csv"
+    command = [evaluate, tiny_run / "latest.pth", "--out", tmp_path, "--predictions", table]
+    status, out, errors = call_main(*command)
+    assert status == 0, errors
+    read = pd.read_csv(table)
+    assert (list(read.columns), read["picture"].tolist()) == (["picture", "class", "probability"], [*range(360)])
+    confusion = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
+    assert read["class"].value_counts().reindex(range(10), fill_value=0).tolist() == confusion.sum().tolist()
+    assert read["probability"].between(0.1, 1).all()
+    status, _, errors = call_main(*command)
+    assert (status, f"{table} exists already: name another file, or remove it" in errors) == (2, True)
+    table.unlink()
+    status, out, errors = call_main(*command, "--image", pictures / "test")
+    answers = [re.fullmatch(r"(.*): (\d) ([\d.]+) %.*", line).groups() for line in out.splitlines()]
+    for (picture, name, percent), row in zip(answers, pd.read_csv(table).itertuples(index=False), strict=True):
+        assert (picture, int(name), float(percent)) == (row[0], row[1], pytest.approx(100 * row[2], abs=0.051))

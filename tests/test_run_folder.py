@@ -33,11 +33,18 @@ def weights(folder):
 
 
 def assert_same_run(one, other):
-    for name in ("train.csv", "test.csv"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
+    """Byte for byte, but for the seconds that an epoch took, the last column of test.csv."""
+    assert (one / "train.csv").read_bytes() == (other / "train.csv").read_bytes()
+    assert_same_epochs(one / "test.csv", other / "test.csv")
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def assert_same_epochs(one, other):
+    ours, theirs = ([line.rsplit(",", 1) for line in path.read_text().splitlines()] for path in (one, other))
+    assert [line for line, _ in ours] == [line for line, _ in theirs]
+    assert ours[0][1] == theirs[0][1] == "seconds"
 
 
 @pytest.mark.parametrize("opt", ["adam", "sgd"])
@@ -213,10 +220,10 @@ def test_the_rows_of_an_epoch_are_on_the_disk_before_its_checkpoint(disk, tmp_pa
     for name, header in run_folder.headers({"val": 0}).items():
         (tmp_path / name).write_text(header)
     run_folder.append_rows(tmp_path / "train.csv", [(0.5, 3, 90), (1, 2, 80)])
-    run_folder.end_epoch(tmp_path, [1.5, 70], {"epoch": 1})
+    run_folder.end_epoch(tmp_path, [1.5, 70, 2, 71, 0.1, 9], {"epoch": 1})
     flushed = {name: content for kind, name, content in disk if kind == "flush"}
     assert flushed["train.csv"] == b"epoch,loss,error\n0.5,3,90\n1,2,80\n"
-    assert flushed["test.csv"] == b"epoch,loss,error\n1,1.5,70\n"
+    assert flushed["test.csv"] == b"epoch,loss,error,train_loss,train_error,lr,seconds\n1,1.5,70,2,71,0.1,9\n"
     assert flushed["latest.pth.tmp"] == (tmp_path / "latest.pth").read_bytes()
     *rows, whole, replaced, named = [event[:2] for event in disk]
     assert sorted(rows) == [("flush", "test.csv"), ("flush", "train.csv")]
@@ -671,3 +678,19 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, tiny_run, tmp_pa
     (save / "args.json").write_text(json.dumps(facts | damage))
     status, _, errors = call_main(train, "--save", save, "--resume")
     assert (status, len(errors.splitlines())) == (2, 2)
+
+
+def test_a_run_begun_before_the_later_columns_keeps_its_own(call_main, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    table = pd.read_csv(save / "test.csv", dtype=str)
+    table[["epoch", "loss", "error"]].to_csv(save / "test.csv", index=False)
+    before = (save / "test.csv").read_text()
+    assert call_main(train, "--save", save, "--resume", "--no-plot")[0] == 0
+    assert (save / "test.csv").read_text() == before
+    flags = [*TINY, "--opt", "adam", "--lr", 0.001, "--batch-size", 40, "--no-plot", "--save", tmp_path / "adam"]
+    assert call_main(train, *flags, "--epochs", 1)[0] == 0
+    table = pd.read_csv(tmp_path / "adam" / "test.csv", dtype=str)
+    table[["epoch", "loss", "error"]].to_csv(tmp_path / "adam" / "test.csv", index=False)
+    assert call_main(train, "--save", tmp_path / "adam", "--resume", "--epochs", 2)[0] == 0
+    rows = (tmp_path / "adam" / "test.csv").read_text().splitlines()
+    assert (rows[0], [row.count(",") for row in rows], rows[2][:2]) == ("epoch,loss,error", [2, 2, 2], "2,")

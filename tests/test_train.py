@@ -283,8 +283,13 @@ def test_a_run_writes_its_files(tiny_run):
     assert list(steps.columns) == ["epoch", "loss", "error"]
     assert steps["epoch"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-6)  # 96 images, batches of 40
     epochs = pd.read_csv(tiny_run / "test.csv")
-    assert list(epochs.columns) == ["epoch", "loss", "error"]
+    assert list(epochs.columns) == ["epoch", "loss", "error", "train_loss", "train_error", "lr", "seconds"]
     assert epochs["epoch"].tolist() == [1, 2]
+    assert epochs["lr"].tolist() == pytest.approx([0.1, 0.01])
+    assert epochs["seconds"].between(0.001, 100).all()
+    for name in ("loss", "error"):  # the mean over the images: the last batch has 16
+        means = [np.average(steps[name][first : first + 3], weights=[40, 40, 16]) for first in (0, 3)]
+        assert epochs[f"train_{name}"].tolist() == pytest.approx(means, rel=1e-5)
     facts = json.loads((tiny_run / "args.json").read_text())
     assert (facts["depth"], facts["batch_size"], facts["torch"]) == (10, 40, torch.__version__)
     assert facts["device"].startswith("cpu")
@@ -390,10 +395,14 @@ def test_checkpoint_is_the_bare_net_even_if_a_compiled_one_was_trained(call_main
 
 
 def test_held_out_images_get_columns_of_their_own(call_main, tmp_path):
-    status, _, errors = call_main(train, *TINY, "--val", 50, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
+    status, out, errors = call_main(train, *TINY, "--val", 50, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
     assert status == 0, errors
     table = pd.read_csv(tmp_path / "run" / "test.csv")
-    assert list(table.columns) == ["epoch", "loss", "error", "val_loss", "val_error"]
+    assert list(table.columns)[:5] == ["epoch", "loss", "error", "val_loss", "val_error"]
+    line, last = out.splitlines()[2], out.splitlines()[3]
+    (told,) = re.findall(r"val loss ([\d.]+) error ([\d.]+) %  test loss", line)
+    assert [float(number) for number in told] == pytest.approx(table[["val_loss", "val_error"]].iloc[0].tolist(), abs=0.005)
+    assert last == f"val error {table['val_error'][0]:.2f} %, test error {table['error'][0]:.2f} % after epoch 1"
     net, dataset = build_net(load_checkpoint(tmp_path / "run" / "latest.pth")), data.load("digits", ".", val=50)
     sums = loss_and_error_sums(predict(net, dataset.val.images, dataset.mean, dataset.std), dataset.val.labels) / 50
     assert table[["val_loss", "val_error"]].iloc[0].tolist() == pytest.approx([sums[0].item(), 100 * sums[1].item()], rel=1e-5)
