@@ -169,13 +169,13 @@ def test_every_flag_takes_a_sensible_value_or_refuses_in_a_sentence(program, mon
                 assert 0 <= value <= 3.5e38, (wrong, text)
                 assert not isinstance(value, int) or value < 2**64, (wrong, text)
         refused = verdict(action, "")
-        free = action.dest in ("title", "script") or program.name == "draw_err_table.py"  # which stands alone, and only reads
+        free = action.dest in ("title", "script")
         assert free or (isinstance(refused, str) and refused.startswith("argument ")), wrong
 
 
 def test_the_programs_are_those_with_flags():
     names = {path.name for path in PROGRAMS}
-    assert {"train.py", "plot.py", "evaluate.py", "bench.py", "make_graph.py", "train-vgg.py", "draw_err_table.py"} <= names
+    assert {"train.py", "plot.py", "evaluate.py", "bench.py", "make_graph.py", "train-vgg.py"} <= names
 
 
 @pytest.mark.parametrize(
