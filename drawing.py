@@ -1,11 +1,45 @@
-"""What the figures of plot.py and evaluate.py have in common: names are text in them, in the fonts that have their letters."""
+"""What all figures have in common: no setting of the machine changes them; names are text, in fonts that have their letters."""
 
+import contextlib
+import os
+import textwrap
 import warnings
 
-import matplotlib
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+os.environ["MPLBACKEND"] = "agg"  # figures are only written, and Matplotlib does not start with a backend that is gone
 
-from endings import naming
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.ticker import LogLocator, NullLocator
+
+from endings import Refused, naming
+
+matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
+FORMATS = ("png", "pdf", "svg")
+OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
+
+
+def picture_format(path):
+    """The format of the picture that the path names; None if it names a folder. Refused if it is one that is not written."""
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix in OTHER_FORMATS and not path.is_dir():
+        raise Refused(f"{path} is none of the pictures that are written: name a file in .{', .'.join(FORMATS)}, or a folder")
+    return suffix if suffix in FORMATS and not path.is_dir() else None
+
+
+def new_figure(width, height):
+    """An empty figure; width and height are in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04)
+    return figure
+
+
+def make_logarithmic(axes):
+    """Makes the y axis logarithmic, with numbers at 1, 2 and 5 of each decade; where it is short, at others."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.12f}".rstrip("0").rstrip("."))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def as_text(names):
@@ -22,8 +56,33 @@ def font_families(text):
     return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
 
 
+@contextlib.contextmanager
+def boxes_allowed():
+    """No warning of a letter that no font has."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def add_legend(figure, entries, style):
+    """One legend of (label, look of a line) below the panels, as wide as they are; the figure grows by its height."""
+    letters = int(10 * figure.get_figwidth())  # in a line of a label
+    labels = [textwrap.fill(label, letters, replace_whitespace=False) for label, _ in entries]
+    lines = [figure.axes[0].plot([], [], **look)[0] for _, look in entries]
+    for columns in range(min(len(labels), 8), 0, -1):
+        legend = figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
+        for text in legend.get_texts():
+            text.set(**style)
+        with boxes_allowed():
+            size = legend.get_window_extent()
+        if size.width < figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+
+
 def save(figure, path):
-    """Writes the figure; its axes have 0.01 and not 10^-2."""
-    with naming(path), matplotlib.rc_context({"axes.formatter.min_exponent": 3}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has that letter
-        figure.savefig(path, dpi=150)
+    """Writes the figure; its axes have 0.01 and not 10^-2, and a PDF has the fonts that journals take."""
+    options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
+    with naming(path), matplotlib.rc_context(options), boxes_allowed():
+        figure.savefig(path, dpi=200)

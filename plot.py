@@ -3,42 +3,63 @@
 
     ./plot.py work/cifar10.base                              loss.png, error.png and loss-error.png in that folder
     ./plot.py work/sgd work/adam --out images                both runs in the same figures
-    ./plot.py work/sgd --out images/sgd.png                  loss and error side by side, in this file
+    ./plot.py work/sgd --out images/sgd.pdf                  loss and error side by side, in this file
     ./plot.py work/sgd --since 150 --linear --format pdf     the second half, linear loss axis, as PDF
+    ./plot.py work/sgd-* work/adam-* --average --out images  a curve for all seeds of a setting, and a band around it
 
-Thin lines are the training loss and error of each step, smoothed over one epoch; thick lines are those of the test set.
+Thin lines are the training loss and error of each step, smoothed over one epoch; thick lines are those of the test set,
+dashed ones those of the validation images. Where the learning rate changed, a dotted line stands.
 """
 
 import argparse
-import io
-import itertools
+import contextlib
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 import drawing
 import endings
 from endings import Refused, at_least, named, say
+from runs import in_words, name_runs, read_arguments, read_csv, settings
 
-FORMATS = ("png", "pdf", "svg")
 MAX_POINTS = 3000
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
+MARKERS = "os^Dv<>pP*X"  # of which there are more, so that a colour comes back with another
+PARTS = {
+    "train": {"linewidth": 0.7, "alpha": 0.7},
+    "val": {"linewidth": 1.2, "linestyle": "--"},
+    "test": {"linewidth": 1.5, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5},
+}
+BAND = {"linewidth": 0, "alpha": 0.2}
+CHANGE = {"linewidth": 0.8, "linestyle": ":", "color": "grey"}
+
+
+class Curve(NamedTuple):
+    """What is drawn in one colour: a run, or all runs of a setting."""
+
+    tables: dict  # {part: mean, min and max over the runs of loss and error, by epoch}
+    changes: set  # the epochs after which the learning rate changed
+    runs: int
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
     with endings.worded(parser, "the figures", "a larger --since"):
-        runs = {label: read_run(folder, args.smooth) for label, folder in name_runs(args.runs).items()}
-        check_since(runs, args.since)
+        folders = name_runs(args.runs)
         out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
-        for path, columns in panels(out, args.format).items():
+        figures = panels(out, args.format)
+        groups = name_settings(folders.values()) if args.average else {label: [folder] for label, folder in folders.items()}
+        curves = {label: read_curve(members, args.smooth) for label, members in groups.items()}
+        check_since(curves, args.since)
+        logarithmic = {"loss": not args.linear, "error": args.log_error}
+        for path, columns in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw(runs, columns, path, args.title, args.since, args.linear)
+            draw(curves, columns, path, args.title, args.since, logarithmic)
             say(path)
 
 
@@ -48,113 +69,132 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s DIR [DIR ...] [options], which --help lists",
     )
-    parser.add_argument("runs", nargs="+", type=named(Path), metavar="DIR", help="folder of a run")
-    parser.add_argument(
-        "--out",
-        type=named(Path),
-        metavar="DIR|FILE",
-        help="their folder, or the file of one figure (default: the run, or what holds all)",
-    )
-    parser.add_argument("--format", choices=FORMATS, default="png", help="(%(default)s)")
-    parser.add_argument(
-        "--smooth", type=at_least(0, float), metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)"
-    )
-    parser.add_argument("--linear", action="store_true", help="linear instead of logarithmic loss axis")
-    parser.add_argument("--title", help="text above the figure")
-    parser.add_argument(
-        "--since", type=at_least(0, float), metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)"
-    )
+    add, number = parser.add_argument, at_least(0, float)
+    add("runs", nargs="+", type=named(Path), metavar="DIR", help="folder of a run")
+    text = "their folder, or the file of one figure (default: the run, or what holds all)"
+    add("--out", type=named(Path), metavar="DIR|FILE", help=text)
+    add("--format", choices=drawing.FORMATS, help="(that of --out FILE, else png)")
+    add("--average", action="store_true", help="one curve for runs that differ in --seed only: mean, lowest and highest")
+    add("--smooth", type=number, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)")
+    add("--since", type=number, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
+    add("--linear", action="store_true", help="linear instead of logarithmic loss axis")
+    add("--log-error", action="store_true", help="logarithmic instead of linear error axis")
+    add("--title", help="text above the figure")
     return parser
 
 
 def panels(out, suffix):
-    """{path: columns}: three figures in a folder, or one of both columns if out is a file."""
-    if out.suffix.lstrip(".") in FORMATS:
+    """{path: columns}: three figures in a folder, or one of both columns if out is a file. Refused for contradictions."""
+    kind = drawing.picture_format(out)
+    if kind and suffix not in (None, kind):
+        raise Refused(f"--format {suffix} contradicts --out {out}: leave out --format")
+    if kind:
         return {out: ["loss", "error"]}
-    return {out / f"{'-'.join(columns)}.{suffix}": columns for columns in (["loss"], ["error"], ["loss", "error"])}
+    return {out / f"{'-'.join(columns)}.{suffix or 'png'}": columns for columns in (["loss"], ["error"], ["loss", "error"])}
 
 
-def name_runs(folders):
-    """{label: folder}; a label is the shortest end of the path that tells the runs apart. Refused if one is named twice."""
-    paths = [folder.resolve() for folder in folders]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice:
-        raise Refused(f"{twice} is named twice: name each run once")
-    length = 1
-    while len({path.parts[-length:] for path in paths}) < len(paths):
-        length += 1
-    return {str(Path(*path.parts[-length:])): path for path in paths}
+def name_settings(folders):
+    """{label: folders} of each setting; a label is what tells it from the others, and its number of runs."""
+    groups = {}
+    for differences, members in settings(folders):
+        names = [f"{name.replace('_', ' ')} {in_words(value)}" for name, value in differences.items()]
+        groups[", ".join([*names, f"{len(members)} run{'s' * (len(members) > 1)}"])] = members
+    return groups
 
 
-def read_run(folder, smooth):
-    """(train, test) of a run as data frames; train smoothed over `smooth` epochs. Refused if both are empty."""
-    train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
-    if train.empty and test.empty:
-        raise Refused(f"{folder} has nothing to draw yet: train.csv and test.csv have no row")
-    if not train.empty:
-        train = moving_average(train, smooth)
-    return train, test
+def read_curve(folders, smooth):
+    """The curve of runs of one setting; the training curve of each is smoothed over `smooth` epochs."""
+    tables, changes = [], set()
+    for folder in folders:
+        train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
+        if train.empty and test.empty:
+            raise Refused(f"{folder} has nothing to draw yet: train.csv and test.csv have no row")
+        val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
+        tables.append((moving_average(train, smooth), val, test))
+        changes |= rate_changes(folder, train, test)
+    parts = {part: over_runs(each) for part, each in zip(PARTS, zip(*tables, strict=True), strict=True)}
+    return Curve(parts, changes, len(folders))
 
 
-def check_since(runs, since):
+def moving_average(train, epochs):
+    """Averages each row over the steps of the `epochs` epochs before it."""
+    if train.empty:
+        return train
+    steps_per_epoch = len(train) / train["epoch"].iloc[-1]
+    window = max(1, round(min(epochs * steps_per_epoch, len(train))))
+    return train[["loss", "error"]].rolling(window, min_periods=1).mean().assign(epoch=train["epoch"])
+
+
+def over_runs(tables):
+    """Mean, min and max over the runs at the epochs that all of them have, a few thousand of these at most."""
+    groups = pd.concat(tables).groupby("epoch")[["loss", "error"]]
+    table = groups.agg(["mean", "min", "max"])[groups.size() == len(tables)]
+    every = max(1, len(table) // MAX_POINTS)
+    return table[(len(table) - 1) % every :: every]  # the last row among them
+
+
+def rate_changes(folder, train, test):
+    """The epochs done when the learning rate changed: by test.csv or, where that has none, by the schedule in args.json."""
+    if "lr" in test:
+        return {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
+    with contextlib.suppress(Refused):
+        args = read_arguments(folder)
+        if args.get("opt") == "sgd" and args.get("lr"):
+            done = max(table["epoch"].max() for table in (train, test) if not table.empty)
+            return {epoch for epoch in (math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)) if epoch < done}
+    return set()
+
+
+def check_since(curves, since):
     """Refused if --since is after the last epoch."""
-    last = max(table["epoch"].max() for tables in runs.values() for table in tables if not table.empty)
+    last = max(table.index.max() for curve in curves.values() for table in curve.tables.values() if not table.empty)
     if since > last:
         raise Refused(f"--since {since:g} is behind the last epoch that there is, {last:g}: choose less")
 
 
-def read_csv(path):
-    """The rows of a CSV but for a last one that is only half written. Refused if it is missing, damaged or another."""
-    if not path.exists():
-        raise Refused(f"{path} does not exist: name the folder of a run of train.py")
-    try:
-        text = path.read_text()
-        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "epoch,loss,error\n"), dtype=float)
-    except (ValueError, OSError) as error:
-        raise Refused(f"{path} is no table of numbers ({str(error).strip()}): it was not written by train.py") from error
-    if not {"epoch", "loss", "error"} <= set(table.columns) or not isinstance(table.index, pd.RangeIndex):  # a column too many
-        raise Refused(f"{path} has no columns epoch, loss, error: it was not written by train.py")
-    epochs = [0, *table["epoch"], math.inf]
-    if not all(one < other for one, other in itertools.pairwise(epochs)):
-        raise Refused(f"{path} is damaged, its epochs do not rise from row to row: put back a whole one")
-    return table
-
-
-def moving_average(train, epochs):
-    """Averages each row over the steps of the `epochs` epochs before it, and keeps a few thousand of the rows to be drawn."""
-    steps_per_epoch = 1 / train["epoch"].iloc[0]  # the first row stands at the end of the first step
-    window = max(1, round(min(epochs * steps_per_epoch, len(train))))
-    smooth = train[["loss", "error"]].rolling(window, min_periods=1).mean().assign(epoch=train["epoch"])
-    every = max(1, len(smooth) // MAX_POINTS)
-    return smooth[(len(smooth) - 1) % every :: every]  # the last row among them
-
-
-def draw(runs, columns, path, title, since, linear):
+def draw(curves, columns, path, title, since, logarithmic):
     """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
-    figure = Figure(figsize=(1.2 + 5.3 * len(columns), 4.3), layout="constrained")
-    (title, *names), style = drawing.as_text([title or "", *runs])
+    figure = drawing.new_figure(4.2 * len(columns), 3.2)
+    (title, *names), style = drawing.as_text([title or "", *curves])
+    looks = [(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)] if names[1:] else None) for i in range(len(names))]
+    changes = {change for curve in curves.values() for change in curve.changes if change > since}
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        for color, (label, tables) in enumerate(zip(names, runs.values(), strict=True)):
-            draw_run(axes, column, label, f"C{color}", *(table[table["epoch"] >= since] for table in tables))
+        for curve, look in zip(curves.values(), looks, strict=True):
+            draw_curve(axes, column, curve, since, *look)
+        for change in changes:
+            axes.axvline(change, zorder=0, **CHANGE)
         axes.set(xlabel="epoch", ylabel=LABELS[column])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if column == "loss" and not linear:
-            axes.set_yscale("log")
-        if column == "error":
-            axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3, which="both")
-        lines = axes.get_lines()
-        for text in axes.legend(lines, [line.get_label() for line in lines]).get_texts():
-            text.set(**style)
+        axes.locator_params(axis="x", integer=True)
+        if logarithmic[column]:
+            drawing.make_logarithmic(axes)
+        axes.grid(alpha=0.3)
+    entries = [
+        (name, {"color": color, "marker": marker, **PARTS["test"]}) for name, (color, marker) in zip(names, looks, strict=True)
+    ]
+    drawing.add_legend(figure, entries + meanings(curves.values(), changes), style)
     if title:
-        figure.suptitle(title, **style)
+        figure.suptitle(title, wrap=True, **style)
     drawing.save(figure, path)
 
 
-def draw_run(axes, column, label, color, train, test):
-    marker = "o" if len(test) <= 20 else None  # a line of one point would not be seen
-    axes.plot(train["epoch"], train[column], color=color, linewidth=0.9, alpha=0.6, label=f"{label}, train")
-    axes.plot(test["epoch"], test[column], color=color, linewidth=2, marker=marker, markersize=4, label=f"{label}, test")
+def draw_curve(axes, column, curve, since, color, marker):
+    """The mean of each part, and a band from the lowest to the highest run. A few points are marked: one alone is no line."""
+    for part, look in PARTS.items():
+        table = curve.tables[part][column]
+        table = table[table.index >= since]
+        if curve.runs > 1:
+            axes.fill_between(table.index, table["min"], table["max"], color=color, **BAND)
+        if part == "test":
+            look = look | {"marker": marker or ("o" if len(table) <= 20 else None), "markevery": max(1, len(table) // 12)}
+        axes.plot(table.index, table["mean"], color=color, **look)
+
+
+def meanings(curves, changes):
+    """(what means the same of all curves, its look), where there is any of it."""
+    drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
+    band = [("lowest to highest run", BAND | {"linewidth": 6})] if any(curve.runs > 1 for curve in curves) else []
+    entries = [(part, PARTS[part]) for part in drawn] + band
+    return [(word, {"color": "black", **look}) for word, look in entries] + [("learning rate changed", CHANGE)] * bool(changes)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def test_every_flag_takes_a_sensible_value_or_refuses_in_a_sentence(program, mon
 
 def test_the_programs_are_those_with_flags():
     names = {path.name for path in PROGRAMS}
-    assert {"train.py", "plot.py", "evaluate.py", "bench.py", "make_graph.py", "train-vgg.py"} <= names
+    programs = {"train.py", "plot.py", "compare.py", "evaluate.py", "bench.py", "make_graph.py", "train-vgg.py"}
+    assert programs <= names
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,14 @@ print("kernels" in sys.modules)
     assert done.stdout == "False\n"
 
 
-def test_plot_needs_pandas_and_matplotlib_alone():
-    loaded = "import sys, plot; print(*{'torch', 'torchvision', 'PIL.ImageShow', 'data'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("program", "needed"), [("plot", {"pandas", "drawing"}), ("compare", {"pandas"})])
+def test_what_reads_runs_needs_pandas_and_for_figures_matplotlib_alone(program, needed):
+    assert imports(ROOT / f"{program}.py") - sys.stdlib_module_names == needed | {"endings", "runs"}
+    assert imports(ROOT / "runs.py") - sys.stdlib_module_names == {"pandas", "endings"}
+    assert imports(ROOT / "drawing.py") - sys.stdlib_module_names == {"matplotlib", "endings"}
+    assert imports(ROOT / "endings.py") <= sys.stdlib_module_names
+    code = (
+        f"import sys, {program}; print(*{{'torch', 'torchvision', 'PIL.ImageShow', 'matplotlib.pyplot'}} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
-    ours = {path.stem for path in FILES}
-    assert imports(ROOT / "plot.py") & ours == {"drawing", "endings"}
-    assert not (imports(ROOT / "drawing.py") | imports(ROOT / "endings.py")) & (ours - {"endings"})

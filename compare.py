@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""A table of the settings that several runs were trained with: the errors after their last epoch, over the seeds.
+
+    ./compare.py work/sgd-1 work/sgd-2 work/adam-1 work/adam-2
+    ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
+
+Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean ± sample standard deviation
+(lowest to highest). A run that has not reached its last epoch is told of and not averaged. With images held out by --val,
+the setting with their lowest error comes first.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import pandas as pd
+
+import endings
+from endings import named, naming, say
+from runs import in_words, name_runs, read_arguments, read_csv, settings
+
+STATISTICS = ("mean", "std", "min", "max")
+ERRORS = {"test_error": "error", "val_error": "val_error"}  # name here: column of test.csv
+LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"\\": "\\textbackslash{}", "±": "$\\pm$"}
+LATEX = str.maketrans(LATEX | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}"})
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    with endings.worded(parser, "the table", "fewer runs"):
+        rows = [summary(*setting) for setting in settings(name_runs(args.runs).values())]
+        if len(rows) > 1 and any("val_error_mean" in row for row in rows):
+            rows.sort(key=lambda row: row.get("val_error_mean", math.inf))
+            say("sorted by the error on the validation images: the test error is not what a setting is chosen by")
+        table = in_short(rows)
+        say(table.to_string(index=False))
+        numbers = pd.DataFrame(rows, dtype=object).to_csv(index=False)
+        for path, text in [(args.csv, numbers), (args.markdown, markdown(table)), (args.latex, latex(table))]:
+            if path:
+                write(path, text)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s DIR [DIR ...] [options], which --help lists",
+    )
+    parser.add_argument("runs", nargs="+", type=named(Path), metavar="DIR", help="folder of a run")
+    for kind, what in [("csv", "its numbers"), ("markdown", "it"), ("latex", "it")]:
+        parser.add_argument(f"--{kind}", type=named(Path), metavar="FILE", help=f"write {what} into this file as well")
+    return parser
+
+
+def summary(setting, folders):
+    """The numbers of a setting: those of its runs that are complete, and how many are not, which is said."""
+    arguments = read_arguments(folders[0])
+    tables = {folder: read_csv(folder / "test.csv") for folder in folders}
+    epochs = {folder: int(table["epoch"].max()) if len(table) else 0 for folder, table in tables.items()}
+    for folder, done in epochs.items():
+        if done != arguments["epochs"]:
+            say(f"{folder} has {done} of {arguments['epochs']} epochs and is not averaged")
+    complete = [tables[folder] for folder in folders if epochs[folder] == arguments["epochs"]]
+    row = {**setting, "epochs": arguments["epochs"], "n": len(complete), "incomplete": len(folders) - len(complete)}
+    for name, column in ERRORS.items():
+        last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
+        row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
+    return row | images_per_second(arguments.get("train_images"), complete)
+
+
+def images_per_second(train_images, tables):
+    """{"images_per_second": of all runs that tell their time}, or nothing."""
+    timed = pd.concat([table["seconds"] for table in tables if "seconds" in table] or [pd.Series(dtype=float)])
+    return {"images_per_second": train_images * len(timed) / timed.sum()} if train_images and timed.sum() else {}
+
+
+def in_short(rows):
+    """The table as it is read: an error is one cell, and a column that says nothing is left out."""
+    statistics = [f"{name}_{statistic}" for name in ERRORS for statistic in STATISTICS]
+    table = pd.DataFrame([{name: in_words(value) for name, value in row.items() if name not in statistics} for row in rows])
+    for name in ERRORS:
+        if any(f"{name}_mean" in row for row in rows):
+            table[f"{name.replace('_', ' ')}, %"] = [error_in_short(name, row) for row in rows]
+    speeds = [row.get("images_per_second") for row in rows]
+    table["images/s"] = ["-" if speed is None else f"{speed:.0f}" for speed in speeds]
+    return table.drop(columns=["images_per_second"] * any(speeds) + ["incomplete"] * (set(table["incomplete"]) == {"0"}))
+
+
+def error_in_short(name, row):
+    """Mean ± standard deviation (lowest to highest); of one run, its error alone."""
+    if f"{name}_mean" not in row:
+        return "-"
+    mean, std, low, high = (row[f"{name}_{statistic}"] for statistic in STATISTICS)
+    return f"{mean:.2f} ± {std:.2f} ({low:.2f} to {high:.2f})" if row["n"] > 1 else f"{mean:.2f}"
+
+
+def markdown(table):
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def latex(table):
+    """A tabular that needs no package."""
+    header, *lines = (
+        " & ".join(cell.translate(LATEX) for cell in line) + " \\\\\n" for line in [table.columns, *table.to_numpy()]
+    )
+    body = f"\\hline\n{header}\\hline\n{''.join(lines)}\\hline\n"
+    return f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}\n{body}\\end{{tabular}}\n"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.write_text(text, encoding="utf-8", errors="replace")
+    say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

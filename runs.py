@@ -1,0 +1,132 @@
+"""What plot.py and compare.py read of runs of train.py: CSVs, args.json, and which runs are seeds of one setting."""
+
+import io
+import itertools
+import json
+import math
+import operator
+from pathlib import Path
+
+import pandas as pd
+
+from endings import Refused, say
+
+COLUMNS = ["epoch", "loss", "error"]
+# Entries of args.json that are no setting: where a run lies and how it was started; what changes no result beyond rounding.
+STARTED = {"data", "save", "resume", "force", "plot", "classes"}
+MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}
+
+
+def name_runs(folders):
+    """{label: folder}; a label is the path without the folders that all begin and end with. Refused if one is named twice."""
+    paths = [folder.resolve() for folder in folders]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice:
+        raise Refused(f"{twice} is named twice: name each run once")
+    parts = [path.parts for path in paths]
+    for _ in range(2):  # from the front, and backwards from the end; one part is left of each
+        common = sum(itertools.accumulate((len(set(level)) == 1 for level in zip(*parts, strict=False)), operator.and_))
+        parts = [part[min(common, min(map(len, parts)) - 1) :][::-1] for part in parts]
+    return {str(Path(*part)): path for part, path in zip(parts, paths, strict=True)}
+
+
+def read_csv(path):
+    """The rows of a CSV but for a last one that is only half written; damaged ones are left out, which is said.
+
+    Refused if the file is missing, not from train.py, or has damaged rows alone.
+    """
+    if not path.exists():
+        raise Refused(f"{path} does not exist: name the folder of a run of train.py")
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise Refused(f"{path} is no table of numbers ({error.strerror}): it was not written by train.py") from error
+    header, *lines = text.split("\n")[:-1] or [",".join(COLUMNS)]
+    columns = header.split(",")
+    if columns[:3] != COLUMNS or len(set(columns)) < len(columns):
+        raise Refused(f"{path} has no columns {', '.join(COLUMNS)}: it was not written by train.py")
+    table = all_rows(lines, columns) if lines else pd.DataFrame(columns=columns, dtype=float)
+    return whole_rows(lines, columns, path) if table is None else table
+
+
+def all_rows(lines, columns):
+    """The table of these lines, read fast; None if one of them is damaged."""
+    try:
+        table = pd.read_csv(io.StringIO("\n".join(lines)), names=columns, dtype=float, skip_blank_lines=False)
+    except ValueError:
+        return None
+    whole = isinstance(table.index, pd.RangeIndex) and table.abs().lt(math.inf).all(axis=None)  # no index: no value too many
+    return table if whole and (table["epoch"] > table["epoch"].shift(fill_value=0)).all() else None
+
+
+def whole_rows(lines, columns, path):
+    """The table of those lines that are finite numbers, one for each column, the epochs rising; says which line is none."""
+    rows, damaged, epoch = [], [], 0
+    for number, line in enumerate(lines, start=2):
+        try:
+            row = [*map(float, line.split(","))]
+        except ValueError:
+            row = []
+        if len(row) == len(columns) and row[0] > epoch and all(map(math.isfinite, row)):
+            rows.append(row)
+            epoch = row[0]
+        else:
+            damaged.append(f"line {number} ({line[:40]!r})")
+    if not rows:
+        raise Refused(f"{path} is damaged, {damaged[0]} is not {len(columns)} finite numbers: put back a whole one")
+    more = f" and {len(damaged) - 1} more are" if damaged[1:] else " is"
+    say(f"{path}: {damaged[0]}{more} damaged, or of a run that diverged, and left out")
+    return pd.DataFrame(rows, columns=columns)
+
+
+def read_arguments(folder):
+    """args.json of a run. Refused if it is missing or damaged."""
+    path = folder / "args.json"
+    remedy = "put back a whole one, or leave out this run"
+    if not path.exists():
+        raise Refused(f"{path} does not exist: {remedy}, or name the folder of a run of train.py")
+    try:
+        arguments = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(arguments, dict) or not {int} >= {type(arguments.get(name)) for name in ("epochs", "seed")}:
+        raise Refused(f"{path} is damaged or not from train.py: {remedy}")
+    return arguments
+
+
+def settings(folders):
+    """[({argument: value} for those in which the settings differ, folders)]; runs that differ in `seed` only are one setting.
+
+    Where a seed is there twice, runs of another machine or version are another setting. Refused if it still is.
+    """
+    runs = {folder: read_arguments(folder) for folder in folders}
+    groups = group(runs, STARTED | MACHINE)
+    if any(same_seed(members, runs) for _, members in groups):
+        groups = group(runs, STARTED)
+    for pair in filter(None, (same_seed(members, runs) for _, members in groups)):
+        raise Refused(f"{pair[0]} and {pair[1]} have the same arguments and the same seed: name one of them")
+    names = dict.fromkeys(name for common, _ in groups for name in common)
+    names = [name for name in names if len({json.dumps(common.get(name)) for common, _ in groups}) > 1]
+    names = [name for name in names if name != "train_images"] or names  # which follows from others
+    return [({name: common.get(name) for name in names}, members) for common, members in groups]
+
+
+def group(runs, ignored):
+    """[(common arguments, folders)], apart from `seed` and those that are ignored; null is the same as none."""
+    groups = {}
+    for folder, arguments in runs.items():
+        names = arguments.keys() - ignored - {"seed"} | ({"data"} if arguments.get("dataset") == "folder" else set())
+        common = {name: value for name, value in arguments.items() if name in names and value is not None}
+        groups.setdefault(json.dumps(common, sort_keys=True), (common, []))[1].append(folder)
+    return [*groups.values()]
+
+
+def same_seed(folders, runs):
+    """Two of the folders whose runs have the same seed, or None."""
+    pairs = itertools.combinations(folders, 2)
+    return next((pair for pair in pairs if runs[pair[0]]["seed"] == runs[pair[1]]["seed"]), None)
+
+
+def in_words(value):
+    """The value of an argument as text."""
+    return {None: "default", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
