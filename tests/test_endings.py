@@ -234,7 +234,7 @@ PLACES = {  # what each program calls, by the names it calls it by
         evaluate.class_lines evaluate.write_csv evaluate.draw drawing.as_text drawing.save""",
     "evaluate --image": "evaluate.read_pictures pictures.to_rgb pictures.signed pictures.pil_to_tensor evaluate.predict",
     "evaluate --export": "evaluate.export checkpoint.encoded checkpoint.replace_file",
-    "plot": """plot.name_runs plot.read_run plot.moving_average plot.check_since plot.panels plot.draw plot.draw_run
+    "plot": """plot.name_runs plot.read_curve plot.moving_average plot.check_since plot.panels plot.draw plot.draw_curve
         drawing.font_families drawing.save""",
     "make_graph": """make_graph.make_net densenet.DenseNet.__init__ densenet.DenseNet.forward make_graph.write_dot
         torchviz.make_dot""",
