@@ -23,7 +23,7 @@ def picture_format(path):
     """The format of the picture that the path names; None if it names a folder. Refused if it is one that is not written."""
     suffix = path.suffix.lower().removeprefix(".")
     if suffix in OTHER_FORMATS and not path.is_dir():
-        raise Refused(f"{path} is none of the pictures that are written: name a file in .{', .'.join(FORMATS)}, or a folder")
+        raise Refused(f"{path} is no picture that can be written: name a file in .{', .'.join(FORMATS)}, or a folder")
     return suffix if suffix in FORMATS and not path.is_dir() else None
 
 
@@ -35,7 +35,9 @@ def new_figure(width, height):
 
 
 def make_logarithmic(axes):
-    """Makes the y axis logarithmic, with numbers at 1, 2 and 5 of each decade; where it is short, at others."""
+    """Makes the y axis logarithmic if it can be, with numbers at 1, 2 and 5 of each decade; where it is short, at others."""
+    if axes.dataLim.ymax <= 0:
+        return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.12f}".rstrip("0").rstrip("."))

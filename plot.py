@@ -162,7 +162,8 @@ def draw(curves, columns, path, title, since, logarithmic):
         for curve, look in zip(curves.values(), looks, strict=True):
             draw_curve(axes, column, curve, since, *look)
         for change in changes:
-            axes.axvline(change, zorder=0, **CHANGE)
+            colors = [color for curve, (color, _) in zip(curves.values(), looks, strict=True) if change in curve.changes]
+            axes.axvline(change, zorder=0, **CHANGE | ({} if colors[1:] else {"color": colors[0]}))
         axes.set(xlabel="epoch", ylabel=LABELS[column])
         axes.locator_params(axis="x", integer=True)
         if logarithmic[column]:

@@ -1,6 +1,12 @@
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
@@ -22,6 +28,27 @@ def write_run(folder, epochs=4, steps=10, level=1.0):
     train.round(6).to_csv(folder / "train.csv", index=False)
     pd.DataFrame({"epoch": epoch, "loss": 2 / epoch, "error": 40 / epoch}).to_csv(folder / "test.csv", index=False)
     return folder
+
+
+def write_arguments(run, **arguments):
+    """An args.json with what plot.py reads in it."""
+    facts = {"opt": "sgd", "lr": 0.1, "epochs": 4, "seed": 1, "depth": 40, "save": str(run)}
+    (run / "args.json").write_text(json.dumps(facts | arguments))
+    return run
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that were saved."""
+    figures = []
+    savefig = Figure.savefig
+
+    def record(figure, *arguments, **options):
+        figures.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
 
 
 def colored(path):
@@ -117,6 +144,33 @@ def test_a_run_that_is_being_written(call_main, tmp_path):
     assert (status, len(out.splitlines())) == (0, 3), errors
 
 
+@pytest.mark.parametrize("line", ["1.45,0.1", "1.45,0.1,2,3", "1.45,nan,2", "1.45,0.1,inf", "1.45,good,2", "1.3,0.1,2", ""])
+def test_a_damaged_row_is_left_out_and_told_of(call_main, saved, tmp_path, line):
+    run = write_run(tmp_path / "run")
+    lines = (run / "train.csv").read_text().splitlines(keepends=True)
+    (run / "train.csv").write_text("".join([*lines[:15], line + "\n", *lines[15:]]))
+    status, out, errors = call_main(plot, run, "--smooth", 0)
+    assert (status, errors) == (0, "")
+    told = f"{run / 'train.csv'}: line 16 ({line!r}) is damaged, or of a run that diverged, and left out"
+    assert out.splitlines() == [told, *(str(run / f"{name}.png") for name in ("loss", "error", "loss-error"))]
+    x, y = saved[0].axes[0].lines[0].get_data()
+    np.testing.assert_allclose(np.stack([x, y]), np.loadtxt(lines[1:], delimiter=",").T[:2])
+
+
+def test_of_several_damaged_rows_the_first_is_told_of_and_their_number(call_main, tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "train.csv").open("a") as file:
+        file.write("4.1,nan,90\n4.2,inf,90\n4.3,0")  # a run that diverged; the last row is not written yet
+    status, out, errors = call_main(plot, run)
+    assert (status, errors) == (0, "")
+    assert f"{run / 'train.csv'}: line 42 ('4.1,nan,90') and 1 more are damaged, " in out
+
+
+def test_rows_read_one_by_one_are_the_same_numbers(tmp_path):
+    lines = (write_run(tmp_path / "run", epochs=30, steps=37) / "train.csv").read_text().splitlines()[1:]
+    pd.testing.assert_frame_equal(runs.whole_rows([*lines, "x"], runs.COLUMNS, "name"), runs.all_rows(lines, runs.COLUMNS))
+
+
 def no_files(run):
     (run / "train.csv").unlink()
 
@@ -198,20 +252,6 @@ def texts(figure):
     return {text.get_text(): text.get_parse_math() for text in [*found, *filter(None, [figure._suptitle])]}
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures that were saved."""
-    figures = []
-    savefig = Figure.savefig
-
-    def record(figure, *arguments, **options):
-        figures.append(figure)
-        savefig(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return figures
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_titles_are_text_and_no_markup(call_main, saved, tmp_path, name):
@@ -285,3 +325,235 @@ def test_a_smoothing_that_is_longer_than_the_run_is_one_over_all(tmp_path):
     folder = write_run(tmp_path / "run")
     smooth = plot.read_curve([folder], smooth=1e300).tables["train"]
     assert smooth["loss"]["mean"].iloc[-1] == pytest.approx(pd.read_csv(folder / "train.csv")["loss"].mean())
+
+
+# ------------------------------------------------------------------------------------------------------- several runs
+
+
+def curves(axes):
+    """{(colour, style): (x, y)} of the lines in a panel that are not of the legend and do not stand upright."""
+    lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    return {(line.get_color(), line.get_linestyle(), line.get_linewidth()): line.get_data() for line in lines}
+
+
+def write_seeds(folder, levels, **arguments):
+    """Runs of one setting: the seed and the level of the loss differ, and the number of epochs as it is given."""
+    return [
+        write_arguments(write_run(folder / str(seed), level=level, epochs=epochs), seed=seed, **arguments)
+        for seed, (level, epochs) in enumerate(levels)
+    ]
+
+
+def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp_path):
+    deep = write_seeds(tmp_path / "deep", [(1, 30), (2, 30), (4, 25)], depth=100)
+    flat = write_seeds(tmp_path / "flat", [(8, 30), (9, 30)])
+    (flat[0] / "test.csv").write_text("epoch,loss,error\n")  # its first epoch is not done
+    status, _, errors = call_main(plot, *deep, *flat, "--average", "--smooth", 0, "--out", tmp_path / "one.png")
+    assert (status, errors) == (0, "")
+    panel = saved[0].axes[0]
+    train, test, other = curves(panel).values()
+    losses = [pd.read_csv(run / "train.csv")["loss"][:250] for run in deep]
+    np.testing.assert_allclose(train[1], np.mean(losses, axis=0))
+    np.testing.assert_allclose(train[0], np.arange(1, 251) / 10)
+    assert test[0].tolist() == [*range(1, 26)]
+    assert len(other[0]) == 300
+    corners = panel.collections[0].get_paths()[0].vertices
+    for extreme in (np.min(losses, axis=0), np.max(losses, axis=0)):
+        assert {*map(tuple, np.stack([train[0], extreme], axis=1).round(6))} <= {*map(tuple, corners.round(6))}
+    labels = ["depth 100, 3 runs", "depth 40, 2 runs", "train", "test", "lowest to highest run"]
+    assert [*texts(saved[0])][:5] == labels
+    assert [line.get_color() for line in saved[0].legends[0].get_lines()][:2] == plot.COLORS[:2]
+
+
+def test_the_mean_is_that_of_the_curves_smoothed_one_by_one(tmp_path):
+    folders = write_seeds(tmp_path, [(1, 3), (5, 3)])
+    mean = plot.read_curve(folders, 1.0).tables["train"]["loss"]["mean"]
+    alone = [plot.read_curve([folder], 1.0).tables["train"]["loss"]["mean"] for folder in folders]
+    np.testing.assert_allclose(mean, np.mean(alone, axis=0))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"epochs": "300", "seed": 1}', '{"epochs": 300}', "[" * 10**5])
+def test_only_the_average_needs_args_json(call_main, tmp_path, content):
+    run = write_run(tmp_path / "run")
+    if content is not None:
+        (run / "args.json").write_text(content)
+    assert call_main(plot, run)[0] == 0
+    status, _, errors = call_main(plot, run, "--average")
+    assert (status, len(errors.splitlines())) == (2, 2)
+    assert f"{run / 'args.json'} {'is damaged' if content else 'does not exist'}" in errors
+    assert "or leave out this run" in errors
+
+
+def test_the_same_seed_twice_is_no_average(call_main, tmp_path):
+    twins = [write_arguments(write_run(tmp_path / name), torch="2.11") for name in "ab"]
+    status, _, errors = call_main(plot, *twins, "--average")
+    assert (status, f"{twins[0]} and {twins[1]} have the same arguments and the same seed" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 16])
+def test_the_legend_covers_no_panel_and_lies_in_the_figure(call_main, saved, tmp_path, count):
+    folders = [write_arguments(write_run(tmp_path / f"a-rather-long-name-{number}")) for number in range(count)]
+    assert call_main(plot, *folders)[0] == 0
+    for figure in saved:
+        figure.draw_without_rendering()  # it was drawn at another resolution
+        (legend,) = figure.legends
+        box, width = legend.get_window_extent(), figure.bbox.width
+        assert 0 <= box.x0 < box.x1 <= width
+        assert box.y0 >= 0
+        top = max(text.get_window_extent().y1 for text in legend.get_texts())
+        assert all(top < axes.get_tightbbox().y0 and axes.get_legend() is None for axes in figure.axes)
+        assert len(legend.get_texts()) == count + 3  # train, test, learning rate changed
+        assert all(axes.get_window_extent().height > 2 * figure.dpi for axes in figure.axes)
+
+
+def test_sixteen_runs_differ_in_colour_or_marker_and_a_few_without_colours(call_main, saved, tmp_path):
+    folders = [write_run(tmp_path / str(number), epochs=2) for number in range(16)]
+    assert call_main(plot, *folders, "--out", tmp_path / "one.png")[0] == 0
+    looks = [(line.get_color(), line.get_marker()) for line in saved[0].axes[1].lines if line.get_marker() != "None"][:16]
+    assert len({*looks}) == 16
+    assert len({color for color, _ in looks[:8]}) == len({marker for _, marker in looks[:8]}) == 8
+
+
+# --------------------------------------------------------------------------------------------- columns of test.csv, axes
+
+
+def write_columns(run, **columns):
+    """More columns in the run's test.csv."""
+    pd.read_csv(run / "test.csv").assign(**columns).to_csv(run / "test.csv", index=False)
+    return run
+
+
+def test_the_curve_of_the_validation_images_is_dashed(call_main, saved, tmp_path):
+    run = write_columns(write_run(tmp_path / "run"), val_loss=[4, 3, 2, 1], val_error=[8, 7, 6, 5])
+    assert call_main(plot, run, "--out", tmp_path / "one.png")[0] == 0
+    for axes, values in zip(saved[0].axes, ([4, 3, 2, 1], [8, 7, 6, 5]), strict=True):
+        widths = {style: width for _, style, width in curves(axes)}
+        assert [y.tolist() for (_, style, _), (_, y) in curves(axes).items() if style == "--"] == [values]
+        assert len(curves(axes)) == 3
+        assert plot.PARTS["train"]["linewidth"] < widths["--"] < widths["-"]
+    assert [*texts(saved[0])] == ["run", "train", "val", "test"]
+
+
+def upright(axes):
+    """Where lines stand upright in a panel."""
+    return sorted(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2 and np.ptp(line.get_xdata()) == 0)
+
+
+@pytest.mark.parametrize(
+    ("rates", "arguments", "flags", "expected"),
+    [
+        (None, {"epochs": 8}, [], [4, 6]),
+        (None, {"epochs": 7}, [], [4, 6]),  # learning_rate of step.py: 3.5 and 5.25 epochs
+        (None, {"epochs": 10}, [], [5]),  # the second is not reached
+        (None, {"epochs": 16}, [], []),  # at the end of what is drawn
+        (None, {"epochs": 8}, ["--since", 5], [6]),
+        (None, {"epochs": 8, "opt": "adam", "lr": None}, [], []),
+        (None, None, [], []),
+        ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.1], {"epochs": 8}, [], [3, 7]),
+        ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.1], None, ["--since", 3], [7]),
+        ([1] * 8, {"epochs": 8}, [], []),
+    ],
+)
+def test_changes_of_the_learning_rate_are_upright_lines(call_main, saved, tmp_path, rates, arguments, flags, expected):
+    folders = [write_run(tmp_path / name, epochs=8) for name in ("one", "two")]
+    for run in folders:  # both have the same changes
+        if rates:
+            write_columns(run, train_loss=1, train_error=1, lr=rates, seconds=1)
+        if arguments:
+            write_arguments(run, **arguments)
+    assert call_main(plot, *folders, "--out", tmp_path / "one.png", *flags)[0] == 0
+    assert [upright(axes) for axes in saved[0].axes] == [expected] * 2
+    assert ("learning rate changed" in texts(saved[0])) == bool(expected)
+
+
+def test_a_change_that_one_run_has_alone_is_in_its_colour(call_main, saved, tmp_path):
+    folders = [write_arguments(write_run(tmp_path / str(epochs), epochs=epochs), epochs=epochs) for epochs in (8, 12)]
+    call_main(plot, *folders, "--out", tmp_path / "one.png")
+    found = {line.get_xdata()[0]: line.get_color() for line in saved[0].axes[1].lines if line.get_linestyle() == ":"}
+    assert found == {4: plot.COLORS[0], 6: "grey", 9: plot.COLORS[1]}
+
+
+def numbers(axes):
+    """The numbers that stand at a panel's y axis, within its limits, as they are written."""
+    low, high = axes.get_ylim()
+    return [
+        label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True) if low <= tick <= high
+    ]
+
+
+def test_the_numbers_of_a_logarithmic_axis_are_plain_decimals(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run", epochs=100, level=0.01)
+    assert call_main(plot, run, "--out", tmp_path / "one.png", "--smooth", 0.2, "--log-error")[0] == 0
+    loss, error = saved[0].axes
+    expected = ["0.0002", "0.0005", "0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
+    assert numbers(loss) == expected
+    assert numbers(error) == ["0.005", *expected[5:], "5", "10", "20", "50"]
+    assert call_main(plot, run, "--out", tmp_path / "one.png", "--linear")[0] == 0
+    assert [axes.get_yscale() for axes in saved[1].axes] == ["linear", "linear"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_short_logarithmic_axis_has_numbers_and_one_without_values_is_linear(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "train.csv").write_text("epoch,loss,error\n1,0.42,0\n2,0.45,0\n")
+    (run / "test.csv").write_text("epoch,loss,error\n1,0.41,0\n2,0.43,0\n")
+    assert call_main(plot, run, "--out", tmp_path / "one.png", "--log-error")[0] == 0
+    assert len(numbers(saved[0].axes[0])) >= 3
+    assert [axes.get_yscale() for axes in saved[0].axes] == ["log", "linear"]
+
+
+def test_the_error_axis_begins_where_the_curves_end(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "test.csv").write_text("epoch,loss,error\n1,1,31\n2,1,30\n")
+    (run / "train.csv").write_text("epoch,loss,error\n1,1,35\n2,1,34\n")
+    call_main(plot, run, "--out", tmp_path / "one.png")
+    assert 29 < saved[0].axes[1].get_ylim()[0] < 30
+
+
+# ----------------------------------------------------------------------------------------------------- files of figures
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "x.jpg"], "x.jpg is no picture that can be written: name a file in .png, .pdf, .svg, or a folder"),
+        (["--out", "new/x.TIFF"], "x.TIFF is no picture"),
+        (["--format", "pdf", "--out", "x.png"], "--format pdf contradicts --out x.png: leave out --format"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_and_no_folder(call_main, monkeypatch, tmp_path, flags, message):
+    run = write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = call_main(plot, run, *flags)
+    assert (status, message in errors, len(errors.splitlines())) == (2, True, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--out", "x.PNG"], ["x.PNG"]),
+        (["--out", "x.pdf"], ["x.pdf"]),
+        (["--out", "x.svg", "--format", "svg"], ["x.svg"]),
+        (["--out", "v1.2"], ["v1.2/error.png", "v1.2/loss-error.png", "v1.2/loss.png"]),
+        (["--out", "old.png", "--format", "svg"], ["old.png/error.svg", "old.png/loss-error.svg", "old.png/loss.svg"]),
+    ],
+)
+def test_a_picture_is_told_from_a_folder_by_its_suffix(call_main, monkeypatch, tmp_path, flags, names):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "old.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, out, errors = call_main(plot, run, *flags)
+    assert (status, sorted(out.split())) == (0, names), errors
+    beginnings = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+    assert all((tmp_path / name).read_bytes().startswith(beginnings[name[-3:].lower()]) for name in names)
+
+
+def test_settings_of_the_machine_change_no_figure(call_main, tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\naxes.facecolor: black\nsavefig.bbox: tight\n")
+    command = [sys.executable, ROOT / "plot.py", run, "--out", "theirs.png"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"MPLBACKEND": "nonsense"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert call_main(plot, run, "--out", tmp_path / "ours.png")[0] == 0
+    assert (tmp_path / "theirs.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
