@@ -1,0 +1,242 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import compare
+import run_folder
+import runs
+
+FACTS = {
+    **{"dataset": "cifar10", "data": "data", "augment": True, "val": 0, "depth": 40, "reduction": None, "epochs": 2},
+    **{"opt": "sgd", "lr": 0.1, "seed": 1, "device": "auto", "precision": "tf32", "efficient": False, "save": "work/x"},
+    **{"torch": "2.11.0", "hardware": "a GPU", "commit": "0123", "processes": 1, "train_images": 1000, "classes": ["a", "b"]},
+}
+
+
+def write_run(folder, error, done=None, columns="", values="", **arguments):
+    """A run with this test error in the last row of its test.csv; `columns` are more of them, `values` theirs in each row."""
+    folder.mkdir(parents=True)
+    facts = FACTS | {"save": str(folder)} | arguments
+    (folder / "args.json").write_text(json.dumps(facts))
+    last = facts["epochs"] if done is None else done
+    rows = [f"{epoch},1.5,{error if epoch == last else 90}{values}\n" for epoch in range(1, last + 1)]
+    (folder / "test.csv").write_text(f"epoch,loss,error{columns}\n" + "".join(rows))
+    return folder
+
+
+def write_seeds(folder, errors, **arguments):
+    return [write_run(folder / str(seed), error, seed=seed, **arguments) for seed, error in enumerate(errors)]
+
+
+def table(out):
+    """[{column: cell}] of a markdown table."""
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines())
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+@pytest.fixture
+def tables(call_main, tmp_path):
+    """(rows of the table, rows of its CSV, what was printed) of compare.py with these arguments."""
+
+    def call(*arguments):
+        files = [tmp_path / "new" / "table.md", tmp_path / "new" / "table.csv"]
+        status, out, errors = call_main(compare, *arguments, "--markdown", files[0], "--csv", files[1])
+        assert (status, errors) == (0, "")
+        return table(files[0].read_text()), [*csv.DictReader(files[1].open())], out
+
+    return call
+
+
+def test_seeds_of_a_setting_are_one_row_of_mean_spread_and_extremes(tables, tmp_path):
+    sgd, adam = [5.25, 5.5, 6.0], [7.5, 7.25]
+    folders = write_seeds(tmp_path / "sgd", sgd) + write_seeds(tmp_path / "adam", adam, opt="adam", lr=None)
+    shown, numbers, out = tables(*folders)
+    speed = {"images/s": "-"}
+    assert shown == [
+        {"opt": "sgd", "lr": "0.1", "epochs": "2", "n": "3", "test error, %": "5.58 ± 0.38 (5.25 to 6.00)", **speed},
+        {"opt": "adam", "lr": "default", "epochs": "2", "n": "2", "test error, %": "7.38 ± 0.18 (7.25 to 7.50)", **speed},
+    ]
+    for row, errors in zip(numbers, (sgd, adam), strict=True):
+        expected = [np.mean(errors), np.std(errors, ddof=1), min(errors), max(errors)]
+        np.testing.assert_allclose([float(row[f"test_error_{name}"]) for name in ("mean", "std", "min", "max")], expected)
+        assert (row["n"], row["incomplete"], row["epochs"]) == (str(len(errors)), "0", "2")
+    assert out.splitlines()[0].split() == ["opt", "lr", "epochs", "n", "test", "error,", "%", "images/s"]
+    assert "5.58 ± 0.38 (5.25 to 6.00)" in out
+    assert "sorted" not in out
+
+
+def test_one_run_alone_has_no_spread(tables, tmp_path):
+    shown, numbers, _ = tables(write_run(tmp_path / "run", 5.5))
+    assert shown == [{"epochs": "2", "n": "1", "test error, %": "5.50", "images/s": "-"}]
+    assert (numbers[0]["test_error_mean"], numbers[0]["test_error_std"]) == ("5.5", "")
+
+
+def test_a_run_that_is_not_complete_is_told_of_and_not_averaged(tables, tmp_path):
+    folders = write_seeds(tmp_path, [5.0, 6.0])
+    late = write_run(tmp_path / "late", 50, done=1, seed=7)
+    new = write_run(tmp_path / "new", 50, done=0, seed=7, depth=100)
+    shown, numbers, out = tables(*folders, late, new)
+    assert [(row["n"], row["incomplete"], row["test error, %"]) for row in shown] == [
+        ("2", "1", "5.50 ± 0.71 (5.00 to 6.00)"),
+        ("0", "1", "-"),
+    ]
+    assert f"{late} has 1 of 2 epochs and is not averaged" in out
+    assert f"{new} has 0 of 2 epochs and is not averaged" in out
+    assert numbers[1]["test_error_mean"] == ""
+
+
+def test_images_a_second_are_of_all_epochs_that_tell_their_time(tables, tmp_path):
+    timed = {"columns": ",train_loss,train_error,lr,seconds"}
+    folders = [
+        write_run(tmp_path / "a", 5, seed=1, values=",1,2,0.1,4", **timed),
+        write_run(tmp_path / "b", 5, seed=2, values=",1,2,0.1,6", **timed),
+        write_run(tmp_path / "c", 5, seed=3),
+    ]
+    shown, numbers, _ = tables(*folders)
+    assert (shown[0]["images/s"], float(numbers[0]["images_per_second"])) == ("200", 1000 * 4 / 20)
+
+
+def test_the_validation_error_gives_the_order_and_the_line_says_so(tables, tmp_path):
+    arguments = {"columns": ",val_loss,val_error", "val": 10}
+    folders = [
+        write_run(tmp_path / "none", 3, depth=10),
+        write_run(tmp_path / "high", 4, values=",1,8.5", **arguments),
+        *write_seeds(tmp_path, [6, 6], values=",1,7.25", depth=100, **arguments),
+    ]
+    shown, _, out = tables(*folders)
+    assert [(row["depth"], row["val error, %"]) for row in shown] == [
+        ("100", "7.25 ± 0.00 (7.25 to 7.25)"),
+        ("40", "8.50"),
+        ("10", "-"),
+    ]
+    assert "sorted by the error on the validation images" in out
+    assert "sorted" not in tables(folders[1])[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns"),
+    [
+        ({"depth": 100, "lr": 0.2}, ["depth", "lr"]),
+        ({"augment": False}, ["augment"]),
+        ({"precision": "fp32"}, ["precision"]),
+        ({"epochs": 3}, []),  # has its column anyway
+        ({"limit": 500, "train_images": 500}, ["limit"]),
+        ({"train_images": 500}, ["train_images"]),
+        ({"depth": 100, "torch": "2.14", "commit": "4567", "data": "elsewhere", "efficient": True}, ["depth"]),
+    ],
+)
+def test_columns_are_the_arguments_in_which_settings_differ(tables, tmp_path, arguments, columns):
+    one, other = write_run(tmp_path / "one", 5), write_run(tmp_path / "other", 5, **{"seed": 2} | arguments)
+    shown, numbers, _ = tables(one, other)
+    assert len(shown) == 2
+    assert [name for name in shown[0] if name in {*FACTS, "limit"} - {"epochs"}] == columns
+    assert [name for name in numbers[0] if name in {*FACTS, "limit"} - {"epochs"}] == columns
+
+
+def test_another_machine_or_version_is_another_setting_where_nothing_else_tells_equal_seeds_apart(tables, tmp_path):
+    one = write_run(tmp_path / "one", 5)
+    assert len(tables(one, write_run(tmp_path / "seed", 6, seed=2, torch="2.14", efficient=True))[0]) == 1
+    shown, *_ = tables(one, write_run(tmp_path / "kernels", 6, efficient=True))
+    assert [(row["efficient"], row["n"]) for row in shown] == [("no", "1"), ("yes", "1")]
+
+
+def test_the_folder_of_pictures_is_a_setting_and_that_of_a_data_set_is_not(tables, tmp_path):
+    folders = [write_run(tmp_path / name, 5, dataset="folder", data=name) for name in ("cats", "dogs")]
+    assert [row["data"] for row in tables(*folders)[0]] == ["cats", "dogs"]
+
+
+def test_what_a_run_may_change_when_it_is_resumed_is_no_setting():
+    assert run_folder.MAY_CHANGE - {"epochs"} | {"classes"} == runs.STARTED | runs.MACHINE
+
+
+def test_latex_is_escaped_and_needs_no_package(call_main, tmp_path):
+    folders = [write_run(tmp_path / name, 5, init=name) for name in ("a_b&c%d#e$f{g}h", "x~y^z\\")]
+    folders += [write_run(tmp_path / "two", 6, seed=2, init="x~y^z\\")]
+    assert call_main(compare, *folders, "--latex", tmp_path / "table.tex")[0] == 0
+    assert (tmp_path / "table.tex").read_text().splitlines() == [
+        r"\begin{tabular}{lllll}",
+        r"\hline",
+        r"init & epochs & n & test error, \% & images/s \\",
+        r"\hline",
+        r"a\_b\&c\%d\#e\$f\{g\}h & 2 & 1 & 5.00 & - \\",
+        r"x\textasciitilde{}y\textasciicircum{}z\textbackslash{} & 2 & 2 & 5.50 $\pm$ 0.71 (5.00 to 6.00) & - \\",
+        r"\hline",
+        r"\end{tabular}",
+    ]
+
+
+def test_a_line_in_a_cell_ends_no_cell_of_markdown(call_main, tmp_path):
+    folders = [write_run(tmp_path / name, 5, init=name) for name in ("a|b", "c")]
+    assert call_main(compare, *folders, "--markdown", tmp_path / "table.md")[0] == 0
+    assert (tmp_path / "table.md").read_text().splitlines()[2] == r"| a\|b | 2 | 1 | 5.00 | - |"
+
+
+def test_a_damaged_row_is_told_of_and_the_others_count(tables, tmp_path):
+    run = write_run(tmp_path / "run", 5)
+    lines = (run / "test.csv").read_text().splitlines()
+    (run / "test.csv").write_text("\n".join([lines[0], "1,x,3", lines[2], ""]))
+    shown, _, out = tables(run)
+    assert shown[0]["test error, %"] == "5.00"
+    assert f"{run / 'test.csv'}: line 2 ('1,x,3') is damaged" in out
+
+
+def no_run(run):
+    for path in run.iterdir():
+        path.unlink()
+
+
+def no_arguments(run):
+    (run / "args.json").unlink()
+
+
+def half_the_arguments(run):
+    (run / "args.json").write_text((run / "args.json").read_text()[:50])
+
+
+def no_rows(run):
+    (run / "test.csv").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            no_run,
+            "args.json does not exist: put back a whole one, or leave out this run, or name the folder of a run of train.py",
+        ),
+        (no_arguments, "args.json does not exist: put back a whole one"),
+        (half_the_arguments, "args.json is damaged"),
+        (no_rows, "test.csv does not exist: name the folder of a run of train.py"),
+    ],
+)
+def test_what_is_no_run_is_one_sentence_and_status_2(call_main, tmp_path, spoil, message):
+    run = write_run(tmp_path / "run", 5)
+    spoil(run)
+    status, out, errors = call_main(compare, run, write_run(tmp_path / "other", 5, seed=2), "--csv", tmp_path / "table.csv")
+    assert (status, out, len(errors.splitlines())) == (2, "", 2)
+    assert message in errors
+    assert not (tmp_path / "table.csv").exists()
+
+
+def test_a_run_named_twice_and_one_with_the_seed_of_another(call_main, tmp_path):
+    run, twin = write_run(tmp_path / "run", 5), write_run(tmp_path / "twin", 5)
+    assert f"{run} is named twice: name each run once" in call_main(compare, run, tmp_path / "twin" / ".." / "run")[2]
+    status, _, errors = call_main(compare, run, twin)
+    assert (status, f"{run} and {twin} have the same arguments and the same seed: name one of them" in errors) == (2, True)
+
+
+def test_a_table_that_cannot_be_written(call_main, tmp_path):
+    (tmp_path / "table.csv").mkdir()
+    status, _, errors = call_main(compare, write_run(tmp_path / "run", 5), "--csv", tmp_path / "table.csv")
+    assert (status, f"{tmp_path / 'table.csv'}: Is a directory" in errors) == (2, True)
+
+
+def test_a_run_of_train_py(run_script, tiny_run):
+    done = run_script("compare.py", tiny_run)
+    assert (done.returncode, done.stderr) == (0, "")
+    _, row = done.stdout.splitlines()
+    assert row.split()[:2] == ["2", "1"]
+    with (tiny_run / "test.csv").open() as file:
+        assert row.split()[2] == f"{float([*csv.DictReader(file)][-1]['error']):.2f}"
