@@ -107,12 +107,13 @@ def read_curve(folders, smooth):
     tables, changes = [], set()
     for folder in folders:
         train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
-        if train.empty and test.empty:
-            raise Refused(f"{folder} has nothing to draw yet: train.csv and test.csv have no row")
         val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
         tables.append((moving_average(train, smooth), val, test))
         changes |= rate_changes(folder, train, test)
     parts = {part: over_runs(each) for part, each in zip(PARTS, zip(*tables, strict=True), strict=True)}
+    if all(table.empty for table in parts.values()):
+        names = ", ".join(map(str, folders))
+        raise Refused(f"nothing to draw yet of {names}: wait until train.csv or test.csv has a row in each run")
     return Curve(parts, changes, len(folders))
 
 
@@ -140,7 +141,7 @@ def rate_changes(folder, train, test):
     with contextlib.suppress(Refused):
         args = read_arguments(folder)
         if args.get("opt") == "sgd" and args.get("lr"):
-            done = max(table["epoch"].max() for table in (train, test) if not table.empty)
+            done = max((table["epoch"].max() for table in (train, test) if not table.empty), default=0)
             return {epoch for epoch in (math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)) if epoch < done}
     return set()
 
@@ -163,7 +164,7 @@ def draw(curves, columns, path, title, since, logarithmic):
             draw_curve(axes, column, curve, since, *look)
         for change in changes:
             colors = [color for curve, (color, _) in zip(curves.values(), looks, strict=True) if change in curve.changes]
-            axes.axvline(change, zorder=0, **CHANGE | ({} if colors[1:] else {"color": colors[0]}))
+            axes.axvline(change, zorder=0, **CHANGE | ({"color": colors[0]} if len(colors) == 1 < len(curves) else {}))
         axes.set(xlabel="epoch", ylabel=LABELS[column])
         axes.locator_params(axis="x", integer=True)
         if logarithmic[column]:

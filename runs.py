@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import math
-import operator
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +24,9 @@ def name_runs(folders):
         raise Refused(f"{twice} is named twice: name each run once")
     parts = [path.parts for path in paths]
     for _ in range(2):  # from the front, and backwards from the end; one part is left of each
-        common = sum(itertools.accumulate((len(set(level)) == 1 for level in zip(*parts, strict=False)), operator.and_))
-        parts = [part[min(common, min(map(len, parts)) - 1) :][::-1] for part in parts]
+        most = min(map(len, parts)) - 1
+        common = next((i for i in range(most) if len({part[i] for part in parts}) > 1), most)
+        parts = [part[common:][::-1] for part in parts]
     return {str(Path(*part)): path for part, path in zip(parts, paths, strict=True)}
 
 

@@ -214,8 +214,8 @@ def text_in_cells(run):
     ("spoil", "message"),
     [
         (no_files, "train.csv does not exist"),
-        (empty_files, "has nothing to draw yet"),
-        (header_only, "has nothing to draw yet"),
+        (empty_files, "nothing to draw yet of"),
+        (header_only, "nothing to draw yet of"),
         (other_columns, "has no columns epoch, loss, error"),
         (text_in_cells, "train.csv is damaged, line 2 ('1,good,2') is not 3 finite numbers"),
         (no_text, "train.csv has no columns epoch, loss, error"),
@@ -363,6 +363,15 @@ def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp
     labels = ["depth 100, 3 runs", "depth 40, 2 runs", "train", "test", "lowest to highest run"]
     assert [*texts(saved[0])][:5] == labels
     assert [line.get_color() for line in saved[0].legends[0].get_lines()][:2] == plot.COLORS[:2]
+
+
+def test_runs_without_a_common_row_have_no_average_yet(call_main, tmp_path):
+    begun, other = (write_arguments(write_run(tmp_path / name), seed=seed) for seed, name in enumerate("ab"))
+    for path in [begun / "train.csv", other / "test.csv"]:
+        path.write_text("epoch,loss,error\n")
+    assert call_main(plot, begun, other, "--out", tmp_path)[0] == 0
+    status, _, errors = call_main(plot, begun, other, "--average")
+    assert (status, f"nothing to draw yet of {begun}, {other}: wait until" in errors) == (2, True)
 
 
 def test_the_mean_is_that_of_the_curves_smoothed_one_by_one(tmp_path):
