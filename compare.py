@@ -76,15 +76,15 @@ def images_per_second(train_images, tables):
 
 
 def in_short(rows):
-    """The table as it is read: an error is one cell, and a column that says nothing is left out."""
-    statistics = [f"{name}_{statistic}" for name in ERRORS for statistic in STATISTICS]
-    table = pd.DataFrame([{name: in_words(value) for name, value in row.items() if name not in statistics} for row in rows])
+    """The table as it is read: an error is one cell, and columns that say nothing are left out."""
+    hidden = {"images_per_second", *(f"{name}_{statistic}" for name in ERRORS for statistic in STATISTICS)}
+    hidden |= set() if any(row["incomplete"] for row in rows) else {"incomplete"}
+    table = pd.DataFrame([{name: in_words(value) for name, value in row.items() if name not in hidden} for row in rows])
     for name in ERRORS:
         if any(f"{name}_mean" in row for row in rows):
             table[f"{name.replace('_', ' ')}, %"] = [error_in_short(name, row) for row in rows]
-    speeds = [row.get("images_per_second") for row in rows]
-    table["images/s"] = ["-" if speed is None else f"{speed:.0f}" for speed in speeds]
-    return table.drop(columns=["images_per_second"] * any(speeds) + ["incomplete"] * (set(table["incomplete"]) == {"0"}))
+    table["images/s"] = [f"{row['images_per_second']:.0f}" if "images_per_second" in row else "-" for row in rows]
+    return table
 
 
 def error_in_short(name, row):

@@ -109,12 +109,13 @@ def read_curve(folders, smooth):
         train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
         val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
         tables.append((moving_average(train, smooth), val, test))
-        changes |= rate_changes(folder, train, test)
+        changes |= rate_changes(folder, test)
     parts = {part: over_runs(each) for part, each in zip(PARTS, zip(*tables, strict=True), strict=True)}
     if all(table.empty for table in parts.values()):
         names = ", ".join(map(str, folders))
         raise Refused(f"nothing to draw yet of {names}: wait until train.csv or test.csv has a row in each run")
-    return Curve(parts, changes, len(folders))
+    last = max(table.index.max() for table in parts.values() if not table.empty)
+    return Curve(parts, {change for change in changes if change < last}, len(folders))
 
 
 def moving_average(train, epochs):
@@ -134,15 +135,14 @@ def over_runs(tables):
     return table[(len(table) - 1) % every :: every]  # the last row among them
 
 
-def rate_changes(folder, train, test):
-    """The epochs done when the learning rate changed: by test.csv or, where that has none, by the schedule in args.json."""
+def rate_changes(folder, test):
+    """The epochs done when the learning rate changes: by test.csv or, where that has no rates, by the schedule in args.json."""
     if "lr" in test:
         return {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
     with contextlib.suppress(Refused):
         args = read_arguments(folder)
         if args.get("opt") == "sgd" and args.get("lr"):
-            done = max((table["epoch"].max() for table in (train, test) if not table.empty), default=0)
-            return {epoch for epoch in (math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)) if epoch < done}
+            return {math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)}
     return set()
 
 
@@ -170,9 +170,7 @@ def draw(curves, columns, path, title, since, logarithmic):
         if logarithmic[column]:
             drawing.make_logarithmic(axes)
         axes.grid(alpha=0.3)
-    entries = [
-        (name, {"color": color, "marker": marker, **PARTS["test"]}) for name, (color, marker) in zip(names, looks, strict=True)
-    ]
+    entries = [(name, PARTS["test"] | {"color": look[0], "marker": look[1]}) for name, look in zip(names, looks, strict=True)]
     drawing.add_legend(figure, entries + meanings(curves.values(), changes), style)
     if title:
         figure.suptitle(title, wrap=True, **style)
