@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,12 @@ def test_another_machine_or_version_is_another_setting_where_nothing_else_tells_
     assert [(row["efficient"], row["n"]) for row in shown] == [("no", "1"), ("yes", "1")]
 
 
+def test_an_argument_that_is_null_is_as_one_that_args_json_of_another_version_lacks(tables, tmp_path):
+    one, other = write_run(tmp_path / "one", 5), write_run(tmp_path / "other", 6, seed=2, limit=None)
+    (other / "args.json").write_text(json.dumps(dict(reversed(json.loads((other / "args.json").read_text()).items()))))
+    assert [row["n"] for row in tables(one, other)[0]] == ["2"]
+
+
 def test_the_folder_of_pictures_is_a_setting_and_that_of_a_data_set_is_not(tables, tmp_path):
     folders = [write_run(tmp_path / name, 5, dataset="folder", data=name) for name in ("cats", "dogs")]
     assert [row["data"] for row in tables(*folders)[0]] == ["cats", "dogs"]
@@ -231,6 +238,13 @@ def test_a_table_that_cannot_be_written(call_main, tmp_path):
     (tmp_path / "table.csv").mkdir()
     status, _, errors = call_main(compare, write_run(tmp_path / "run", 5), "--csv", tmp_path / "table.csv")
     assert (status, f"{tmp_path / 'table.csv'}: Is a directory" in errors) == (2, True)
+
+
+def test_a_disk_that_is_full_is_one_sentence(call_main, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    status, _, errors = call_main(compare, write_run(tmp_path / "run", 5), "--csv", "/dev/full")
+    assert (status, errors) == (1, "compare.py: /dev/full: No space left on device\n")
 
 
 def test_a_run_of_train_py(run_script, tiny_run):

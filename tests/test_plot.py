@@ -503,6 +503,7 @@ def test_the_numbers_of_a_logarithmic_axis_are_plain_decimals(call_main, saved, 
     loss, error = saved[0].axes
     expected = ["0.0002", "0.0005", "0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
     assert numbers(loss) == expected
+    assert loss.yaxis.get_major_formatter()(2e-5) == "0.00002"
     assert numbers(error) == ["0.005", *expected[5:], "5", "10", "20", "50"]
     assert call_main(plot, run, "--out", tmp_path / "one.png", "--linear")[0] == 0
     assert [axes.get_yscale() for axes in saved[1].axes] == ["linear", "linear"]
