@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 import data
+import drawing
 import endings
 from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
 from endings import Refused, naming, say
@@ -156,12 +157,8 @@ def write_csv(table, path):
 
 def draw(confusion, classes, images, path):
     """How many of each true class were taken for each class, numbers written where they fit; colours are shares."""
-    from matplotlib.figure import Figure
-
-    import drawing
-
     size = max(4.5, min(0.62 * len(classes), 14))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    figure = drawing.new_figure(size + 1, size)
     axes = figure.add_subplot()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)

@@ -12,7 +12,7 @@ from endings import Refused, say
 
 COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting: where a run lies and how it was started; what changes no result beyond rounding.
-STARTED = {"data", "save", "resume", "force", "plot", "classes"}
+STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}
 MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}
 
 
@@ -115,7 +115,9 @@ def group(runs, ignored):
     """[(common arguments, folders)], apart from `seed` and those that are ignored; null is the same as none."""
     groups = {}
     for folder, arguments in runs.items():
-        names = arguments.keys() - ignored - {"seed"} | ({"data"} if arguments.get("dataset") == "folder" else set())
+        names = arguments.keys() - ignored - {"seed"}
+        if arguments.get("dataset") == "folder":  # whose pictures are what its digests are; older runs have its path alone
+            names.add("digests" if "digests" in arguments else "data")
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
         groups.setdefault(json.dumps(common, sort_keys=True), (common, []))[1].append(folder)
     return [*groups.values()]
@@ -128,5 +130,7 @@ def same_seed(folders, runs):
 
 
 def in_words(value):
-    """The value of an argument as text."""
+    """The value of an argument as text; of digests, what tells them apart."""
+    if isinstance(value, dict):
+        return " ".join(f"{part} {str(digest)[:6]}" for part, digest in value.items())
     return {None: "default", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

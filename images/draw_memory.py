@@ -15,9 +15,6 @@ import statistics
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import drawing
 from endings import Refused, named, worded
@@ -61,7 +58,7 @@ def read_curves(path):
 
 def draw(growth_rate, curves, path):
     """Beside each name the exponent between the depth in the middle and the last."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = drawing.new_figure(10, 4.2)
     memory, time = figure.subplots(1, 2)
     for label, (depths, peaks, times) in curves.items():
         for axes, values in [(memory, peaks), (time, times)]:
@@ -71,10 +68,9 @@ def draw(growth_rate, curves, path):
     memory.set_ylabel("peak memory, MB an image")
     time.set_ylabel("time of a training step, ms an image")
     for axes in (memory, time):
-        axes.set(xscale="log", yscale="log", xlabel=f"depth L of DenseNet-BC, k = {growth_rate}")
+        drawing.make_logarithmic(axes)
+        axes.set(xscale="log", xlabel=f"depth L of DenseNet-BC, k = {growth_rate}")
         axes.set_xticks(depths, depths)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ["train", "evaluate", "plot", "make_graph", "pandas", "sklearn.datasets", "sklearn.model_selection"]
+MODULES = ["train", "evaluate", "plot", "compare", "make_graph", "pandas", "sklearn.datasets", "sklearn.model_selection"]
 
 
 class Forked:
