@@ -16,6 +16,7 @@ from PIL import Image
 from test_distributed import run_ranks
 from test_run_folder import assert_same_run
 
+import compare
 import endings
 import evaluate
 import make_graph
@@ -162,12 +163,13 @@ def test_a_reader_that_leaves_ends_the_run_and_is_told_how_to_go_on(forked, tiny
     assert_same_run(tiny_run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plot.py", "make_graph.py"])
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plot.py", "compare.py", "make_graph.py"])
 def test_a_reader_that_has_left_already(run, tiny_run, tmp_path, program):
     arguments = {
         "train.py": [*flags(tmp_path / "run", "--resume")],
         "evaluate.py": [tiny_run / "latest.pth", "--out", tmp_path],
         "plot.py": [tiny_run, "--out", tmp_path],
+        "compare.py": [tiny_run],
         "make_graph.py": ["--out", tmp_path / "graph"],
     }
     reader, writer = os.pipe()
@@ -236,6 +238,7 @@ PLACES = {  # what each program calls, by the names it calls it by
     "evaluate --export": "evaluate.export checkpoint.encoded checkpoint.replace_file",
     "plot": """plot.name_runs plot.read_curve plot.moving_average plot.check_since plot.panels plot.draw plot.draw_curve
         drawing.font_families drawing.save""",
+    "compare": "compare.settings compare.read_csv compare.summary compare.in_short compare.latex runs.read_arguments",
     "make_graph": """make_graph.make_net densenet.DenseNet.__init__ densenet.DenseNet.forward make_graph.write_dot
         torchviz.make_dot""",
 }
@@ -257,6 +260,7 @@ def command(tiny_run, pictures, tmp_path):
         "evaluate --image": (evaluate, trained, "--image", tmp_path / "one.png"),
         "evaluate --export": (evaluate, trained, "--export", tmp_path / "net.pth"),
         "plot": (plot, tiny_run, "--out", tmp_path),
+        "compare": (compare, tiny_run),
         "make_graph": (make_graph, "--out", tmp_path / "graph"),
     }
 
