@@ -38,9 +38,13 @@ VARIANTS = {
     "torchvision-our-settings": (True, "torchvision"),
     "plain": (True, "plain"),
     "efficient": (True, "efficient"),
+    "torchvision-our-settings-compiled": (True, "torchvision"),
     "plain-compiled": (True, "plain"),
     "efficient-compiled": (True, "efficient"),
+    "plain-captured": (True, "plain"),
+    "efficient-captured": (True, "efficient"),
 }
+ON_GPUS = ("-compiled", "-captured")  # variants that are measured on a CPU only when asked for, or never
 
 
 def main():
@@ -77,7 +81,7 @@ def measure_depths(args, device):
         bench.check_measurement(settings)
     report = {"growth_rate": args.growth_rate, "batch_size": args.batch_size, "depths": {}}
     for depth, settings in of_depth.items():
-        names = args.only or [name for name in VARIANTS if device.type == "cuda" or not name.endswith("-compiled")]
+        names = args.only or [name for name in VARIANTS if device.type == "cuda" or not name.endswith(ON_GPUS)]
         results = bench.measure(
             {name: functools.partial(make_step, name, settings, device) for name in names}, settings, device
         )
@@ -115,9 +119,9 @@ def step_of_pytorch(net, args, device):
 
 
 def with_peaks(results, args, device):
-    """The results, with the counted peak bytes an image where they can be counted: in float32, not compiled."""
+    """The results, with the counted peak bytes an image where they can be counted: in float32, step by step."""
     where = device if device.type == "cpu" else META
-    counted = [name for name in results if DTYPES[args.precision] is torch.float32 and not name.endswith("-compiled")]
+    counted = [name for name in results if DTYPES[args.precision] is torch.float32 and not name.endswith(ON_GPUS)]
     peaks = {name: peak_bytes(step_on(where, VARIANTS[name][1], args)[0]) / args.batch_size / 1e6 for name in counted}
     return {name: result | {"peak_mb_an_image": peaks.get(name)} for name, result in results.items()}
 
