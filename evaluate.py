@@ -2,7 +2,8 @@
 """The test error of a checkpoint, class by class, with its confusion matrix; or the classes of your own pictures.
 
     ./evaluate.py work/cifar10.base/latest.pth --data data
-    ./evaluate.py work/cifar10.base/latest.pth --image cat.png dog.jpg
+    ./evaluate.py work/cifar10.base/latest.pth --val            the images held out by train.py --val
+    ./evaluate.py work/cifar10.base/latest.pth --image cat.png photos --predictions photos.csv
     ./evaluate.py work/cifar10.base/latest.pth --export net.pth     the bare weights, and net.json with what they are
 
 The net is rebuilt from the checkpoint alone, or from what --export wrote. confusion.csv and confusion.png are written
@@ -49,36 +50,19 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s CHECKPOINT [options], which --help lists",
-    )
-    parser.add_argument("checkpoint", type=named(Path), help="latest.pth of a run, or weights of --export")
+    layout = argparse.RawDescriptionHelpFormatter
+    usage = "%(prog)s CHECKPOINT [options], which --help lists"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=usage)
+    add = parser.add_argument
+    add("checkpoint", type=named(Path), help="latest.pth of a run, or weights of --export")
     add_device_flag(parser)
-    parser.add_argument(
-        "--data", metavar="DIR", type=named(str), help="folder of the data set (default: the one the run was trained on)"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=named(Path),
-        help="folder for confusion.csv and confusion.png (default: beside the checkpoint)",
-    )
-    parser.add_argument("--val", action="store_true", help="the images that the run held out, in place of the test set")
-    parser.add_argument(
-        "--predictions", metavar="FILE", type=named(Path), help="write the class of each picture, and its probability, as CSV"
-    )
-    parser.add_argument(
-        "--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json"
-    )
-    parser.add_argument(
-        "--image",
-        nargs="+",
-        metavar="FILE|DIR",
-        type=named(Path),
-        help="name the most likely classes of these pictures, or of those in a folder, instead",
-    )
+    add("--data", metavar="DIR", type=named(str), help="folder of the data set (the one the run was trained on)")
+    add("--val", action="store_true", help="the images that the run held out, in place of the test set")
+    add("--out", metavar="DIR", type=named(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
+    add("--predictions", metavar="FILE", type=named(Path), help="write the class of each picture, and its probability, as CSV")
+    text = "name the most likely classes of these pictures, or of those in a folder, instead"
+    add("--image", nargs="+", metavar="FILE|DIR", type=named(Path), help=text)
+    add("--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json")
     return parser
 
 
