@@ -184,8 +184,8 @@ def fit(net, dataset, args, world, checkpoint):
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
     val_error = ""
-    images = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
-    with progress(shown=world.rank == 0, unit=" images", unit_scale=True, **images) as bar:
+    extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
+    with progress(shown=world.rank == 0, unit=" images", unit_scale=True, **extent) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
