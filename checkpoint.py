@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from data import IMAGE_SIZE
 from densenet import ArgumentError, DenseNet
-from endings import Refused, naming, say
+from endings import Refused, naming, read_json, refuse_existing, say
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
 NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without it say
+NO_FOLDERS = {errno.EBADF, errno.EISDIR, errno.EACCES}  # and those that have it for files alone
 
 
 def make_card(model, args, dataset):
@@ -81,8 +82,8 @@ def normalization(checkpoint, device):
     return [torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
 
 
-def load_checkpoint(path):
-    """The dictionary that make_checkpoint made, on the CPU. Refused if the file is something else or damaged.
+def load_checkpoint(path, remedy="name the latest.pth of a run"):
+    """The dictionary that make_checkpoint made, on the CPU. Refused, with a remedy, if the file is something else or damaged.
 
     Never executes code. testzip, because torch.load ignores checksums.
     """
@@ -94,11 +95,11 @@ def load_checkpoint(path):
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
-        raise Refused(f"{path} is damaged or no checkpoint of train.py: name the latest.pth of a run") from error
+        raise Refused(f"{path} is damaged or no checkpoint of train.py: {remedy}") from error
     if is_state_dict(checkpoint):
         checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
     if not is_checkpoint(checkpoint):
-        raise Refused(f"{path} is no checkpoint of train.py: name the latest.pth of a run")
+        raise Refused(f"{path} is no checkpoint of train.py: {remedy}")
     return checkpoint
 
 
@@ -108,7 +109,7 @@ def refuse_no_file(path):
         raise Refused(f"{path} is a folder: name {path / 'latest.pth' if (path / 'latest.pth').exists() else 'a file in it'}")
     if not path.is_file():
         raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         raise Refused(f"{path} is a description and has no weights: name the .pth file beside it")
 
 
@@ -123,6 +124,8 @@ def is_checkpoint(values):
         and all(isinstance(name, str) for name in values["classes"])
         and all(isinstance(values["args"].get(name), str) for name in ("dataset", "data"))
         and isinstance(values["args"].get("image_size"), int | None)
+        and isinstance(values["args"].get("digests", {}), dict)
+        and type(values["args"].get("val", 0)) is int
     )
 
 
@@ -133,12 +136,9 @@ def is_state_dict(values):
 def read_card(path):
     """What --export wrote beside the weights. Refused if it is not there or something else."""
     remedy = "put it there, or name the latest.pth of the run"
-    try:
-        card = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise Refused(f"bare weights need {path}, which evaluate.py --export writes beside them: {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} cannot be read ({error}), evaluate.py --export writes it: {remedy}") from error
+    if not path.exists():
+        raise Refused(f"bare weights need {path}, which evaluate.py --export writes beside them: {remedy}")
+    card = read_json(path, remedy)
     missing = [name for name in CARD if not isinstance(card, dict) or name not in card]
     if missing:
         raise Refused(f"{path} lacks {', '.join(missing)}, it is not what evaluate.py --export writes: {remedy}")
@@ -166,9 +166,7 @@ def export(checkpoint, path):
     card = path.with_suffix(".json")
     if card == path:
         raise Refused(f"{path} is where the description goes: name a .pth file")
-    for file in (path, card):
-        if file.exists():
-            raise Refused(f"{file} exists already: name another file, or remove it")
+    refuse_existing(path, card)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, encoded({name: value.contiguous() for name, value in checkpoint["net"].items()}))
     images = {"image_size": image_size_of(checkpoint), "pixels": "0..255"}  # mean and std are of such pixels
@@ -199,7 +197,7 @@ def flush_to_disk(path):
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in NO_FSYNC:
+        if error.errno not in NO_FSYNC and not (error.errno in NO_FOLDERS and path.is_dir()):
             raise OSError(error.errno, error.strerror, str(path)) from error
         say_unsafe(path if path.is_dir() else path.parent, error.strerror)
 

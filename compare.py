@@ -4,7 +4,7 @@
     ./compare.py work/sgd-1 work/sgd-2 work/adam-1 work/adam-2
     ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
 
-Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean ± sample standard deviation
+Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
 (lowest to highest). A run that has not reached its last epoch is told of and not averaged. With images held out by --val,
 the setting with their lowest error comes first.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 import endings
-from endings import named, naming, say
+from endings import named, refuse_existing, say, write_text
 from runs import in_words, name_runs, read_arguments, read_csv, settings
 
 STATISTICS = ("mean", "std", "min", "max")
@@ -29,6 +29,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with endings.worded(parser, "the table", "fewer runs"):
+        refuse_existing(args.csv, args.markdown, args.latex)
         rows = [summary(*setting) for setting in settings(name_runs(args.runs).values())]
         if len(rows) > 1 and any("val_error_mean" in row for row in rows):
             rows.sort(key=lambda row: row.get("val_error_mean", math.inf))
@@ -38,7 +39,7 @@ def main():
         numbers = pd.DataFrame(rows, dtype=object).to_csv(index=False)
         for path, text in [(args.csv, numbers), (args.markdown, markdown(table)), (args.latex, latex(table))]:
             if path:
-                write(path, text)
+                write_text(path, text)
 
 
 def build_parser():
@@ -107,13 +108,6 @@ def latex(table):
     )
     body = f"\\hline\n{header}\\hline\n{''.join(lines)}\\hline\n"
     return f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}\n{body}\\end{{tabular}}\n"
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        path.write_text(text, encoding="utf-8", errors="replace")
-    say(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,13 @@ def read_world(environment):
     environment = {name: value for name, value in environment.items() if value}  # empty is as if unset
     if "WORLD_SIZE" not in environment:
         return World()
-    try:
-        here = [int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-    except (KeyError, ValueError) as error:
-        raise Refused(f"WORLD_SIZE is set but RANK or LOCAL_RANK is missing or no number ({error}): use torchrun") from error
-    return World(*here, attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    values = [environment.get(name, "0" if name == names[-1] else "") for name in names]
+    world = World(*map(int, values)) if all(value.isdecimal() for value in values) else None
+    if not world or not world.rank < world.size:
+        told = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise Refused(f"the environment describes no process of torchrun ({told}): use torchrun, or unset WORLD_SIZE")
+    return world
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for sig
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}  # in the order of their descriptors
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
 FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of a disk: nobody's mistake
-KEPT = "the last complete checkpoint is kept, --resume continues from it"
+KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
 
 # Out-of-memory messages of libraries that raise a plain RuntimeError.
 OUT_OF_MEMORY = re.compile(
@@ -54,10 +55,11 @@ class Stopped(Exception):
 def worded(parser, needs, remedy):
     """Wraps a whole program. Where memory runs out, the message says what `needs` it, and the `remedy`.
 
-    Yields a namespace; set its `resume` to the command that resumes, once the run has begun.
+    Yields a namespace; set its `resume` to the command that resumes, once the run has begun, and `silent` where another
+    process says what all of them refuse.
     """
     settle_streams()
-    ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None)
+    ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False)
     try:
         yield ending
         say()
@@ -66,6 +68,8 @@ def worded(parser, needs, remedy):
         if status is None:
             error.add_note(f"{parser.prog}: {sentence}")
             raise
+        if ending.silent and isinstance(error, Refused):
+            parser.exit(status)
         if status == 2:
             parser.error(sentence)
         parser.exit(status, f"{parser.prog}: {sentence}\n")
@@ -116,9 +120,9 @@ def lost_peer(error):
 
 
 def failed_compiler(error):
-    """Whether torch.compile could not compile: no compiler, or a cache that cannot be written."""
-    dynamo = sys.modules.get("torch._dynamo.exc")
-    return dynamo is not None and isinstance(error, dynamo.BackendCompilerFailed)
+    """Whether torch.compile found no compiler, or cannot write its cache."""
+    cause = getattr(error, "inner_exception", None)  # of its BackendCompilerFailed
+    return isinstance(cause, OSError) or "compiler" in str(cause).lower()
 
 
 @contextlib.contextmanager
@@ -132,17 +136,21 @@ def memory_for(needs, remedy):
         raise
 
 
-def memory_advice(args, gpu):
-    """(what a run needs memory for, the flags not yet in use that need less); gpu: whether there is one."""
+def memory_advice(args, gpu, fresh=True):
+    """(what a run needs memory for, what needs less: flags not yet in use); gpu: whether there is one.
+
+    A run that is continued, and not fresh, keeps its batches and its net.
+    """
     remedies = ["--efficient"] * (args.efficient is False and args.depth is not None)
-    remedies += ["--precision bf16"] * (gpu and not args.device.startswith("cpu") and args.precision not in ("bf16", "fp16"))
+    wide = args.precision not in ("bf16", "fp16")
+    remedies += ["--precision bf16"] * (fresh and gpu and wide and not args.device.startswith("cpu"))
     remedies += ["--no-capture"] * bool(args.capture)
-    remedies += ["a smaller --batch-size"] * (args.batch_size > 1)
+    remedies += ["a smaller --batch-size"] * (fresh and args.batch_size > 1)
     needs = f"batches of {args.batch_size}"
     if args.depth is not None:  # the control experiment has a net of its own
         needs += f" and a net of L={args.depth}, k={args.growth_rate}"
-        remedies += ["a smaller net (--depth, --growth-rate)"]
-    return needs, " or ".join([*remedies, "fewer images (--limit)"])
+        remedies += ["a smaller net (--depth, --growth-rate)"] * fresh
+    return needs, " or ".join([*remedies, "fewer images (--limit)" if fresh else "a machine that has more"])
 
 
 def at_least(low, kind=int, high=None):
@@ -152,7 +160,7 @@ def at_least(low, kind=int, high=None):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            bound = f"{high:g} or less" if value > high else f"{low:g} or more"
+            bound = f"{high} or less" if value > high else f"{low} or more"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
@@ -169,6 +177,29 @@ def named(kind):
         return kind(text)
 
     return parse
+
+
+def read_json(path, remedy):
+    """The content of a JSON file. Refused if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is damaged ({error}): {remedy}") from error
+
+
+def refuse_existing(*paths):
+    """Refused if one of the files is there already; None is none."""
+    for path in filter(None, paths):
+        if path.is_file() or path.is_dir():  # and not /dev/stdout
+            raise Refused(f"{path} exists already: name another file, or remove it")
+
+
+def write_text(path, text):
+    """Writes a file, of which the folder may be new, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    say(f"wrote {path}")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The test error of a checkpoint, class by class, with its confusion matrix; or the classes of your own pictures.
+"""The error of a checkpoint, class by class, with its confusion matrix; or the classes of your own pictures.
 
     ./evaluate.py work/cifar10.base/latest.pth --data data
     ./evaluate.py work/cifar10.base/latest.pth --val            the images held out by train.py --val
@@ -7,7 +7,7 @@
     ./evaluate.py work/cifar10.base/latest.pth --export net.pth     the bare weights, and net.json with what they are
 
 The net is rebuilt from the checkpoint alone, or from what --export wrote. confusion.csv and confusion.png are written
-beside it, or into --out DIR: one row for each true class, one column for each predicted class, counts of test images.
+beside it, or into --out DIR (with --val, confusion-val): a row for each true class, a column for each predicted one.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import data
 import drawing
 import endings
 from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, naming, say
+from endings import Refused, say, write_text
 from flags import add_device_flag, named
 from folder import list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
@@ -34,8 +34,7 @@ def main():
     args = parser.parse_args()
     remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine that has more"
     with endings.worded(parser, "the net and its images", remedy):
-        if args.predictions and args.predictions.exists():
-            raise Refused(f"{args.predictions} exists already: name another file, or remove it")
+        refuse_contradictions(args)
         checkpoint = load_checkpoint(args.checkpoint)
         if args.export:
             say(f"wrote {args.export} and {export(checkpoint, args.export)}")
@@ -66,6 +65,15 @@ def build_parser():
     return parser
 
 
+def refuse_contradictions(args):
+    """Refused for arguments that do not fit each other, and for a file that would be overwritten."""
+    if args.export and (args.image or args.val or args.predictions):
+        raise Refused("--export writes the weights and evaluates nothing: leave out --image, --val and --predictions")
+    if args.image and (args.val or args.data or args.out):
+        raise Refused("--image is of your own pictures, not of a data set: leave out --val, --data and --out")
+    endings.refuse_existing(args.predictions)
+
+
 def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
     part, classes = "val" if args.val else "test", checkpoint["classes"]
@@ -77,15 +85,14 @@ def evaluate(net, checkpoint, args, device):
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
     say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
-    out = args.out or args.checkpoint.parent
-    out.mkdir(parents=True, exist_ok=True)
-    write_csv(pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes), out / "confusion.csv")
-    draw(confusion, classes, f"{part} images", out / "confusion.png")
-    say(f"wrote {out / 'confusion.csv'} and {out / 'confusion.png'}")
+    path = (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
+    write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
+    draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
+    say(f"wrote {path.with_suffix('.png')}")
     if args.predictions:  # test images of a folder are in the order of its files, others have but a number
         folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
         pictures = [str(file) for files in folders for file in files] or range(len(split))
-        write_csv(predictions(pictures, logits, classes), args.predictions)
+        write_text(args.predictions, predictions(pictures, logits, classes))
 
 
 def read_split(checkpoint, root, part):
@@ -93,7 +100,7 @@ def read_split(checkpoint, root, part):
     run = checkpoint["args"]
     if run["dataset"] not in data.SOURCES:
         raise Refused(f"the net was trained on {run['dataset']}, which this version of the program does not know")
-    if part == "val" and not run.get("val"):
+    if part == "val" and run.get("val", 0) < 1:
         raise Refused("the run of this net held out no images: leave out --val")
     source = "train" if part == "val" else "test"
     split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
@@ -127,16 +134,11 @@ def class_lines(confusion, classes):
 
 
 def predictions(pictures, logits, classes):
-    """A table of the most likely class of each picture, and its probability."""
+    """The most likely class of each picture, and its probability, as CSV."""
     best = logits.softmax(dim=1).max(dim=1)
     names = [classes[i] for i in best.indices.tolist()]
-    table = pd.DataFrame({"picture": pictures, "class": names, "probability": best.values.numpy().round(6)})
-    return table.set_index("picture")
-
-
-def write_csv(table, path):
-    with naming(path):
-        table.to_csv(path, errors="backslashreplace")
+    table = {"picture": pictures, "class": names, "probability": best.values.numpy().round(6)}
+    return pd.DataFrame(table).to_csv(index=False)
 
 
 def draw(confusion, classes, images, path):
@@ -172,7 +174,7 @@ def classify(net, checkpoint, args, device):
         answers = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         say(f"{path}: {', '.join(answers)}")
     if args.predictions:
-        write_csv(predictions(map(str, paths), logits, classes), args.predictions)
+        write_text(args.predictions, predictions(map(str, paths), logits, classes))
 
 
 if __name__ == "__main__":

@@ -38,23 +38,23 @@ def add_model_flags(group, depth=100):
     add("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
     add("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
     add("--reduction", type=float, help="fraction of the channels a transition keeps (0.5; plain net 1.0)")
-    add("--no-bottleneck", dest="bottleneck", action="store_false", help="the plain DenseNet instead of -BC")
+    add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
     add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with the kernels that are fast there)")
 
 
 def add_optimisation_flags(group):
-    add, number = group.add_argument, at_least(0, float)
+    add, number, switch = group.add_argument, at_least(0, float), argparse.BooleanOptionalAction
     add("--epochs", "--nEpochs", type=at_least(1, high=10**5), default=300, help="(%(default)s; 40 for svhn)")
     add("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
     add("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
     add("--lr", type=number, help="sgd: 0.1, divided by 10 at 1/2 and 3/4 of the epochs; else PyTorch's default, constant")
-    add("--momentum", type=number, default=0.9, help="of sgd (%(default)s)")
+    add("--momentum", type=at_least(0, float, high=1), default=0.9, help="of sgd (%(default)s)")
     add("--weight-decay", type=number, default=1e-4, help="on all parameters (%(default)s)")
-    add("--no-nesterov", dest="nesterov", action="store_false", help="plain momentum for sgd")
+    add("--nesterov", action=switch, default=True, help="or plain momentum for sgd")
     add("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
-    add("--deterministic", action="store_true", help="only deterministic kernels: slower on a GPU, repeatable")
+    add("--deterministic", action=switch, default=False, help="only deterministic kernels: slower on a GPU, repeatable")
 
 
 def add_machine_flags(group):
@@ -64,7 +64,7 @@ def add_machine_flags(group):
     add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
     add("--capture", action=switch, help="steps as one CUDA graph (on a GPU, in a single process without --compile)")
-    add("--sync-bn", action="store_true", help="under torchrun: batch statistics over all processes")
+    add("--sync-bn", action=switch, default=False, help="under torchrun: batch statistics over all processes")
 
 
 def add_device_flag(group):
@@ -74,9 +74,9 @@ def add_device_flag(group):
 def add_run_flags(group):
     add = group.add_argument
     add("--save", metavar="DIR", type=named(Path), help="the run's folder (work/<dataset>.base)")
-    add("--resume", action="store_true", help="continue the run in the folder, or begin it if there is none")
+    add("--resume", action="store_true", help="continue the run in the folder, by its args.json; begin it if there is none")
     add("--force", action="store_true", help="replace the run that the folder holds")
-    add("--no-plot", dest="plot", action="store_false", help="draw no figures")
+    add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw figures after each epoch")
 
 
 def image_size(text):
@@ -93,11 +93,13 @@ def parse_args(parser, argv=None, begun=None):
 
     What is not given is as in `begun`, the args.json of the run that is continued, but for what fill_in sets.
     """
-    names = vars(parser.parse_args(argv)).keys() - NOT_TAKEN_OVER
-    words = [*words_of(begun or {}, names), *(sys.argv[1:] if argv is None else argv)]
+    given = parser.parse_args(argv)
+    words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, given.save) if begun else []
+    words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_known_args(words)[0].dataset, {}))
     args, _ = parser.parse_known_args(words)
-    args.compile = None if args.compile == "none" else args.compile
+    if vars(args).get("compile") == "none":
+        args.compile = None
     if args.drop_rate is None:
         args.drop_rate = 0.0 if args.augment else 0.2
     if args.lr is None and args.opt == "sgd":
@@ -107,14 +109,23 @@ def parse_args(parser, argv=None, begun=None):
     return args
 
 
-def words_of(begun, names):
-    """The command line of arguments that are JSON; where one is the default that no flag says, the word is of no flag."""
+def words_of(begun, names, parser, save):
+    """The command line of those arguments of args.json that are not null. Refused if the parser does not take it."""
+    words = []
     for name in sorted(names & begun.keys()):
         value, flag = begun[name], name.replace("_", "-")
         if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        elif isinstance(value, int | float | str):
-            yield f"--{flag}={value}"
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words.append(f"--{flag}={value}")
+    parser.exit_on_error = False
+    try:
+        parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        remedy = "put back a whole one, replace the run with --force, or choose another --save"
+        raise Refused(f"{save / 'args.json'} is damaged ({error}): {remedy}") from error
+    parser.exit_on_error = True
+    return words
 
 
 def model_arguments(args):
@@ -137,12 +148,13 @@ def fill_in(args, device, processes=1, begun=None):
     On a machine of the same kind, a CPU's or a GPU's, a run that is continued (see parse_args) keeps what it had.
     """
     args.precision = args.precision or default_precision(device)
-    if begun and str(begun.get("hardware")).startswith("cpu") == (device.type == "cpu"):
-        args.capture = begun.get("capture") if args.capture is None else args.capture
-        args.efficient = begun.get("efficient") if args.efficient is None else args.efficient
+    alike = begun and str(begun.get("hardware")).startswith("cpu") == (device.type == "cpu")
+    had = begun if alike else {}
     alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile
     if args.capture is None:
-        args.capture = alone
+        args.capture = alone and had.get("capture", True)
+    if args.efficient is None:
+        args.efficient = had.get("efficient")
     if args.efficient is None:
         kernels = args.bottleneck and not args.drop_rate and args.growth_rate <= 16 and args.precision != "fp32"
         args.efficient = bool(alone and args.capture and kernels and not args.sync_bn and triton_runs(device))

@@ -61,7 +61,8 @@ def check_classes(root, train, image_size):
 
 def spelling(name):
     """What is left of a name without case, spaces, invisible letters and the ways to write an accent."""
-    return [letter for letter in unicodedata.normalize("NFKC", name).casefold() if letter.isprintable() and letter != " "]
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(letter for letter in plain if letter.isprintable() and letter != " ")
 
 
 def free_memory():
@@ -105,7 +106,7 @@ def visible(folder):
 
 
 def describe_classes(names, train_labels, test_labels):
-    """A line per class with its image counts, and a warning if they differ by more than ten times."""
+    """A line per class with its image counts, and warnings: of names that look alike, of counts that differ by ten times."""
     width = max(map(len, names))
     train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
     if len(names) <= MANY_CLASSES:
@@ -113,6 +114,10 @@ def describe_classes(names, train_labels, test_labels):
     else:
         ranges = [f"{min(counts):,} to {max(counts):,}" for counts in (train, test)]
         lines = [f"  {len(names)} classes, each of {ranges[0]} training and {ranges[1]} test images"]
+    spelt = {}
+    for name in names:
+        spelt.setdefault(spelling(name), []).append(ascii(name))
+    lines += [f"  {' and '.join(alike)} differ in spelling only" for alike in spelt.values() if len(alike) > 1]
     few, many = min(train), max(train)
     if many > 10 * few:
         most, fewest = names[train.index(many)], names[train.index(few)]

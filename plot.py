@@ -54,7 +54,9 @@ def main():
         out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
         figures = panels(out, args.format)
         groups = name_settings(folders.values()) if args.average else {label: [folder] for label, folder in folders.items()}
-        curves = {label: read_curve(members, args.smooth) for label, members in groups.items()}
+        curves = {label: curve for label, members in groups.items() if (curve := read_curve(members, args.smooth))}
+        if not curves:
+            raise Refused("there is nothing to draw yet: train.csv and test.csv have no row")
         check_since(curves, args.since)
         logarithmic = {"loss": not args.linear, "error": args.log_error}
         for path, columns in figures.items():
@@ -103,19 +105,27 @@ def name_settings(folders):
 
 
 def read_curve(folders, smooth):
-    """The curve of runs of one setting; the training curve of each is smoothed over `smooth` epochs."""
-    tables, changes = [], set()
+    """The curve of runs of one setting, or None; the training curve of each is smoothed over `smooth` epochs."""
+    tables, changes, ends = [], set(), {}
     for folder in folders:
         train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
+        if train.empty and test.empty:
+            say(f"{folder} has no row yet and is not drawn")
+            continue
+        ends[folder] = max(table["epoch"].max() for table in (train, test) if not table.empty)
         val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
         tables.append((moving_average(train, smooth), val, test))
         changes |= rate_changes(folder, test)
+    if not tables:
+        return None
     parts = {part: over_runs(each) for part, each in zip(PARTS, zip(*tables, strict=True), strict=True)}
     if all(table.empty for table in parts.values()):
         names = ", ".join(map(str, folders))
-        raise Refused(f"nothing to draw yet of {names}: wait until train.csv or test.csv has a row in each run")
+        raise Refused(f"nothing to draw yet of {names}: wait until train.csv or test.csv has the same row in each run")
+    if max(ends.values()) > min(ends.values()):
+        say(f"{min(ends, key=ends.get)} ends at epoch {min(ends.values()):g}, and so does the mean of its setting")
     last = max(table.index.max() for table in parts.values() if not table.empty)
-    return Curve(parts, {change for change in changes if change < last}, len(folders))
+    return Curve(parts, {change for change in changes if change < last}, len(tables))
 
 
 def moving_average(train, epochs):

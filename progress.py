@@ -3,6 +3,7 @@
 for batch in progress(batches, desc="test images"):
 """
 
+import os
 import sys
 
 from tqdm import tqdm
@@ -32,7 +33,7 @@ class Bar(tqdm):
 
 def progress(iterable=None, shown=True, **options):
     """tqdm with its options."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):  # some have a height or a width of 0
         options |= {"dynamic_ncols": True}
     else:
         options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}

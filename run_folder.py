@@ -5,7 +5,7 @@ CSV rows are on the disk before the checkpoint of their epoch; --resume removes 
 
 import contextlib
 import errno
-import json
+import itertools
 import re
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
-from endings import MAX_VALUE, Refused, naming, say
+from endings import MAX_VALUE, Refused, naming, read_json, say
 from machine import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +44,10 @@ def locked(save):
 
     Without file locks the run goes on unlocked: a lock that is a mere file would outlive a killed run.
     """
-    save.mkdir(parents=True, exist_ok=True)
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save") from error
     lock = FileLock(save / ".lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -70,13 +73,10 @@ def read_arguments(save):
     path = save / "args.json"
     if not path.exists():
         return {}
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is damaged ({error}): {REMEDY}") from error
-    names = ("image_size", "precision", "epochs", "digests")
-    size, precision, epochs, digests = (facts.get(name) if isinstance(facts, dict) else "" for name in names)
-    known = isinstance(size, int | None) and precision in (None, *DTYPES) and isinstance(digests, dict | None)
+    facts = read_json(path, REMEDY)
+    names = ("image_size", "precision", "epochs")
+    size, precision, epochs = (facts.get(name) if isinstance(facts, dict) else "" for name in names)
+    known = isinstance(size, int | None) and precision in (None, *DTYPES) and isinstance(facts.get("digests", {}), dict)
     if not known or type(epochs) is not int or not 1 <= epochs <= MAX_VALUE[int]:
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
@@ -112,7 +112,7 @@ def resume(save, facts, net, old_rates, new_rates):
         refuse_lost_checkpoint(save)
         compare_arguments(begun, facts)
         return None
-    checkpoint = load_checkpoint(save / "latest.pth")
+    checkpoint = load_checkpoint(save / "latest.pth", REMEDY)
     if not begun:
         raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
     compare_arguments(begun, facts)
@@ -128,14 +128,9 @@ def resume(save, facts, net, old_rates, new_rates):
 
 
 def last_row(path):
-    """{column: text} of the last row of a CSV, or of its header."""
-    header, *rows = path.read_text().splitlines()
-    return dict(zip(header.split(","), (rows or [header])[-1].split(","), strict=True))
-
-
-def results(save):
-    """The names of the run's files."""
-    return [name for name in FILES if (save / name).is_file()]
+    """{column: text} of the last row of a CSV."""
+    with path.open() as file:
+        return dict(zip(next(file).strip().split(","), [*file][-1].strip().split(","), strict=False))
 
 
 def refuse_lost_checkpoint(save):
@@ -158,9 +153,10 @@ def compare_arguments(old, new):
         if name in new and name not in MAY_CHANGE and old[name] != new[name]:
             if name == "digests":
                 parts = " and ".join(part for part in new[name] if old[name].get(part) != new[name][part])
-                change = f"the images or labels of {parts} are not those that the run was begun with"
-                raise Refused(f"{new['data']}: {change}: put those back, or begin another run with --save")
-            raise Refused(f"the run was begun with {name} {old[name]} and not {new[name]}: resume it with the same arguments")
+                change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"
+                raise Refused(f"{change}, or another version reads them otherwise: put those back, or choose another --save")
+            change = f"the run was begun with {name} {old[name]} and not {new[name]}"
+            raise Refused(f"{change}: resume it as it was begun, or choose another --save")
 
 
 def compare_rates(old, new, epochs_done):
@@ -174,16 +170,18 @@ def compare_rates(old, new, epochs_done):
 
 def rows_until(path, facts, epochs_done, steps):
     """The CSV's content up to `epochs_done` epochs of `steps` rows. Refused if rows are missing or damaged."""
+    if not path.exists():
+        raise Refused(f"{path} is missing: {REMEDY}")
     header = headers(facts)[path.name]
     old_header = header.replace(LATER_COLUMNS, "")
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
     if not lines or lines[0] not in (header, old_header):
         raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
     row = re.compile(NUMBER + f",{NUMBER}" * lines[0].count(",") + "\n")
-    if [line.split(",")[0] for line in lines[1:]] != expected or not all(map(row.fullmatch, lines[1:])):
-        raise Refused(f"{path} is damaged, expected {steps} rows for each of {epochs_done} epochs: {REMEDY}")
+    for number, (line, epoch) in enumerate(itertools.zip_longest(lines[1:], expected, fillvalue=""), start=2):
+        if line.split(",")[0] != epoch or not row.fullmatch(line):
+            raise Refused(f"{path} is damaged, line {number} is {line.strip()!r} and not that of epoch {epoch}: {REMEDY}")
     return "".join(lines).encode()
 
 
@@ -200,8 +198,9 @@ def epoch_text(epoch):
 
 def end_epoch(save, result, checkpoint):
     """Adds the epoch's row to test.csv and replaces latest.pth, after the rows that belong to it have reached the disk."""
-    columns = len(last_row(save / "test.csv"))
-    append_rows(save / "test.csv", [(checkpoint["epoch"], *result)[:columns]])
+    with (save / "test.csv").open() as file:
+        known = LATER_COLUMNS in file.readline()
+    append_rows(save / "test.csv", [(checkpoint["epoch"], *(result if known else result[: -LATER_COLUMNS.count(",")]))])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
     replace_file(save / "latest.pth", encoded(checkpoint))
@@ -211,7 +210,7 @@ class Plots:
     """Draws a run's figures in the background, by plot.py."""
 
     def __init__(self, save, enabled):
-        self.command = [sys.executable, str(HERE / "plot.py"), str(save)]
+        self.command = [sys.executable, str(HERE / "plot.py"), "--", str(save)]
         self.enabled = enabled
         self.process = None
         self.warned = False

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from endings import Refused, say
+from endings import Refused, read_json, say
 
 COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting: where a run lies and how it was started; what changes no result beyond rounding.
@@ -35,10 +35,9 @@ def read_csv(path):
 
     Refused if the file is missing, not from train.py, or has damaged rows alone.
     """
-    if not path.exists():
-        raise Refused(f"{path} does not exist: name the folder of a run of train.py")
+    refuse_missing(path)
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise Refused(f"{path} is no table of numbers ({error.strerror}): it was not written by train.py") from error
     header, *lines = text.split("\n")[:-1] or [",".join(COLUMNS)]
@@ -47,6 +46,13 @@ def read_csv(path):
         raise Refused(f"{path} has no columns {', '.join(COLUMNS)}: it was not written by train.py")
     table = all_rows(lines, columns) if lines else pd.DataFrame(columns=columns, dtype=float)
     return whole_rows(lines, columns, path) if table is None else table
+
+
+def refuse_missing(path):
+    """Refused if a file of a run is not there."""
+    if not path.exists():
+        what = f"{path.parent} is a file" if path.parent.is_file() else f"{path} does not exist"
+        raise Refused(f"{what}: name the folder of a run of train.py")
 
 
 def all_rows(lines, columns):
@@ -83,13 +89,10 @@ def read_arguments(folder):
     """args.json of a run. Refused if it is missing or damaged."""
     path = folder / "args.json"
     remedy = "put back a whole one, or leave out this run"
-    if not path.exists():
-        raise Refused(f"{path} does not exist: {remedy}, or name the folder of a run of train.py")
-    try:
-        arguments = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is damaged ({error}): {remedy}") from error
-    if not isinstance(arguments, dict) or not {int} >= {type(arguments.get(name)) for name in ("epochs", "seed")}:
+    refuse_missing(path)
+    arguments = read_json(path, remedy)
+    kinds = {"epochs": (int,), "seed": (int,), "train_images": (int, type(None)), "dataset": (str, type(None))}
+    if not isinstance(arguments, dict) or any(type(arguments.get(name)) not in kinds[name] for name in kinds):
         raise Refused(f"{path} is damaged or not from train.py: {remedy}")
     return arguments
 
@@ -100,14 +103,16 @@ def settings(folders):
     Where a seed is there twice, runs of another machine or version are another setting. Refused if it still is.
     """
     runs = {folder: read_arguments(folder) for folder in folders}
-    groups = group(runs, STARTED | MACHINE)
-    if any(same_seed(members, runs) for _, members in groups):
-        groups = group(runs, STARTED)
+    groups = []
+    for common, members in group(runs, STARTED | MACHINE):
+        apart = same_seed(members, runs) and group({folder: runs[folder] for folder in members}, STARTED)
+        groups += apart or [(common, members)]
     for pair in filter(None, (same_seed(members, runs) for _, members in groups)):
         raise Refused(f"{pair[0]} and {pair[1]} have the same arguments and the same seed: name one of them")
     names = dict.fromkeys(name for common, _ in groups for name in common)
     names = [name for name in names if len({json.dumps(common.get(name)) for common, _ in groups}) > 1]
-    names = [name for name in names if name != "train_images"] or names  # which follows from others
+    follow = {"train_images"} | ({"digests"} if "dataset" in names else set())  # from others
+    names = [name for name in names if name not in follow] or names
     return [({name: common.get(name) for name in names}, members) for common, members in groups]
 
 

@@ -5,6 +5,7 @@
     ./train.py --no-bottleneck --depth 40 --no-augment          the plain DenseNet, L=40, k=12, without augmentation
     ./train.py --dataset digits --depth 22 --epochs 20          a small net on a data set that needs no download
     ./train.py --init net.pth --lr 0.01 --epochs 10             fine-tune a trained net, also for other classes
+    ./train.py --save work/run --resume                         continue a run, by the arguments in its args.json
 
 work/<dataset>.base, or --save DIR, then holds: args.json (arguments, versions, device), train.csv (a row for each step),
 test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error.png, loss-error.png.
@@ -46,16 +47,17 @@ def main():
     with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
-        begun = run_folder.read_arguments(args.save) if args.resume and world.rank == 0 else {}
+        begun = run_folder.read_arguments(args.save) if args.resume else {}
         args = flags.parse_args(parser, begun=begun)
         with distributed.joined(world, choose_device(args.device)) as device:
-            args, begun = distributed.share_object((args, begun), world)  # rank 0 alone has read them
+            args, begun = distributed.share_object((args, begun), world)  # another machine may lack the folder
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
-            ending.remedy = endings.memory_advice(args, gpu=device.type == "cuda")[1]  # of what was filled in
+            run_folder.compare_arguments(begun, flags.plain_arguments(args))
+            fresh = not run_folder.continues(args.save, args.resume)
+            ending.needs, ending.remedy = endings.memory_advice(args, device.type == "cuda", fresh)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
-            fresh = not run_folder.continues(args.save, args.resume)
             init, args.image_size = distributed.share_object(read_init(args, fresh) if world.rank == 0 else None, world)
             dataset = load_data(args, device, world)
             net = initial_net(args, len(dataset.classes), init, quiet=world.rank > 0)
@@ -124,7 +126,7 @@ def run(net, dataset, args, world, ending, fresh):
     with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext():
         checkpoint = open_run(net, dataset, args, world, fresh) if world.rank == 0 else None
         checkpoint = distributed.share_object(checkpoint, world)
-        ending.resume = endings.resume_command(world.size)
+        ending.resume, ending.silent = endings.resume_command(world.size), world.rank > 0
         if world.rank == 0:
             say(*opening_lines(net, dataset, args, checkpoint))
         fit(net, dataset, args, world, checkpoint)
@@ -139,7 +141,7 @@ def open_run(net, dataset, args, world, fresh):
         raise Refused(f"another process has changed {args.save} in the meantime: start again")
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
-    facts |= {"train_images": len(dataset.train), "classes": dataset.classes}
+    facts |= {"train_images": len(dataset.train), "classes": dataset.classes, "data": os.path.abspath(args.data)}
     checkpoint = None
     if args.resume:
         old_epochs = run_folder.read_arguments(args.save).get("epochs", args.epochs)
@@ -170,8 +172,8 @@ def closing_lines(args):
     last = run_folder.last_row(args.save / "test.csv")
     parts = {"val": "val_error", "test": "error"}
     errors = [f"{part} error {float(last[column]):.2f} %" for part, column in parts.items() if column in last]
-    yield f"{', '.join(errors)} after epoch {last['epoch']}"
-    yield f"{args.save} has {', '.join(run_folder.results(args.save))}"
+    yield f"{', '.join(errors)} after epoch {args.epochs}"
+    yield f"{args.save} has {', '.join(name for name in run_folder.FILES if (args.save / name).is_file())}"
 
 
 def fit(net, dataset, args, world, checkpoint):
@@ -185,7 +187,8 @@ def fit(net, dataset, args, world, checkpoint):
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
     val_error = ""
     extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
-    with progress(shown=world.rank == 0, unit=" images", unit_scale=True, **extent) as bar:
+    look = {"desc": f"epoch {first_epoch + 1}", "unit": " images", "unit_scale": True, "leave": False}
+    with progress(shown=world.rank == 0 and first_epoch < args.epochs, **extent, **look) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
@@ -268,11 +271,10 @@ def test(net, dataset, world):
     """[loss, error in %] of the test set, followed by those of the held-out images if there are any."""
     distributed.share_buffers(net, world)
     results = []
-    title = "test" if world.rank == 0 else None
-    for split in filter(None, [dataset.test, dataset.val]):
+    for title, split in [("test", dataset.test), ("val", dataset.val)][: 1 + bool(dataset.val)]:
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
         with endings.memory_for("the test after an epoch", "a smaller net (--depth, --growth-rate) or a machine that has more"):
-            logits = predict(net, images, dataset.mean, dataset.std, title)
+            logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
         sums = loss_and_error_sums(logits, labels.cpu())
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()
         results += [loss, 100 * error]

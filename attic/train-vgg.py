@@ -42,6 +42,7 @@ def main():
         device = choose_device(args.device)
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
+        run_folder.compare_arguments(begun, flags.plain_arguments(args))
         keep_freed_memory(device)
         make_repeatable(args.deterministic)
         fresh = not run_folder.continues(args.save, args.resume)

@@ -148,8 +148,8 @@ def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run
     ("card", "message"),
     [
         (None, "bare weights need {}, which evaluate.py --export writes beside them: put it there, or name the latest.pth"),
-        ("{", "{} cannot be read (Expecting property name"),
-        ("[" * 100_000, "{} cannot be read ("),
+        ("{", "{} is damaged (Expecting property name"),
+        ("[" * 100_000, "{} is damaged ("),
         ("[]", "{} lacks model, args, epoch, mean, std, classes, it is not what"),
         ('{"args": {}, "epoch": 1, "mean": [], "std": []}', "{} lacks model, classes, it is not what evaluate.py --export"),
     ],

@@ -1,9 +1,11 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import contents
 
 import compare
 import run_folder
@@ -42,7 +44,8 @@ def tables(call_main, tmp_path):
     """(rows of the table, rows of its CSV, what was printed) of compare.py with these arguments."""
 
     def call(*arguments):
-        files = [tmp_path / "new" / "table.md", tmp_path / "new" / "table.csv"]
+        shutil.rmtree(tmp_path / "written", ignore_errors=True)
+        files = [tmp_path / "written" / "table.md", tmp_path / "written" / "table.csv"]
         status, out, errors = call_main(compare, *arguments, "--markdown", files[0], "--csv", files[1])
         assert (status, errors) == (0, "")
         return table(files[0].read_text()), [*csv.DictReader(files[1].open())], out
@@ -194,6 +197,11 @@ def no_run(run):
         path.unlink()
 
 
+def a_file(run):
+    shutil.rmtree(run)
+    run.touch()
+
+
 def no_arguments(run):
     (run / "args.json").unlink()
 
@@ -209,11 +217,9 @@ def no_rows(run):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            no_run,
-            "args.json does not exist: put back a whole one, or leave out this run, or name the folder of a run of train.py",
-        ),
-        (no_arguments, "args.json does not exist: put back a whole one"),
+        (no_run, "args.json does not exist: name the folder of a run of train.py"),
+        (a_file, "run is a file: name the folder of a run of train.py"),
+        (no_arguments, "args.json does not exist: name the folder of a run of train.py"),
         (half_the_arguments, "args.json is damaged"),
         (no_rows, "test.csv does not exist: name the folder of a run of train.py"),
     ],
@@ -235,9 +241,13 @@ def test_a_run_named_twice_and_one_with_the_seed_of_another(call_main, tmp_path)
 
 
 def test_a_table_that_cannot_be_written(call_main, tmp_path):
-    (tmp_path / "table.csv").mkdir()
-    status, _, errors = call_main(compare, write_run(tmp_path / "run", 5), "--csv", tmp_path / "table.csv")
-    assert (status, f"{tmp_path / 'table.csv'}: Is a directory" in errors) == (2, True)
+    run = write_run(tmp_path / "run", 5)
+    before = contents(run)
+    status, _, errors = call_main(compare, run, "--csv", run / "test.csv")
+    assert (status, f"{run / 'test.csv'} exists already: name another file, or remove it" in errors) == (2, True)
+    status, _, errors = call_main(compare, run, "--csv", run / "test.csv" / "table.csv")
+    assert (status, f"{run / 'test.csv'}: File exists" in errors) == (2, True)
+    assert contents(run) == before
 
 
 def test_a_disk_that_is_full_is_one_sentence(call_main, tmp_path):

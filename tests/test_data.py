@@ -11,6 +11,7 @@ import data
 import folder
 from data import Split
 from endings import Refused
+from folder import describe_classes
 
 CPU = torch.device("cpu")
 
@@ -341,3 +342,9 @@ def test_the_slices_of_all_ranks_are_the_batch_of_one_process(world_size):
         assert torch.equal(labels, torch.cat([part[1] for part in parts]))
         assert share == 1
         assert [part[2] for part in parts] == [len(part[1]) / len(labels) for part in parts]
+
+
+def test_classes_that_look_alike_are_told_of():
+    names = ["caf\u00e9", "cafe\u0301", "cat", "cat ", "dog"]
+    lines = describe_classes(names, torch.arange(5), torch.arange(5))
+    assert lines[5:] == [r"  'caf\xe9' and 'cafe\u0301' differ in spelling only", "  'cat' and 'cat ' differ in spelling only"]

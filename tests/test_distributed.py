@@ -1,6 +1,7 @@
 """Real processes, connected by gloo on this machine's loopback address."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -235,10 +236,10 @@ def test_half_an_environment_is_a_sentence():
     assert distributed.read_world({}) == World(0, 0, 1)
     second_attempt = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert distributed.read_world(second_attempt) == World(3, 1, 4, attempt=1)
-    with pytest.raises(
-        Refused, match=r"WORLD_SIZE is set but RANK or LOCAL_RANK is missing or no number \('RANK'\): use torchrun"
-    ):
-        distributed.read_world({"WORLD_SIZE": "2"})
+    for wrong in ({"RANK": ""}, {"LOCAL_RANK": "x"}, {"WORLD_SIZE": "-2"}, {"RANK": "4"}, {"TORCHELASTIC_RESTART_COUNT": "?"}):
+        (told,) = (f"{name}={value}" for name, value in wrong.items())
+        with pytest.raises(Refused, match=rf"the environment describes no process of torchrun \(.*{re.escape(told)}.*\): use"):
+            distributed.read_world(second_attempt | wrong)
 
 
 def test_what_is_empty_in_the_environment_is_as_if_unset():
@@ -246,5 +247,5 @@ def test_what_is_empty_in_the_environment_is_as_if_unset():
     full = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     assert distributed.read_world({**full, "TORCHELASTIC_RESTART_COUNT": ""}) == World(1, 0, 2)
     for name in ("RANK", "LOCAL_RANK"):
-        with pytest.raises(Refused, match="WORLD_SIZE is set but RANK or LOCAL_RANK is missing"):
+        with pytest.raises(Refused, match=f"describes no process of torchrun .*{name}=[,)]"):
             distributed.read_world({**full, name: ""})

@@ -153,7 +153,8 @@ def test_the_held_out_images_are_evaluated_as_the_run_did(call_main, run_with_va
     last = pd.read_csv(run_with_val / "test.csv").iloc[-1]
     assert f"val loss {last['val_loss']:.2f}   val error {last['val_error']:.2f} %" in out, errors
     assert "digits, 50 val images, epoch 1" in out
-    assert pd.read_csv(tmp_path / "confusion.csv", index_col="true").to_numpy().sum() == 50
+    assert pd.read_csv(tmp_path / "confusion-val.csv", index_col="true").to_numpy().sum() == 50
+    assert (tmp_path / "confusion-val.png").exists()
     status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--val")
     assert (status, "the run of this net held out no images: leave out --val" in errors) == (2, True)
     checkpoint = torch.load(run_with_val / "latest.pth", weights_only=True)
@@ -164,9 +165,9 @@ def test_the_held_out_images_are_evaluated_as_the_run_did(call_main, run_with_va
 
 
 def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path):
-    table = tmp_path / "predictions.csv"
-    command = [evaluate, tiny_run / "latest.pth", "--out", tmp_path, "--predictions", table]
-    status, out, errors = call_main(*command)
+    table = tmp_path / "new" / "predictions.csv"
+    command = [evaluate, tiny_run / "latest.pth", "--predictions", table]
+    status, out, errors = call_main(*command, "--out", tmp_path)
     assert status == 0, errors
     read = pd.read_csv(table)
     assert (list(read.columns), read["picture"].tolist()) == (["picture", "class", "probability"], [*range(360)])
@@ -177,6 +178,21 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
     assert (status, f"{table} exists already: name another file, or remove it" in errors) == (2, True)
     table.unlink()
     status, out, errors = call_main(*command, "--image", pictures / "test")
-    answers = [re.fullmatch(r"(.*): (\d) ([\d.]+) %.*", line).groups() for line in out.splitlines()]
+    *lines, last = out.splitlines()
+    assert last == f"wrote {table}"
+    answers = [re.fullmatch(r"(.*): (\d) ([\d.]+) %.*", line).groups() for line in lines]
     for (picture, name, percent), row in zip(answers, pd.read_csv(table).itertuples(index=False), strict=True):
         assert (picture, int(name), float(percent)) == (row[0], row[1], pytest.approx(100 * row[2], abs=0.051))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--export", "new.pth", "--val"], "--export writes the weights and evaluates nothing: leave out --image, --val and"),
+        (["--export", "new.pth", "--predictions", "p.csv"], "--export writes the weights and evaluates nothing"),
+        (["--image", "a.png", "--data", "data"], "--image is of your own pictures, not of a data set: leave out --val, --data"),
+    ],
+)
+def test_flags_that_contradict_each_other(call_main, tiny_run, flags, message):
+    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", *flags)
+    assert (status, out, message in errors) == (2, "", True)

@@ -182,7 +182,7 @@ def test_the_programs_are_those_with_flags():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", "9" * 23], "--seed: " + "9" * 23 + " is out of range: it must be 1.84467e+19 or less"),
+        (["--seed", "9" * 23], "--seed: " + "9" * 23 + " is out of range: it must be 18446744073709551615 or less"),
         (["--epochs", "9" * 30], "is out of range: it must be 100000 or less"),
         (["--depth", "1000000"], "--depth: 1000000 is out of range"),
         (["--weight-decay", "inf"], "inf is out of range"),

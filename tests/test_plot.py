@@ -214,8 +214,8 @@ def text_in_cells(run):
     ("spoil", "message"),
     [
         (no_files, "train.csv does not exist"),
-        (empty_files, "nothing to draw yet of"),
-        (header_only, "nothing to draw yet of"),
+        (empty_files, "there is nothing to draw yet: train.csv and test.csv have no row"),
+        (header_only, "there is nothing to draw yet: train.csv and test.csv have no row"),
         (other_columns, "has no columns epoch, loss, error"),
         (text_in_cells, "train.csv is damaged, line 2 ('1,good,2') is not 3 finite numbers"),
         (no_text, "train.csv has no columns epoch, loss, error"),
@@ -390,7 +390,7 @@ def test_only_the_average_needs_args_json(call_main, tmp_path, content):
     status, _, errors = call_main(plot, run, "--average")
     assert (status, len(errors.splitlines())) == (2, 2)
     assert f"{run / 'args.json'} {'is damaged' if content else 'does not exist'}" in errors
-    assert "or leave out this run" in errors
+    assert ("or leave out this run" if content else "name the folder of a run") in errors
 
 
 def test_the_same_seed_twice_is_no_average(call_main, tmp_path):
@@ -574,3 +574,15 @@ def test_settings_of_the_machine_change_no_figure(call_main, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert call_main(plot, run, "--out", tmp_path / "ours.png")[0] == 0
     assert (tmp_path / "theirs.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
+
+
+def test_a_run_without_rows_is_left_out_and_a_shorter_one_told_of(call_main, tmp_path):
+    one, short, empty = (write_arguments(write_run(tmp_path / name), seed=seed) for seed, name in enumerate("abc"))
+    for part in ("train.csv", "test.csv"):
+        lines = (short / part).read_text().splitlines(keepends=True)
+        (short / part).write_text("".join(lines[: 1 + len(lines) // 2]))
+        (empty / part).write_text("epoch,loss,error\n")
+    for more in ([], ["--average"]):
+        status, out, errors = call_main(plot, one, short, empty, "--out", tmp_path / "x.png", *more)
+        assert (status, errors, f"{empty} has no row yet and is not drawn" in out) == (0, "", True)
+        assert (f"{short} ends at epoch" in out) == bool(more)

@@ -18,6 +18,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import endings
 import evaluate
 import flags
 import plot
@@ -187,7 +188,7 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
         rows.replace("\n1,", "\n1.0,"),
     ):
         path.write_text(cut)
-        with pytest.raises(Refused, match="expected 2 rows for each of 1 epochs"):
+        with pytest.raises(Refused, match=r"train.csv is damaged, line [23] is '[^']*' and not that of epoch (0.5|1): "):
             run_folder.rows_until(path, {"val": 0}, epochs_done=1, steps=2)
 
 
@@ -210,7 +211,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(call_main, forke
     assert len(before) > 20_480
     done = forked(["-c", FULL, *flags, "--epochs", "2", "--resume"]).wait()
     assert done.returncode == 1
-    assert "latest.pth: File too large; the last complete checkpoint is kept, --resume continues from it" in done.stderr
+    assert f"latest.pth: File too large; {endings.KEPT}" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "latest.pth").read_bytes() == before
     assert not (tmp_path / "latest.pth.tmp").exists()
@@ -507,15 +508,20 @@ def moved(root):
     (root / "train" / "red" / "0.jpg").rename(root / "train" / "blue" / "r.jpg")
 
 
-def removed(root):
+def added(root):
     Image.new("RGB", (40, 50), (255, 9, 0)).save(root / "test" / "red" / "1.png")
 
 
+def removed(root):
+    (root / "train" / "red" / "5.png").unlink()
+
+
 @pytest.mark.parametrize(
-    ("change", "parts"), [(replaced, "train"), (relabelled, "train and test"), (moved, "train"), (removed, "test")]
+    ("change", "parts"),
+    [(replaced, "train"), (relabelled, "train and test"), (moved, "train"), (added, "test"), (removed, "train")],
 )
 def test_a_run_is_not_continued_on_other_data(call_main, pictures, tmp_path, change, parts):
-    save, flags = tmp_path / "run", [*TINY[2:], "--limit", 12, "--drop-rate", 0, "--no-plot", "--save", tmp_path / "run"]
+    save, flags = tmp_path / "run", [*TINY[2:6], "--device", "cpu", "--drop-rate", 0, "--no-plot", "--save", tmp_path / "run"]
     flags += ["--dataset", "folder", "--data", pictures]
     assert call_main(train, *flags, "--epochs", 1)[0] == 0
     known = json.loads((save / "args.json").read_text())["digests"]
@@ -526,10 +532,12 @@ def test_a_run_is_not_continued_on_other_data(call_main, pictures, tmp_path, cha
     change(pictures)
     for also_gone in ("nothing", "args.json's"):
         status, _, errors = call_main(train, *flags, "--epochs", 2, "--resume")
-        told = f"{pictures}: the images or labels of {parts} are not those that the run was begun with: put those back"
+        told = f"the images or labels of {parts} in {pictures} are not those that the run was begun with, or another version"
         assert (status, told in errors, contents(save)) == (2, True, before), also_gone
         facts = json.loads(before["args.json"])  # the checkpoint knows, too
-        before["args.json"] = json.dumps({name: facts[name] for name in facts if name != "digests"}).encode()
+        before["args.json"] = json.dumps(
+            {name: facts[name] for name in facts if name not in ("digests", "train_images")}
+        ).encode()
         (save / "args.json").write_bytes(before["args.json"])
     status, _, errors = call_main(train, *flags, "--data", whole, "--epochs", 2, "--resume")  # the same, in another place
     assert status == 0, errors
@@ -661,23 +669,35 @@ def test_a_folders_run_goes_on_where_its_pictures_are_now(call_main, pictures, t
 
 
 @pytest.mark.parametrize(
-    ("hardware", "device", "kept"), [("cpu (x86_64, 8 threads)", "cpu", True), ("cpu (x86_64, 8 threads)", "cuda", False)]
+    ("hardware", "had", "device", "more", "expected"),
+    [
+        ("cpu (x86_64, 8 threads)", (False, True), "cpu", [], (False, True)),
+        ("cpu (x86_64, 8 threads)", (False, True), "cuda", [], (True, False)),
+        ("NVIDIA H100", (False, True), "cuda", [], (False, True)),
+        ("NVIDIA H100", (True, True), "cuda", [], (True, True)),
+        ("NVIDIA H100", (True, True), "cuda", ["--compile"], (False, True)),
+        ("NVIDIA H100", (True, True), "cpu", [], (False, False)),
+    ],
 )
-def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, device, kept):
-    """On another kind, what is faster there."""
-    begun = {"hardware": hardware, "efficient": True, "capture": False, "depth": 10}
-    args = flags.parse_args(train.build_parser(), ["--no-bottleneck"], begun)
+def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, had, device, more, expected):
+    """On another kind, what is faster there; and no graph is captured where none can be."""
+    begun = {"hardware": hardware, "capture": had[0], "efficient": had[1], "depth": 13, "bottleneck": False}
+    args = flags.parse_args(train.build_parser(), more, begun)
     flags.fill_in(args, torch.device(device), begun=begun)
-    assert (args.depth, args.efficient, args.capture) == (10, kept, device == "cuda")
+    assert (args.depth, args.capture, args.efficient) == (13, *expected)
+    flags.refuse_contradictions(args, torch.device(device))
 
 
-@pytest.mark.parametrize("damage", [{"limit": 9.6}, {"opt": "sge"}, {"dataset": "digitt"}, {"depth": 10**6}, {"epochs": "two"}])
+@pytest.mark.parametrize(
+    "damage", [{"limit": 9.6}, {"opt": "sge"}, {"dataset": "digitt"}, {"depth": 10**6}, {"epochs": "two"}, {"val": True}]
+)
 def test_arguments_that_no_flag_takes_are_a_sentence(call_main, tiny_run, tmp_path, damage):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     facts = json.loads((save / "args.json").read_text())
     (save / "args.json").write_text(json.dumps(facts | damage))
     status, _, errors = call_main(train, "--save", save, "--resume")
     assert (status, len(errors.splitlines())) == (2, 2)
+    assert f"{save / 'args.json'} is damaged" in errors
 
 
 def test_a_run_begun_before_the_later_columns_keeps_its_own(call_main, tiny_run, tmp_path):
@@ -694,3 +714,38 @@ def test_a_run_begun_before_the_later_columns_keeps_its_own(call_main, tiny_run,
     assert call_main(train, "--save", tmp_path / "adam", "--resume", "--epochs", 2)[0] == 0
     rows = (tmp_path / "adam" / "test.csv").read_text().splitlines()
     assert (rows[0], [row.count(",") for row in rows], rows[2][:2]) == ("epoch,loss,error", [2, 2, 2], "2,")
+
+
+def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):
+    flags = [*TINY, "--batch-size", 40, "--no-plot", "--deterministic", "--epochs", 1]
+    assert call_main(train, *flags, "--save", tmp_path / "run")[0] == 0
+    assert call_main(train, "--save", tmp_path / "run", "--resume", "--plot", "--no-deterministic")[0] == 0
+    facts = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (facts["plot"], facts["deterministic"], (tmp_path / "run" / "loss.png").exists()) == (True, False, True)
+
+
+def test_a_run_goes_on_from_another_working_directory(forked, pictures, tmp_path):
+    """--data was relative to the folder that it was begun in; refused are changes before anything is read."""
+    flags = ["--dataset", "folder", "--data", pictures.name, *TINY[2:6], "--drop-rate", 0, "--no-plot", "--device", "cpu"]
+    command = [ROOT / "train.py", *map(str, flags), "--epochs", "1", "--save", tmp_path / "run"]
+    assert forked(command, cwd=pictures.parent).wait().returncode == 0
+    again = [ROOT / "train.py", "--save", tmp_path / "run", "--resume", "--epochs", "2"]
+    done = forked(again, cwd="/").wait()
+    assert (done.returncode, done.stderr) == (0, "")
+    done = forked([*again, "--dataset", "svhn"], cwd="/").wait()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the run was begun with dataset folder and not svhn: resume it as it was begun, or choose another" in done.stderr
+
+
+def test_digests_that_are_none_are_a_sentence(call_main, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    facts = json.loads((save / "args.json").read_text())
+    for digests, status in [(None, 0), ("x", 2), ({}, 2)]:
+        (save / "args.json").write_text(json.dumps(facts | {"digests": digests}))
+        told, _, errors = call_main(train, "--save", save, "--resume", "--no-plot")
+        assert told == status, errors
+    checkpoint = torch.load(save / "latest.pth", weights_only=True)
+    for wrong in ({"digests": None}, {"val": "x"}):
+        torch.save({**checkpoint, "args": checkpoint["args"] | wrong}, save / "latest.pth")
+        told, _, errors = call_main(evaluate, save / "latest.pth")
+        assert (told, "is no checkpoint of train.py" in errors) == (2, True)
