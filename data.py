@@ -19,6 +19,7 @@ from torchvision.datasets.utils import check_integrity
 
 import folder
 from endings import Refused
+from progress import progress
 
 IMAGE_SIZE = 32
 
@@ -67,8 +68,9 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
 
     A folder's pictures become image_size x image_size, with a bar unless quiet. Refused if the data is missing or damaged.
     """
-    train, classes = read_part(name, root, "train", image_size, quiet)
-    test, _ = read_part(name, root, "test", image_size, quiet)
+    shown = not quiet and name != "folder"  # which shows each picture
+    parts = progress(("train", "test"), shown, desc=f"reading {name}", unit=" parts", leave=False)
+    (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
     moments = SOURCES[name][1] or mean_and_std(train.images)
     mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in moments)
     return Dataset(*hold_out(train, val, limit), test, mean, std, classes)
