@@ -94,7 +94,7 @@ def read_arguments(folder):
     kinds = {"epochs": (int,), "seed": (int,), "train_images": (int, type(None)), "dataset": (str, type(None))}
     if not isinstance(arguments, dict) or any(type(arguments.get(name)) not in kinds[name] for name in kinds):
         raise Refused(f"{path} is damaged or not from train.py: {remedy}")
-    return arguments
+    return {"processes": 1} | arguments  # older runs do not say it
 
 
 def settings(folders):

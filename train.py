@@ -271,7 +271,8 @@ def test(net, dataset, world):
     """[loss, error in %] of the test set, followed by those of the held-out images if there are any."""
     distributed.share_buffers(net, world)
     results = []
-    for title, split in [("test", dataset.test), ("val", dataset.val)][: 1 + bool(dataset.val)]:
+    parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
+    for title, split in parts.items():
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
         with endings.memory_for("the test after an epoch", "a smaller net (--depth, --growth-rate) or a machine that has more"):
             logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
