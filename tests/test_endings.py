@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
@@ -265,21 +266,22 @@ def command(tiny_run, pictures, tmp_path):
     }
 
 
-@pytest.mark.parametrize(("name", "place"), [(name, place) for name, places in PLACES.items() for place in places.split()])
-def test_a_bug_anywhere_is_a_traceback_and_no_sentence(call_main, command, monkeypatch, capsys, name, place):
+@pytest.mark.parametrize(
+    ("name", "place", "bug"),
+    [(name, place, bug) for name, places in PLACES.items() for place, bug in zip(places.split(), cycle(BUGS), strict=False)],
+)
+def test_a_bug_anywhere_is_a_traceback_and_no_sentence(call_main, command, monkeypatch, capsys, name, place, bug):
     """What is raised here, the interpreter shows, with status 1; below it stands what is to be said."""
     module, *arguments = command[name]
-    for bug in BUGS:
-        with monkeypatch.context() as patch:
-            patch.setattr(place, bug)
-            with pytest.raises((ValueError, TypeError)) as caught:
-                call_main(module, *arguments, *["--force"] * (name[:5] == "train" and "--resume" not in arguments))
-        assert bug.__name__ in [entry.name for entry in caught.traceback]
-        assert "error:" not in capsys.readouterr().err
-        (note,) = caught.value.__notes__
-        said = f"{Path(module.__file__).name}: this is a bug"
-        assert note.startswith(f"{said}; this continues the run: ") if name == "train, begun" else note == said
-        assert note.endswith(" --resume") == (name == "train, begun")
+    monkeypatch.setattr(place, bug)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call_main(module, *arguments)
+    assert bug.__name__ in [entry.name for entry in caught.traceback]
+    assert "error:" not in capsys.readouterr().err
+    (note,) = caught.value.__notes__
+    said = f"{Path(module.__file__).name}: this is a bug"
+    assert note.startswith(f"{said}; this continues the run: ") if name == "train, begun" else note == said
+    assert note.endswith(" --resume") == (name == "train, begun")
 
 
 BROKEN = """
