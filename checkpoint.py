@@ -18,8 +18,8 @@ from endings import Refused, naming, read_json, refuse_existing, say
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
-NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without it say
-NO_FOLDERS = {errno.EBADF, errno.EISDIR, errno.EACCES}  # and those that have it for files alone
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system says of what it lacks
+NO_FOLDERS = {errno.EBADF, errno.EISDIR, errno.EACCES}  # and one that can flush files alone
 
 
 def make_card(model, args, dataset):
@@ -197,7 +197,7 @@ def flush_to_disk(path):
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in NO_FSYNC and not (error.errno in NO_FOLDERS and path.is_dir()):
+        if error.errno not in UNSUPPORTED and not (error.errno in NO_FOLDERS and path.is_dir()):
             raise OSError(error.errno, error.strerror, str(path)) from error
         say_unsafe(path if path.is_dir() else path.parent, error.strerror)
 

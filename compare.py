@@ -17,7 +17,7 @@ import pandas as pd
 
 import endings
 from endings import named, refuse_existing, say, write_text
-from runs import in_words, name_runs, read_arguments, read_csv, settings
+from runs import in_words, name_runs, read_csv, settings
 
 STATISTICS = ("mean", "std", "min", "max")
 ERRORS = {"test_error": "error", "val_error": "val_error"}  # name here: column of test.csv
@@ -54,16 +54,15 @@ def build_parser():
     return parser
 
 
-def summary(setting, folders):
+def summary(differences, arguments, folders):
     """The numbers of a setting: those of its runs that are complete, and how many are not, which is said."""
-    arguments = read_arguments(folders[0])
     tables = {folder: read_csv(folder / "test.csv") for folder in folders}
     epochs = {folder: int(table["epoch"].max()) if len(table) else 0 for folder, table in tables.items()}
     for folder, done in epochs.items():
         if done != arguments["epochs"]:
             say(f"{folder} has {done} of {arguments['epochs']} epochs and is not averaged")
     complete = [tables[folder] for folder in folders if epochs[folder] == arguments["epochs"]]
-    row = {**setting, "epochs": arguments["epochs"], "n": len(complete), "incomplete": len(folders) - len(complete)}
+    row = {**differences, "epochs": arguments["epochs"], "n": len(complete), "incomplete": len(folders) - len(complete)}
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}

@@ -106,11 +106,12 @@ def read_split(checkpoint, root, part):
     split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
     if classes != checkpoint["classes"]:
         raise Refused(f"the classes in {root} are not those that the net was trained on: name its data with --data")
-    if part == "val":
-        _, split = data.hold_out(split, run["val"], None)
-    if part == "val" and run.get("digests", {}).get("val") not in (None, split.digest()):
+    if part == "test":
+        return split
+    _, held_out = data.hold_out(split, run["val"], None)
+    if run.get("digests", {}).get("val") not in (None, held_out.digest()):
         raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
-    return split
+    return held_out
 
 
 def confusion_matrix(predicted, labels, num_classes):

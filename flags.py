@@ -12,6 +12,7 @@ from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
 from endings import Refused, at_least, named
 from machine import DTYPES, default_precision
+from run_folder import REMEDY
 
 USAGE = "%(prog)s [options], which --help lists"
 NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # of a run that is continued
@@ -122,8 +123,7 @@ def words_of(begun, names, parser, save):
     try:
         parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        remedy = "put back a whole one, replace the run with --force, or choose another --save"
-        raise Refused(f"{save / 'args.json'} is damaged ({error}): {remedy}") from error
+        raise Refused(f"{save / 'args.json'} is damaged ({error}): {REMEDY}") from error
     parser.exit_on_error = True
     return words
 

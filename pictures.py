@@ -5,7 +5,6 @@ EXIF orientation, 16 bits and transparency are taken into account; what has no o
 
 import contextlib
 import os
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from endings import Refused, say
 from machine import num_cpus
-from progress import progress
+from progress import on_terminal, progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
@@ -33,7 +32,7 @@ def read_pictures(paths, size, title=None):
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     bar = progress(shown=bool(title), desc=title, total=len(paths), unit="", leave=False)
-    if title and not sys.stderr.isatty():
+    if title and not on_terminal():
         say(title)
     with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well
         try:

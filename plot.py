@@ -98,7 +98,7 @@ def panels(out, suffix):
 def name_settings(folders):
     """{label: folders} of each setting; a label is what tells it from the others, and its number of runs."""
     groups = {}
-    for differences, members in settings(folders):
+    for differences, _, members in settings(folders):
         names = [f"{name.replace('_', ' ')} {in_words(value)}" for name, value in differences.items()]
         groups[", ".join([*names, f"{len(members)} run{'s' * (len(members) > 1)}"])] = members
     return groups

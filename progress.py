@@ -25,6 +25,11 @@ class Log:
         pass
 
 
+def on_terminal():
+    """Whether there is a terminal that can show a bar: some have a height or a width of 0."""
+    return sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
+
+
 class Bar(tqdm):
     """Looks at the clock in each update, and so needs no thread that does."""
 
@@ -33,7 +38,7 @@ class Bar(tqdm):
 
 def progress(iterable=None, shown=True, **options):
     """tqdm with its options."""
-    if sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):  # some have a height or a width of 0
+    if on_terminal():
         options |= {"dynamic_ncols": True}
     else:
         options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}

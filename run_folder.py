@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
+from checkpoint import UNSUPPORTED, as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
 from endings import MAX_VALUE, Refused, naming, read_json, say
 from machine import DTYPES
 
@@ -28,7 +28,7 @@ REMEDY = "put back a whole one, replace the run with --force, or choose another 
 
 LATER_COLUMNS = ",train_loss,train_error,lr,seconds"  # of test.csv; runs begun before them are continued without
 NUMBER = r"(-?\d+(\.\d+)?(e[+-]\d+)?|-?inf|nan)"  # as append_rows writes it
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 
 
 def refuse_to_replace(save, resume, force):
@@ -100,14 +100,14 @@ def headers(facts):
     return {"train.csv": f"{columns}\n", "test.csv": f"{columns}{val}{LATER_COLUMNS}\n"}
 
 
-def resume(save, facts, net, old_rates, new_rates):
+def resume(save, begun, facts, net, old_rates, new_rates):
     """The run's checkpoint, with newer CSV rows removed; None if there is none yet.
 
-    The lists have the learning rate of each epoch, with the run's old --epochs and with the new one.
+    `begun` is what args.json says, `facts` what it will say. The lists have the learning rate of each epoch, with the run's old
+    --epochs and with the new one.
     Refused, before anything is changed, if a file is missing or damaged or of another net or other arguments.
     """
     refuse_folders(save)
-    begun = read_arguments(save)
     if not continues(save, resume=True):
         refuse_lost_checkpoint(save)
         compare_arguments(begun, facts)

@@ -98,7 +98,7 @@ def read_arguments(folder):
 
 
 def settings(folders):
-    """[({argument: value} for those in which the settings differ, folders)]; runs that differ in `seed` only are one setting.
+    """[(arguments in which the settings differ, all arguments, folders)]; runs that differ in `seed` only are one setting.
 
     Where a seed is there twice, runs of another machine or version are another setting. Refused if it still is.
     """
@@ -113,7 +113,7 @@ def settings(folders):
     names = [name for name in names if len({json.dumps(common.get(name)) for common, _ in groups}) > 1]
     follow = {"train_images"} | ({"digests"} if "dataset" in names else set())  # from others
     names = [name for name in names if name not in follow] or names
-    return [({name: common.get(name) for name in names}, members) for common, members in groups]
+    return [({name: common.get(name) for name in names}, common, members) for common, members in groups]
 
 
 def group(runs, ignored):

@@ -103,11 +103,10 @@ def refuse_another_net(args, init):
 
 
 def load_data(args, device, world):
-    """The data set on the device; on each machine one process downloads it first. The run's arguments get its digests."""
+    """The data set on the device; on each machine one process downloads it first."""
     with distributed.first_rank_first(world):
         dataset = data.load(args.dataset, args.data, args.val, args.limit, args.image_size, quiet=world.rank > 0)
     distributed.check_batches(world, args.batch_size, len(dataset.train))
-    args.digests = dataset.digests()
     return dataset.to(device)
 
 
@@ -139,13 +138,15 @@ def open_run(net, dataset, args, world, fresh):
     run_folder.refuse_to_replace(args.save, args.resume, args.force)  # again: another process may have had the folder
     if fresh != (not run_folder.continues(args.save, args.resume)):
         raise Refused(f"another process has changed {args.save} in the meantime: start again")
+    args.digests = dataset.digests()
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes, "data": os.path.abspath(args.data)}
     checkpoint = None
     if args.resume:
-        old_epochs = run_folder.read_arguments(args.save).get("epochs", args.epochs)
-        checkpoint = run_folder.resume(args.save, facts, net, schedule(args, old_epochs), schedule(args, args.epochs))
+        begun = run_folder.read_arguments(args.save)
+        rates = [schedule(args, epochs) for epochs in (begun.get("epochs", args.epochs), args.epochs)]
+        checkpoint = run_folder.resume(args.save, begun, facts, net, *rates)
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     return checkpoint
