@@ -64,11 +64,11 @@ def load_weights(net, state):
 
 
 def build_net(checkpoint):
-    """The trained DenseNet of a checkpoint, in evaluation mode. Refused if the weights are not those of such a net."""
+    """The trained DenseNet of a checkpoint, in evaluation mode, of plain modules. Refused if it has not got such weights."""
     if not all(isinstance(value, MODEL.get(name, ())) for name, value in checkpoint["model"].items()):
         raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
     try:
-        net = DenseNet(**checkpoint["model"])
+        net = DenseNet(**checkpoint["model"] | {"efficient": False})
     except ArgumentError as error:
         raise Refused(f"the checkpoint describes an impossible DenseNet ({error}): it is damaged") from error
     if not fits(checkpoint["net"], net):

@@ -26,6 +26,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -38,30 +39,55 @@ aten = torch.ops.aten
 
 
 @torch.compiler.disable  # a graph break: what torch.compile would trace is written out here
-def dense_block(x, layers):
+def dense_block(x, layers, transition=None):
     """The maps (N, C, H, W) and, behind them, those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
-    Differentiable once, with respect to x and all parameters. Updates every running statistic as the plain layers would. To
-    be called for layers that are `computable` alone.
+    With a transition, its output for these maps. Differentiable once, with respect to x and all parameters. Updates every
+    running statistic as the plain layers would. To be called for layers that are `computable` alone, and for a transition that
+    is `joinable`; in evaluation mode, these are so on a GPU alone.
     """
-    parameters = [p for layer in layers for p in layer_parameters(layer)]
-    return DenseBlockFunction.apply(x, layers, *parameters)
+    if not layers[0].training:
+        return infer(x, layers, transition)
+    modules = [*layers, transition] if transition else layers
+    parameters = [p for module in modules for p in module_parameters(module)]
+    return DenseBlockFunction.apply(x, layers, transition, *parameters)
 
 
 def computable(x, layers):
-    """Whether dense_block computes the layers: none of their modules is in evaluation mode, changed, hooked or parametrized.
+    """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
 
     Asked before each pass, since a hook may come at any time: some 20 us a layer. A captured step does not ask.
     """
-    if torch.nn.modules.module._has_any_global_hook() or not x.numel():
+    training = layers[0].training
+    if torch.nn.modules.module._has_any_global_hook() or not (training or may_infer(x, layers)) or not x.numel():
         return False
     channels = x.shape[1]
     for layer in layers:
-        modules = untouched(layer, type(layers[0])) and untouched(layer.dropout, nn.Dropout) and all(map(plain, *halves(layer)))
-        if not modules or (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
+        if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
+            return False
+        if not all(plain(*half, training) for half in zip(*halves(layer), strict=True)):
+            return False
+        if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
     return True
+
+
+def may_infer(x, layers):
+    """Whether kernels.py computes the block in evaluation mode: without gradients, and nothing but a GPU follows the pass."""
+    followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not followed and fitting_kernels(x, layers) is not None
+
+
+@torch.compiler.disable
+def joinable(x, layers, transition):
+    """Whether dense_block computes a transition, too, behind layers that are computable: by kernels.py, if it is as made."""
+    bn, conv, training = transition.bn1, transition.conv1, layers[0].training
+    if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
+        return False
+    kernels = fitting_kernels(x, layers)
+    alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
+    return alike and kernels is not None and kernels.fit_transition(x, transition)
 
 
 def halves(layer):
@@ -71,23 +97,24 @@ def halves(layer):
     return (layer.bn1,), (layer.conv1,), (3,)
 
 
-def untouched(module, kind):
-    """Whether the module is of this very class, in training mode, without hooks and with the forward of its class."""
+def untouched(module, kind, training):
+    """Whether the module is of this very class, in this mode, without hooks and with the forward of its class."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and module.training and not any(hooks) and "forward" not in module.__dict__
+    return type(module) is kind and module.training == training and not any(hooks) and "forward" not in module.__dict__
 
 
-def plain(bn, conv, side):
+def plain(bn, conv, side, training):
     """Whether a batch norm has all that is its own, and the convolution is zero-padded to keep the size, and nothing else."""
-    if not (untouched(bn, nn.BatchNorm2d) and untouched(conv, nn.Conv2d) and bn.affine and bn.track_running_stats):
+    made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
+    if not (made and bn.affine and bn.track_running_stats):
         return False
     shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
     return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
 
 
-def layer_parameters(layer):
-    """gamma1, beta1, W1 and for a bottleneck also gamma2, beta2, W2."""
-    return [p for bn, conv, _ in zip(*halves(layer), strict=True) for p in (bn.weight, bn.bias, conv.weight)]
+def module_parameters(module):
+    """gamma1, beta1, W1 of a layer or a transition, and of a bottleneck also gamma2, beta2, W2."""
+    return [p for bn, conv, _ in zip(*halves(module), strict=True) for p in (bn.weight, bn.bias, conv.weight)]
 
 
 def new_channels(layer):
@@ -102,27 +129,51 @@ def out_channels(layers):
 
 class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layers, *parameters):
-        kernels = fitting_kernels(x, layers)
+    def forward(ctx, x, layers, transition, *parameters):
+        ctx.layers, ctx.transition, ctx.passes = layers, transition, fitting_kernels(x, layers) or PASSES
         with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
-            buffer, mean, rstd, kept = forward_layers(x, layers, kernels)
-        ctx.layers, ctx.kernels = layers, kernels
-        maps = nchw(buffer[..., : out_channels(layers)])
-        out = maps.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
+            ctx.weights = weights_of(layers, x, ctx.passes)
+            buffer, mean, rstd, kept = forward_layers(x, layers, transition, ctx.weights, ctx.passes)
+            maps = buffer[..., : out_channels(layers)]
+            out = nchw(ctx.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
-        return out
+        return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
-        rest = rest[len(ctx.needs_input_grad) - 2 :]
+        rest = rest[len(ctx.needs_input_grad) - 3 :]
         each = len(rest) // len(ctx.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
+        modules = ctx.layers, ctx.transition, ctx.weights
         with no_autocast(grad.device), torch.cuda.device_of(grad):
-            maps = buffer[..., : grad.shape[1]]
-            grad_x, parameter_grads = backward_layers(grad, maps, mean, rstd, ctx.layers, kept, ctx.kernels)
-        return grad_x, None, *parameter_grads
+            grad_x, parameter_grads = backward_layers(nhwc(grad), buffer, mean, rstd, *modules, kept, ctx.passes)
+        return grad_x, None, None, *parameter_grads
+
+
+def weights_of(layers, x, passes):
+    """For each layer the weights of its convolutions, as the passes want them for maps like x."""
+    convolutions = zip(*(halves(layer)[1] for layer in layers), strict=True)
+    return [*zip(*(passes.cast(each, x) for each in convolutions), strict=True)]
+
+
+def cast(convolutions, maps):
+    """Their weights in the type of the maps."""
+    return [conv.weight.to(maps.dtype) for conv in convolutions]
+
+
+def infer(x, layers, transition):
+    """As dense_block, in evaluation mode, on a GPU."""
+    kernels = fitting_kernels(x, layers)
+    with no_autocast(x.device), torch.cuda.device_of(x):
+        maps = empty_maps(x, out_channels(layers), kernels.ALIGNMENT)[..., : out_channels(layers)]
+        maps[..., : x.shape[1]] = nhwc(x)
+        kernels.infer(maps, layers)
+        if transition:
+            (rstd,) = kernels.running_rstd([transition.bn1])
+            maps = kernels.transition_forward(maps, transition.bn1.running_mean, rstd, transition)
+    return nchw(maps).contiguous(memory_format=torch.channels_last)
 
 
 def no_autocast(device):
@@ -134,21 +185,22 @@ def no_autocast(device):
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward_layers(x, layers, kernels):
+def forward_layers(x, layers, transition, weights, passes):
     """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and for each layer what else its backward needs.
 
-    kernels is the module that computes the layers, None for this one.
+    passes is what computes: PASSES, or kernels.py. All running statistics are updated.
     """
     if x[:, 0].numel() == 1:
         raise ValueError("expected more than 1 value per channel when training")  # as batch norm says it
-    count_batches(layers)
-    buffer = empty_maps(x, out_channels(layers), aligned=kernels is not None)
+    modules = [*layers, transition] if transition else layers
+    count_batches(modules)
+    buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
     maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, rstd, var = torch.zeros(3, buffer.shape[-1], dtype=dtype, device=x.device)
-    write_maps(maps, mean, rstd, var, 0, nhwc(x), layers[0].bn1.eps)
-    kept = (kernels.forward if kernels else forward)(maps, mean, rstd, var, layers)
-    update_running_statistics([layer.bn1 for layer in layers], mean, var)
+    passes.write_maps(maps, mean, rstd, var, nhwc(x), layers[0].bn1.eps)
+    kept = passes.forward(maps, mean, rstd, var, layers, weights)
+    update_running_statistics([module.bn1 for module in modules], mean, var)
     return buffer, mean, rstd, kept
 
 
@@ -185,26 +237,26 @@ def triton_runs(device):
     return capable and compiler and headers and importlib.util.find_spec("triton") is not None
 
 
-def empty_maps(x, channels, aligned):
-    """Memory for maps (N, H, W, channels) of the batch x (N, C, H, W); the channels are rounded up to 8 if aligned."""
+def empty_maps(x, channels, alignment):
+    """Memory for maps (N, H, W, channels) of the batch x (N, C, H, W); the channels are rounded up to the alignment."""
     n, _, h, w = x.shape
-    return x.new_empty(n, h, w, -(-channels // 8) * 8 if aligned else channels)
+    return x.new_empty(n, h, w, -(-channels // alignment) * alignment)
 
 
-def forward(maps, mean, rstd, var, layers):
+def forward(maps, mean, rstd, var, layers, weights):
     """Writes all new maps behind the block's input, and their statistics; returns what each layer's backward pass needs."""
     kept = []
-    for layer in layers:
+    for layer, w in zip(layers, weights, strict=True):
         c = layer.bn1.num_features
-        out, tensors = forward_layer(maps[..., :c], mean[:c], rstd[:c], layer)
-        write_maps(maps, mean, rstd, var, c, out, layer.bn1.eps)
+        out, tensors = forward_layer(maps[..., :c], mean[:c], rstd[:c], layer, *w)
+        write_maps(maps[..., c:], mean[c:], rstd[c:], var[c:], out, layer.bn1.eps)
         kept.append(tensors)
     return kept
 
 
-def count_batches(layers):
+def count_batches(modules):
     """As every batch norm does before it uses its momentum."""
-    norms = [bn for layer in layers for bn in halves(layer)[0]]
+    norms = [bn for module in modules for bn in halves(module)[0]]
     torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
 
 
@@ -221,22 +273,22 @@ def update_running_statistics(norms, mean, var):
         torch._foreach_lerp_(running, [values[: len(r)].to(r.dtype) for r in running], weights)
 
 
-def write_maps(maps, mean, rstd, var, first, new, eps):
-    """Puts new maps (N, H, W, k) behind the first ones, and their statistics where they belong."""
-    behind = slice(first, first + new.shape[-1])
-    maps[..., behind] = new
+def write_maps(maps, mean, rstd, var, new, eps):
+    """Puts new maps (N, H, W, k) first into the maps, and their statistics where they belong."""
+    k = new.shape[-1]
+    maps[..., :k] = new
     # Batch norm's own kernel takes them fastest; with a momentum of 1, its running statistics are the batch's.
-    _, _, rstd[behind] = aten.native_batch_norm(nchw(new), None, None, mean[behind], var[behind], True, 1.0, eps)
+    _, _, rstd[:k] = aten.native_batch_norm(nchw(new), None, None, mean[:k], var[:k], True, 1.0, eps)
 
 
-def forward_layer(maps, mean, rstd, layer):
+def forward_layer(maps, mean, rstd, layer, w1, w2=None):
     """The layer's new maps (N, H, W, k), and (z, mean of z, 1 / std of z, dropout masks of z and of the new maps)."""
-    z, mask1 = dropout(first_convolution(maps, mean, rstd, layer), layer.dropout.p)
+    z, mask1 = dropout(first_convolution(maps, mean, rstd, layer.bn1, w1), layer.dropout.p)
     if not hasattr(layer, "bn2"):
         return z, (None, None, None, mask1, None)
     bn = layer.bn2
     b, mean2, rstd2 = batch_norm_relu(z, bn)
-    new, mask2 = dropout(nhwc(F.conv2d(nchw(b), layer.conv2.weight.to(b.dtype), padding=1)), layer.dropout.p)
+    new, mask2 = dropout(nhwc(F.conv2d(nchw(b), w2, padding=1)), layer.dropout.p)
     return new, (z, mean2, rstd2, mask1, mask2)
 
 
@@ -247,9 +299,8 @@ def batch_norm_relu(z, bn):
     return nhwc(b.relu_()), mean, rstd
 
 
-def first_convolution(maps, mean, rstd, layer):
+def first_convolution(maps, mean, rstd, bn, weight):
     """conv1(relu(bn1(maps))), slice by slice."""
-    bn, weight = layer.bn1, layer.conv1.weight.to(maps.dtype)
     out = maps.new_empty(*maps.shape[:3], weight.shape[0])
     for part, (scratch,) in slices(maps, scratch=1):
         a = activate(maps[part], mean, rstd, bn, scratch)
@@ -305,44 +356,48 @@ def nhwc(x):
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def backward_layers(grad, maps, mean, rstd, layers, kept, kernels):
-    """Gradient of the block's input (N, C, H, W), and those of all layers' parameters in the order of layer_parameters."""
-    grads = empty_maps(grad, grad.shape[1], aligned=kernels is not None)[..., : grad.shape[1]]  # G of the derivation
-    grads.copy_(nhwc(grad))
+def backward_layers(grad, buffer, mean, rstd, layers, transition, weights, kept, passes):
+    """Gradient of the block's input (N, C, H, W), and those of all parameters in the order of module_parameters."""
+    maps = buffer[..., : out_channels(layers)]
     moments = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)  # offset and slope of the derivation
-    parameter_grads = (kernels.backward if kernels else backward)(grads, maps, mean, rstd, moments, layers, kept)
-    old = slice(layers[0].bn1.num_features)
-    return nchw(through_statistics(grads[..., old], maps[..., old], mean[old], rstd[old], moments[:, old])), parameter_grads
+    grads, grads_of_transition = torch.empty_like(buffer)[..., : maps.shape[-1]], []  # the former is G of the derivation
+    if transition:
+        grads_of_transition = passes.transition_backward(grad, grads, maps, mean, rstd, moments, transition)
+    else:
+        grads.copy_(grad)
+    parameter_grads = passes.backward(grads, maps, mean, rstd, moments, layers, weights, kept)
+    grad_x = passes.through_statistics(grads, maps, mean, rstd, moments, slice(0, layers[0].bn1.num_features))
+    return nchw(grad_x), [*parameter_grads, *grads_of_transition]
 
 
-def backward(grads, maps, mean, rstd, moments, layers, kept):
+def backward(grads, maps, mean, rstd, moments, layers, weights, kept):
     """Takes G and the moments to those of the block's input; returns the gradients of all layers' parameters."""
     parameter_grads = []
-    for layer, tensors in zip(reversed(layers), reversed(kept), strict=True):
+    for layer, (w1, *w2), tensors in reversed([*zip(layers, weights, kept, strict=True)]):
         c = layer.bn1.num_features
-        new = slice(c, c + new_channels(layer))
-        grad_new = through_statistics(grads[..., new], maps[..., new], mean[new], rstd[new], moments[:, new])
-        grad_z, second = backward_second(grad_new, layer, *tensors)
-        first = backward_first(grad_z, grads[..., :c], maps[..., :c], mean[:c], rstd[:c], moments[:, :c], layer)
+        grad_new = through_statistics(grads, maps, mean, rstd, moments, slice(c, c + new_channels(layer)))
+        grad_z, second = backward_second(grad_new, layer, tensors, *w2)
+        first = backward_first(grad_z, grads[..., :c], maps[..., :c], mean[:c], rstd[:c], moments[:, :c], layer.bn1, w1)
         parameter_grads = [*first, *second, *parameter_grads]
     return parameter_grads
 
 
-def through_statistics(grad, x, mean, rstd, moments):
-    """Takes off a gradient G (n, H, W, c) what mean and variance of the maps x pass on: the end of the derivation."""
-    offset, slope = moments
-    return (grad - offset).addcmul_(x - mean, slope * rstd, value=-1).to(grad.dtype)
+def through_statistics(grads, maps, mean, rstd, moments, channels):
+    """The gradient (n, H, W, channels) of these maps, a slice: G less what mean and variance pass on, the derivation's end."""
+    offset, slope = moments[:, channels]
+    centred = maps[..., channels] - mean[channels]
+    return (grads[..., channels] - offset).addcmul_(centred, slope * rstd[channels], value=-1).to(grads.dtype)
 
 
-def backward_second(grad, layer, z, mean2, rstd2, mask1, mask2):
+def backward_second(grad, layer, tensors, weight=None):
     """From the gradient of the new maps to that of z; and the gradients of gamma2, beta2, W2, of which SingleLayer has none."""
+    z, mean2, rstd2, mask1, mask2 = tensors
     if z is None:
         return undo_dropout(grad, mask1, layer.dropout.p), []
     grad = undo_dropout(grad, mask2, layer.dropout.p)
-    bn, weight = layer.bn2, layer.conv2.weight.to(z.dtype)
-    b = activate(z, mean2, rstd2, bn)
+    b = activate(z, mean2, rstd2, layer.bn2)
     grad_b, grad_w = convolution_backward(grad, b, weight, out=None)
-    grad_z, *grads_of_bn = batch_norm_relu_backward(grad_b, b, z, mean2, rstd2, bn)
+    grad_z, *grads_of_bn = batch_norm_relu_backward(grad_b, b, z, mean2, rstd2, layer.bn2)
     return undo_dropout(grad_z, mask1, layer.dropout.p), [*grads_of_bn, grad_w]
 
 
@@ -355,15 +410,14 @@ def batch_norm_relu_backward(grad, b, z, mean, rstd, bn):
     return nhwc(grad_z), grad_gamma, grad_beta
 
 
-def backward_first(grad_z, grads, maps, mean, rstd, moments, layer):
+def backward_first(grad_z, grads, maps, mean, rstd, moments, bn, weight):
     """Adds the layer's part to G and to the moments; returns the gradients of gamma1, beta1, W1."""
-    bn, weight = layer.bn1, layer.conv1.weight.to(maps.dtype)
     grads_of_bn, grads_of_weight = [], []
     for part, (scratch, scratch_da) in slices(maps, scratch=2):
         a = activate(maps[part], mean, rstd, bn, scratch)
         da, grad_w = convolution_backward(grad_z[part], a, weight, scratch_da)
         grads_of_bn.append(accumulate(da, a, maps[part], mean, rstd, bn.weight, grads[part]))
-        grads_of_weight.append(grad_w.to(layer.conv1.weight.dtype))
+        grads_of_weight.append(grad_w.to(bn.weight.dtype))
     grad_beta, grad_gamma = grad_bn = functools.reduce(torch.add, grads_of_bn)
     moments.addcmul_(bn.weight * rstd, grad_bn, value=1 / maps[..., 0].numel())
     return grad_gamma, grad_beta, functools.reduce(torch.add, grads_of_weight)
@@ -394,3 +448,14 @@ def convolution_backward(grad, x, weight, out):
 
 def undo_dropout(grad, mask, rate):
     return grad if mask is None else grad * mask / (1 - rate)
+
+
+# What kernels.py has of the same names.
+PASSES = SimpleNamespace(
+    ALIGNMENT=1,  # of a pixel's maps in memory
+    cast=cast,
+    write_maps=write_maps,
+    forward=forward,
+    backward=backward,
+    through_statistics=through_statistics,
+)

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dense_block import computable, dense_block
+from dense_block import computable, dense_block, joinable, untouched
 
 
 class ArgumentError(ValueError):
@@ -128,8 +128,8 @@ class DenseNet(nn.Module):
 
     def forward(self, x):
         out = self.conv1(x)  #                            (N, C0, H, W)
-        out = self.trans1(self.dense1(out))  #            (N, C1, H/2, W/2)
-        out = self.trans2(self.dense2(out))  #            (N, C2, H/4, W/4)
+        out = joined(self.dense1, self.trans1, out)  #    (N, C1, H/2, W/2)
+        out = joined(self.dense2, self.trans2, out)  #    (N, C2, H/4, W/4)
         out = F.relu(self.bn1(self.dense3(out)))  #       (N, C3, H/4, W/4)
         return self.fc(out.mean(dim=(2, 3)))  #           (N, num_classes)
 
@@ -147,10 +147,23 @@ class DenseBlock(nn.Sequential):
         self.efficient = efficient
 
     def forward(self, x):
+        if self.takes(x):
+            return dense_block(x, list(self))  # (N, C + num_layers * k, H, W)
+        return super().forward(x)  #             (N, C + num_layers * k, H, W)
+
+    def takes(self, x):
+        """Whether dense_block.py computes this block."""
         layers = list(self)
-        if self.efficient and self.training and type(layers[0]) in (Bottleneck, SingleLayer) and computable(x, layers):
-            return dense_block(x, layers)  # (N, C + num_layers * k, H, W)
-        return super().forward(x)  #         (N, C + num_layers * k, H, W)
+        return self.efficient and type(layers[0]) in (Bottleneck, SingleLayer) and computable(x, layers)
+
+
+def joined(block, transition, x):
+    """transition(block(x)); in one, without the block's output, where dense_block.py computes both. (N, C', H // 2, W // 2)."""
+    mode = block.training
+    as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
+    if as_made and block.takes(x) and joinable(x, list(block), transition):
+        return dense_block(x, list(block), transition)
+    return transition(block(x))
 
 
 def layers_per_block(depth, bottleneck):

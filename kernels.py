@@ -6,14 +6,17 @@ dz are (P, K), K = 4k. A matrix product multiplies in the type of x, see product
 what is made of them are float32. No atomics: each program writes its part of a sum, and a next kernel adds the parts in a fixed
 order, so the same input gives the same bits.
 
-    forward     first_convolution     z = conv1(relu(bn1(x))), and the statistics of each program's pixels
+    forward     copy_maps             the block's input into x, and the statistics of each program's pixels
+                first_convolution     z = conv1(relu(bn1(x))), and their statistics
                 activation            b = relu(bn2(z))
                 second_convolution    new maps = conv2(b), written behind x, and their statistics
-                join_statistics       after each of the two: mean and 1 / std
+                join_statistics       after each that has statistics: mean and 1 / std
     backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
                 second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
                 first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
                 join_sums             after each of the two: the parts added up; offset and slope
+    transition  pooled_activation     the mean of relu(bn(x)) over 2 x 2 pixels, before the 1x1 convolution, which is as linear
+                pooled_backward       G, which begins with the transition's part; parts of the gradients of beta, gamma
 """
 
 import math
@@ -22,6 +25,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+ALIGNMENT = 8  # of a pixel's maps in memory: 16 bytes of 16-bit numbers
 
 # ------------------------------------------------------------------------------------------------------------- forward
 
@@ -35,11 +40,11 @@ def channels_of(mean, rstd, gamma, beta, c, live):
 
 
 @triton.jit
-def activated(x, norm, live):
-    """(x - mean, relu(scale (x - mean) + beta)) of a tile x (pixels, channels), in float32; the latter is 0 if not live."""
+def activated(x, norm):
+    """(x - mean, relu(scale (x - mean) + beta)) of a tile x (pixels, channels), in float32."""
     mean, scale, beta = norm
     centred = x.to(tl.float32) - mean
-    return centred, tl.where(live[None, :], relu(centred * scale + beta), 0.0)
+    return centred, relu(centred * scale + beta)
 
 
 @triton.jit
@@ -57,20 +62,39 @@ def operand(a, like, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(part, tile, rows, P, columns, N: tl.constexpr):
-    """Mean and sum of squared deviations of a tile's pixels before P, into this program's row of part (programs, 2, N)."""
+def store_statistics(part, tile, around, rows, P, columns, N):
+    """Mean and sum of squared deviations of a tile's pixels before P, into this program's row of part (programs, 2, N).
+
+    `around` has been taken off the tile, so that a mean that is large against the deviations loses nothing.
+    """
     inside = (rows < P)[:, None]
     mean = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.sum((rows < P).to(tl.float32), 0)
     deviations = tl.where(inside, tile - mean[None, :], 0.0)
     part += tl.program_id(0) * 2 * N + columns
-    tl.store(part, mean, mask=columns < N)
+    tl.store(part, around + mean, mask=columns < N)
     tl.store(part + N, tl.sum(deviations * deviations, 0), mask=columns < N)
 
 
+@triton.jit(do_not_specialize=["width"])
+def copy_maps(new, x, part, P, S8, width, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """x[:, :N] = new (P, N), and their statistics, N = width UNIT; grid (BM pixels, BN maps)."""
+    N = width * UNIT
+    rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (rows < P)[:, None] & (n < N)[None, :]
+    tile = tl.load(new + rows[:, None] * N + n[None, :], mask=mask, other=0.0)
+    tl.store(x + rows[:, None] * (8 * S8) + n[None, :], tile, mask=mask)
+    around = tl.load(new + tl.program_id(0) * BM * N + n, mask=n < N, other=0.0).to(tl.float32)
+    store_statistics(part, tile.to(tl.float32) - around[None, :], around, rows, P, n, N)
+
+
 @triton.jit(do_not_specialize=["units"])
-def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S8, units, UNIT: tl.constexpr, K: tl.constexpr,
-                      KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
-    """z (P, K) = relu(bn1(x[:, :C])) w1^T, w1 (K, C), C = units UNIT; one program for each BM pixels."""
+def first_convolution(x, mean, rstd, gamma, beta, w1, z, mean2, rstd2, gamma2, beta2, part, P, S8, units, UNIT: tl.constexpr,
+                      K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRODUCTS: tl.constexpr,
+                      TRAINING: tl.constexpr):  # fmt: skip
+    """z (P, K) = relu(bn1(x[:, :C])) w1^T, w1 (K, C), C = units UNIT; one program for each BM pixels.
+
+    If not TRAINING, it is relu(bn2(z)), whose statistics are known then.
+    """
     C = units * UNIT
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.arange(0, KP)
@@ -79,12 +103,17 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, part, P, S8, units, UNI
         c = first + tl.arange(0, BC)
         wide = (rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :]
         x_tile = tl.load(x + rows[:, None] * (8 * S8) + c[None, :], mask=wide, other=0.0)
-        _, a = activated(x_tile, channels_of(mean, rstd, gamma, beta, c, c < C), c < C)
+        _, a = activated(x_tile, channels_of(mean, rstd, gamma, beta, c, c < C))
+        a = tl.where((c < C)[None, :], a, 0.0)  # what lies behind may be NaN
         w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         z_tile = tl.dot(operand(a, z, PRODUCTS), w, z_tile, input_precision=PRODUCTS)
+    if not TRAINING:
+        _, z_tile = activated(z_tile, channels_of(mean2, rstd2, gamma2, beta2, k, k < K))
+        z_tile = operand(z_tile, z, PRODUCTS)
     z_tile = z_tile.to(z.dtype.element_ty)
     tl.store(z + rows[:, None] * K + k[None, :], z_tile, mask=(rows < P)[:, None] & (k < K)[None, :])
-    store_statistics(part, z_tile.to(tl.float32), rows, P, k, K)
+    if TRAINING:
+        store_statistics(part, z_tile.to(tl.float32), 0.0, rows, P, k, K)
 
 
 @triton.jit
@@ -94,13 +123,14 @@ def activation(z, mean, rstd, gamma, beta, b, P, K: tl.constexpr, KP: tl.constex
     rows, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, KP)
     at, mask = rows[:, None] * K + k[None, :], (rows < P)[:, None] & (k < K)[None, :]
     z_tile = tl.load(z + at, mask=mask, other=0.0)
-    _, tile = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K), k < K)
+    _, tile = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K))
     tl.store(b + at, operand(tile, b, PRODUCTS), mask=mask)
 
 
-@triton.jit(do_not_specialize=["units", "H", "W"])
-def second_convolution(b, w2, x, part, P, S8, units, H, W, UNIT: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-                       NP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["units"])
+def second_convolution(b, w2, x, part, P, S8, units, H: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, K: tl.constexpr,
+                       N: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRODUCTS: tl.constexpr,
+                       TRAINING: tl.constexpr):  # fmt: skip
     """x[:, C : C + N] = conv3x3(b, w2), w2 (N, 3, 3, K), C = units UNIT; one program for each BM pixels."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     top, left = rows // W % H, rows % W
@@ -116,12 +146,13 @@ def second_convolution(b, w2, x, part, P, S8, units, H, W, UNIT: tl.constexpr, K
         maps = tl.dot(b_tile, w, maps, input_precision=PRODUCTS)
     maps = maps.to(x.dtype.element_ty)
     tl.store(x + rows[:, None] * (8 * S8) + (units * UNIT + n)[None, :], maps, mask=(rows < P)[:, None] & (n < N)[None, :])
-    store_statistics(part, maps.to(tl.float32), rows, P, n, N)
+    if TRAINING:
+        store_statistics(part, maps.to(tl.float32), 0.0, rows, P, n, N)
 
 
 @triton.jit(do_not_specialize=["programs", "first"])
-def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: tl.constexpr, COLUMNS: tl.constexpr,
-                    ROWS: tl.constexpr):  # fmt: skip
+def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr):  # fmt: skip
     """Mean, 1 / std and unbiased variance from part (programs, 2, N), of `pixels` pixels each, written from column `first` on.
 
     Deviations are taken around the first program's mean, which is one of the data's: no large mean is subtracted from another.
@@ -147,12 +178,15 @@ def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N: t
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-@triton.jit(do_not_specialize=["units"])
-def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, UNIT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-                 BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
-    """g (P, N) = G - offset - (x - mean) rstd slope of the maps from C = units UNIT on; moments (2, S): offset and slope."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.arange(0, NP)
+@triton.jit(do_not_specialize=["units", "width"])
+def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, width, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 PRODUCTS: tl.constexpr):  # fmt: skip
+    """g (P, N) = G - offset - (x - mean) rstd slope of N = width UNIT maps from C = units UNIT on.
+
+    moments (2, S): offset and slope. Grid (BM pixels, BN maps).
+    """
+    N = width * UNIT
+    rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < P)[:, None] & (n < N)[None, :]
     c = units * UNIT + n
     at = rows[:, None] * (8 * S8) + c[None, :]
@@ -163,9 +197,10 @@ def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, UNIT: tl.constexpr,
     tl.store(g + rows[:, None] * N + n[None, :], operand(out, g, PRODUCTS), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "W", "turns"])
-def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns, K: tl.constexpr, BK: tl.constexpr,
-                    N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["turns"])
+def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, turns, H: tl.constexpr, W: tl.constexpr,
+                    K: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr,
+                    PRODUCTS: tl.constexpr):  # fmt: skip
     """dz (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
 
     Grid (groups of `turns` times BM pixels, chunks of BK channels). g9 has the gradients of the nine pixels that a pixel of z
@@ -188,10 +223,10 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, H, W, turns,
         g9 = tl.load(g + (rows[:, None] - (dy * W + dx)[None, :]) * N + n[None, :], mask=inside, other=0.0)
         mask = (rows < P)[:, None] & (k < K)[None, :]
         z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
-        db = tl.dot(g9, w, input_precision=PRODUCTS)
-        centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K), k < K)
+        centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K))
         grad_w = tl.dot(tl.trans(g9), operand(b, dz, PRODUCTS), grad_w, input_precision=PRODUCTS)  # g9 is 0 beyond P
-        db = tl.where(mask & (b > 0), db, 0.0).to(dz.dtype.element_ty)
+        db = tl.dot(g9, w, input_precision=PRODUCTS)
+        db = tl.where(b > 0, db, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
         grad_beta += db.to(tl.float32)
         sum_dz_z += db.to(tl.float32) * centred
@@ -210,6 +245,7 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
 
     Grid (groups of `turns` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2. part
     (groups, (K + 2) C): of W1 (K, C), beta1, gamma1. A turn's tiles are loaded one turn ahead, to wait less for the memory.
+    Columns from C on have anything in them, and do not mix with others.
     """
     C = units * UNIT
     k, c = tl.arange(0, KP), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -220,18 +256,18 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
     rows = tl.program_id(0) * turns * BM + tl.arange(0, BM)
     ahead = load_tiles(dz, z, x, G, rows, rows < P, k, c, S8, C, K)
-    for turn in range(turns):
+    for turn in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
         dz_tile, z_tile, x_tile, old = ahead
         following = rows + BM
         ahead = load_tiles(dz, z, x, G, following, (following < P) & (turn + 1 < turns), k, c, S8, C, K)
         norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers
-        centred, a = activated(x_tile, norm, c < C)
+        centred, a = activated(x_tile, norm)
         grad_z = tl.where((rows < P)[:, None], through_batch_norm(dz_tile, z_tile, norm2), 0.0)
         grad_z = operand(grad_z, dz, PRODUCTS)
         grad_w = tl.dot(tl.trans(grad_z), operand(a, dz, PRODUCTS), grad_w, input_precision=PRODUCTS)
         da = tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
         grad_beta += da
-        sum_da_x += tl.where((c < C)[None, :], da * centred, 0.0)
+        sum_da_x += da * centred
         new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
         tl.store(G + rows[:, None] * (8 * S8) + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :])
         rows = following
@@ -252,11 +288,11 @@ def load_tiles(dz, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
 
 @triton.jit
 def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
-    """What through_batch_norm needs of channels k: mean, scale, offset and slope of the correction, each (1, channels)."""
+    """What through_batch_norm needs of channels k: mean, scale, and scale times offset and slope, each (1, channels)."""
     rstd = tl.load(rstd + k, mask=k < K, other=0.0)
     mean, scale = tl.load(mean + k, mask=k < K, other=0.0), tl.load(gamma + k, mask=k < K, other=0.0) * rstd
-    offset = tl.load(sums + k, mask=k < K, other=0.0) / P
-    slope = tl.load(sums + K + k, mask=k < K, other=0.0) * rstd / P
+    offset = tl.load(sums + k, mask=k < K, other=0.0) * (scale / P)
+    slope = tl.load(sums + K + k, mask=k < K, other=0.0) * (rstd * scale / P)
     return mean[None, :], scale[None, :], offset[None, :], slope[None, :]
 
 
@@ -264,7 +300,7 @@ def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
 def through_batch_norm(dz, z, norm):
     """The gradient of z (pixels, K), float32, from that of its batch norm's output; 0 in channels from K on."""
     mean, scale, offset, slope = norm
-    return (dz.to(tl.float32) - offset - (z.to(tl.float32) - mean) * slope) * scale
+    return dz.to(tl.float32) * scale - ((z.to(tl.float32) - mean) * slope + offset)
 
 
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
@@ -289,19 +325,85 @@ def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S8, M
         tl.store(at, tl.load(at, mask=live, other=0.0) + scale * total / P, mask=live)
 
 
+# ---------------------------------------------------------------------------------------------------------- transition
+
+
+@triton.jit(do_not_specialize=["C", "H", "W"])
+def pooled_activation(x, mean, rstd, gamma, beta, a, Q, C, S8, H, W, BM: tl.constexpr, BC: tl.constexpr,
+                      PRODUCTS: tl.constexpr):  # fmt: skip
+    """a (Q, S) = averages over 2 x 2 pixels of relu(bn(x[:, :C])); grid (BM of these, chunks of BC channels)."""
+    rows, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    norm = channels_of(mean, rstd, gamma, beta, c, c < C)
+    wide = (rows < Q)[:, None] & (c < 8 * S8)[None, :]
+    average = tl.zeros((BM, BC), tl.float32)
+    for i in tl.static_range(4):
+        x_tile = tl.load(x + four_pixels(rows, i, H, W)[:, None] * (8 * S8) + c[None, :], mask=wide, other=0.0)
+        _, tile = activated(x_tile, norm)
+        average += 0.25 * tile
+    tl.store(a + rows[:, None] * (8 * S8) + c[None, :], operand(average, a, PRODUCTS), mask=wide)
+
+
+@triton.jit
+def four_pixels(rows, i, H, W):
+    """Of pixels of the pooled maps the i-th of the four that each is the average of; a last odd row or column is left out."""
+    y, x = rows // (W // 2) % (H // 2), rows % (W // 2)
+    return rows // (W // 2 * (H // 2)) * (H * W) + (2 * y + i // 2) * W + 2 * x + i % 2
+
+
+@triton.jit(do_not_specialize=["C", "H", "W", "turns"])
+def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, turns, BM: tl.constexpr, BC: tl.constexpr,
+                    PRODUCTS: tl.constexpr):  # fmt: skip
+    """G[:, :C] = scale da / 4 where the ReLU is open; a as pooled_activation makes it; this program's part of the gradients.
+
+    Grid (groups of `turns` times BM pixels of da (Q, S), chunks of BC channels). part (groups, 2 C): of beta, gamma.
+    """
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    norm = channels_of(mean, rstd, gamma, beta, c, c < C)
+    grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
+    for turn in range(turns):
+        rows = (tl.program_id(0) * turns + turn) * BM + tl.arange(0, BM)
+        wide, at = (rows < Q)[:, None] & (c < 8 * S8)[None, :], rows[:, None] * (8 * S8) + c[None, :]
+        da_tile = 0.25 * tl.load(da + at, mask=wide, other=0.0).to(tl.float32)
+        average = tl.zeros((BM, BC), tl.float32)
+        for i in tl.static_range(4):
+            at_x = four_pixels(rows, i, H, W)[:, None] * (8 * S8) + c[None, :]
+            centred, tile = activated(tl.load(x + at_x, mask=wide, other=0.0), norm)
+            average += 0.25 * tile
+            each = tl.where(tile > 0, da_tile, 0.0)
+            grad_beta += each
+            sum_da_x += each * centred
+            tl.store(G + at_x, (norm[1] * each).to(G.dtype.element_ty), mask=wide)
+        tl.store(a + at, operand(average, a, PRODUCTS), mask=wide)
+    part += tl.program_id(0) * (2 * C)
+    tl.store(part + c, tl.sum(grad_beta, 0), mask=c < C)
+    tl.store(part + C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+
+
 # ------------------------------------------------------------------------------------------------------ the block's passes
 
 
 def fit(x, layers):
-    """Whether the kernels compute the layers, Bottlenecks without dropout, for the input x (N, C, H, W)."""
+    """Whether the kernels compute the layers, all of them Bottlenecks, for the input x (N, C, H, W)."""
     bn, growth_rate = layers[0].bn1, layers[0].conv2.out_channels
     types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
-    plain = all(layer.dropout.p == 0 and None not in (layer.bn1.momentum, layer.bn2.momentum) for layer in layers)
+    plain = all(map(steady, layers))
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     exact = x.dtype == torch.float32 and products(x) == "tf32x3"
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     offsets = pixels * max(8 * triton.cdiv(channels(layers), 8), 4 * growth_rate) < 2**31  # they have 32 bits
     return types and plain and widths and offsets and growth_rate <= (16 if exact else 56)  # beyond, registers would be spilled
+
+
+def fit_transition(x, transition):
+    """Whether the kernels compute the transition behind layers that they compute for the input x."""
+    types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
+    return types and steady(transition) and min(x.shape[2:]) >= 2
+
+
+def steady(module):
+    """Whether the training of a layer or transition knows neither dropout nor running statistics that average all batches."""
+    norms = [getattr(module, name) for name in ("bn1", "bn2") if hasattr(module, name)]
+    return not module.training or (module.dropout.p == 0 and all(bn.momentum is not None for bn in norms))
 
 
 def channels(layers):
@@ -315,19 +417,24 @@ def channels(layers):
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
-        "second_convolution": ((128, 64, 2, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
-        "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (16, 16, 8, 1, 8)),
+        "second_convolution": ((128, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
+        "second_backward": ((64, 32, 4, 1, 8), (64, 32, 4, 1, 2), (64, 32, 4, 1, 1), (16, 16, 8, 1, 8)),
         "first_backward": ((32, 64, 4, 1, 16), (32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (16, 32, 8, 1, 8)),
     },
     "tf32": {
         "first_convolution": ((128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
         "second_convolution": ((128, 16, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3)),
         "second_backward": ((32, 64, 4, 1, 8), (32, 64, 4, 1, 2), (32, 64, 4, 1, 1), (16, 16, 8, 1, 8)),
-        "first_backward": ((32, 64, 8, 1, 16), (32, 64, 8, 1, 8), (32, 64, 8, 1, 4), (16, 32, 8, 1, 8)),
+        "first_backward": ((16, 64, 4, 1, 32), (16, 64, 4, 1, 16), (16, 64, 4, 1, 4), (16, 32, 8, 1, 8)),
     },
 }
 TILES["ieee"] = TILES["tf32"]  # in the interpreter
-TILES["tf32x3"] = TILES["tf32"] | {"second_backward": ((16, 16, 8, 1, 8),) * 4}  # not timed
+TILES["tf32x3"] = {  # not timed
+    "first_convolution": ((128, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+    "second_convolution": TILES["tf32"]["second_convolution"],
+    "second_backward": ((16, 16, 8, 1, 8),) * 4,
+    "first_backward": ((16, 32, 4, 1, 32), (16, 32, 4, 1, 16), (16, 32, 4, 1, 4), (16, 32, 8, 1, 8)),
+}
 
 
 class Sizes(NamedTuple):
@@ -384,16 +491,25 @@ def cast(convolutions, maps):
     return out
 
 
-def forward(maps, mean, rstd, var, layers):
+def write_maps(maps, mean, rstd, var, new, eps):
+    """Puts the block's input (N, H, W, C) into the maps, and its statistics where they belong."""
+    P, N, UNIT, pixels, channels = new[..., 0].numel(), new.shape[-1], math.gcd(new.shape[-1], 4), 256, 32
+    part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
+    grid = len(part), triton.cdiv(N, channels)
+    copy_maps[grid](new.contiguous(), maps, part, P, maps.stride(2) // 8, N // UNIT, UNIT, pixels, channels)
+    join(part, (mean, rstd, var), P, pixels, 0, eps)
+
+
+def forward(maps, mean, rstd, var, layers, weights):
     """Writes all new maps behind the block's input in maps (N, H, W, C), and their statistics; updates those of the bn2.
 
-    Returns for each layer what its backward pass needs: z (N, H, W, K), its mean and 1 / std (K,).
+    weights are (W1, W2) of each layer, as cast() makes them. Returns for each layer what its backward pass needs: z
+    (N, H, W, K), its mean and 1 / std (K,).
     """
     size = Sizes.of(maps, layers)
     statistics = maps.new_empty(3, len(layers), size.K, dtype=torch.float32)
     b, kept = maps.new_empty(*maps.shape[:3], size.K), []
-    weights = [cast([getattr(layer, name) for layer in layers], maps) for name in ("conv1", "conv2")]
-    for layer, w1, w2, *statistics2 in zip(layers, *weights, *statistics, strict=True):
+    for layer, (w1, w2), *statistics2 in zip(layers, weights, *statistics, strict=True):
         z = torch.empty_like(b)
         forward_layer(maps, (mean, rstd, var), z, b, statistics2, layer, w1, w2, size)
         kept.append((z, *statistics2[:2]))
@@ -405,58 +521,103 @@ def forward(maps, mean, rstd, var, layers):
 
 def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     """Fills z, b and the layer's new maps; statistics of z and of the maps are mean, 1 / std, unbiased variance."""
-    P, S8, H, W, N, K, UNIT = size
-    bn1, bn2, units, multiply = layer.bn1, layer.bn2, layer.bn1.num_features // UNIT, products(maps)
+    P, K, bn1, bn2 = size.P, size.K, layer.bn1, layer.bn2
+    part, pixels = convolve_first(maps, *statistics[:2], layer, w1, z, *statistics2[:2], size, training=True)
+    join(part, statistics2, P, pixels, 0, bn2.eps)
+    grid = (triton.cdiv(P, 32),)
+    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, power(K), 32, products(maps), num_warps=2)
+    part, pixels = convolve_second(maps, layer, w2, b, size, training=True)
+    join(part, statistics, P, pixels, bn1.num_features, bn1.eps)
+
+
+def convolve_first(maps, mean, rstd, layer, w1, z, mean2, rstd2, size, training):
+    """Fills z, in training; else relu(bn2(z)). Returns the statistics of each program's pixels, and how many these are."""
+    bn1, bn2, K = layer.bn1, layer.bn2, size.K
     pixels, channels, warps, stages = size.tile("first_convolution", maps)
-    part = maps.new_empty(triton.cdiv(P, pixels), 2, K, dtype=torch.float32)
+    part = maps.new_empty(triton.cdiv(size.P, pixels), 2, K, dtype=torch.float32)
     first_convolution[(len(part),)](
-        maps, *statistics[:2], bn1.weight, bn1.bias, w1, z, part, P, S8, units, UNIT, K, power(K), pixels, channels, multiply,
+        maps, mean, rstd, bn1.weight, bn1.bias, w1, z, mean2, rstd2, bn2.weight, bn2.bias, part, size.P, size.S8,
+        bn1.num_features // size.UNIT, size.UNIT, K, power(K), pixels, channels, products(maps), training,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    join_statistics[(triton.cdiv(K, 16),)](part, *statistics2, len(part), pixels, P, 0, bn2.eps, K, 16, 256, num_warps=8)
-    grid = (triton.cdiv(P, 64),)
-    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, power(K), 64, multiply)
+    return part, pixels
+
+
+def convolve_second(maps, layer, w2, b, size, training):
+    """Fills the layer's new maps; returns, of these and in training, what convolve_first returns."""
+    P, S8, H, W, N, K, UNIT = size
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](
-        b, w2, maps, part, P, S8, units, H, W, UNIT, K, N, power(N), pixels, channels, multiply,
-        num_warps=warps, num_stages=stages,
+        b, w2, maps, part, P, S8, layer.bn1.num_features // UNIT, H, W, UNIT, K, N, power(N), pixels, channels, products(maps),
+        training, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    join_statistics[(triton.cdiv(N, 16),)](
-        part, *statistics, len(part), pixels, P, bn1.num_features, bn1.eps, N, 16, 256, num_warps=8
-    )  # fmt: skip
+    return part, pixels
 
 
-def backward(grads, maps, mean, rstd, moments, layers, kept):
+def join(part, statistics, P, pixels, first, eps):
+    """Writes mean, 1 / std and variance of P pixels, from column `first` on; part (programs, 2, N), of `pixels` pixels each."""
+    programs, _, N = part.shape
+    grid = (triton.cdiv(N, 4),)
+    join_statistics[grid](part, *statistics, programs, pixels, P, first, eps, N, 256, 4)
+
+
+def infer(maps, layers):
+    """Writes all new maps behind the block's input in maps (N, H, W, C) by the running statistics, as in evaluation mode."""
+    size = Sizes.of(maps, layers)
+    b = maps.new_empty(*maps.shape[:3], size.K)
+    weights = [cast([getattr(layer, name) for layer in layers], maps) for name in ("conv1", "conv2")]
+    rstds = [running_rstd([getattr(layer, name) for layer in layers]) for name in ("bn1", "bn2")]
+    for layer, w1, w2, rstd1, rstd2 in zip(layers, *weights, *rstds, strict=True):
+        mean1, mean2 = layer.bn1.running_mean, layer.bn2.running_mean
+        convolve_first(maps, mean1, rstd1, layer, w1, b, mean2, rstd2, size, training=False)
+        convolve_second(maps, layer, w2, b, size, training=False)
+
+
+def running_rstd(norms):
+    """1 / std of each batch norm's running statistics."""
+    return torch._foreach_rsqrt(torch._foreach_add([bn.running_var for bn in norms], [bn.eps for bn in norms]))
+
+
+def backward(grads, maps, mean, rstd, moments, layers, weights, kept):
     """Takes G (N, H, W, C) and moments (2, S), offset and slope, to those of the block's input.
 
     Returns the gradients of all layers' parameters: gamma1, beta1, W1, gamma2, beta2, W2 of each.
     """
     size = Sizes.of(maps, layers)
-    weights = [cast([getattr(layer, name) for layer in layers], maps) for name in ("conv1", "conv2")]
-    g, dz = maps.new_empty(*maps.shape[:3], size.N), torch.empty_like(kept[0][0])
+    dz = torch.empty_like(kept[0][0])
     parameter_grads = []
-    for layer, w1, w2, tensors in reversed([*zip(layers, *weights, kept, strict=True)]):
-        grads2 = backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, g, dz, size)
+    for layer, (w1, w2), tensors in reversed([*zip(layers, weights, kept, strict=True)]):
+        c = layer.bn1.num_features
+        g = through_statistics(grads, maps, mean, rstd, moments, slice(c, c + size.N))
+        grads2 = backward_second(g, layer, w2, tensors, dz, size)
         grads1 = backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size)
         parameter_grads = [*named_grads(grads1, layer.conv1), *named_grads(grads2, layer.conv2), *parameter_grads]
     return parameter_grads
 
 
-def backward_second(grads, maps, mean, rstd, moments, layer, w2, tensors, g, dz, size):
-    """Fills g and dz; returns the gradients of W2, beta2, gamma2, one behind the other."""
-    P, S8, H, W, N, K, UNIT = size
-    bn, (z, *statistics), units, multiply = layer.bn2, tensors, layer.bn1.num_features // UNIT, products(maps)
-    new_gradient[(triton.cdiv(P, 64),)](
-        grads, maps, mean, rstd, moments, g, P, S8, units, UNIT, N, power(N), 64, multiply
+def through_statistics(grads, maps, mean, rstd, moments, channels):
+    """As in dense_block.py: the gradient (N, H, W, channels) of these maps, a slice, from G."""
+    P, first, N = maps[..., 0].numel(), channels.start, channels.stop - channels.start
+    g = maps.new_empty(*maps.shape[:3], N)
+    UNIT, grid = math.gcd(first, N, 4), (triton.cdiv(P, 64), triton.cdiv(N, 16))
+    new_gradient[grid](
+        grads, maps, mean, rstd, moments, g, P, maps.stride(2) // 8, first // UNIT, N // UNIT, UNIT, 64, 16, products(maps)
     )  # fmt: skip
-    pixels, channels, warps, stages, turns = size.tile("second_backward", maps)
-    part = maps.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
+    return g
+
+
+def backward_second(g, layer, w2, tensors, dz, size):
+    """Fills dz; returns the gradients of W2, beta2, gamma2, one behind the other. g: the gradient of the new maps."""
+    P, S8, H, W, N, K, _ = size
+    bn, (z, *statistics) = layer.bn2, tensors
+    pixels, channels, warps, stages, turns = size.tile("second_backward", g)
+    part = g.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
     second_backward[(len(part), triton.cdiv(K, channels))](
-        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, H, W, turns, K, channels, N, power(9 * N), pixels, multiply,
+        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, turns, H, W, K, channels, N, power(9 * N), pixels, products(g),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return added_up(part, 0, bn, rstd, moments, size, MOMENTS=False)
+    return added_up(part, 0, bn, *statistics, P, S8, MOMENTS=False)  # the statistics are not looked at
 
 
 def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size):
@@ -469,15 +630,15 @@ def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, gra
         dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S8,
         C // UNIT, turns, UNIT, K, power(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return added_up(part, K * C, bn1, rstd, moments, size, MOMENTS=True)
+    return added_up(part, K * C, bn1, rstd, moments, P, S8, MOMENTS=True)
 
 
-def added_up(part, weights, bn, rstd, moments, size, MOMENTS):
+def added_up(part, weights, bn, rstd, moments, P, S8, MOMENTS):
     """The sum (width,) of the rows of part (groups, width); with MOMENTS, what is behind the weights goes to the moments."""
     groups, width = part.shape
     sums = part.new_empty(width)
-    grid = (triton.cdiv(width, 32),)
-    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, size.P, size.S8, MOMENTS, 64, 32)
+    grid = (triton.cdiv(width, 16),)
+    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, P, S8, MOMENTS, 128, 16)
     return sums
 
 
@@ -487,3 +648,43 @@ def named_grads(sums, conv):
     grad_w = sums[: conv.weight.numel()].view(out, height, width, into).permute(0, 3, 1, 2)
     grad_beta, grad_gamma = sums[conv.weight.numel() :].chunk(2)
     return grad_gamma, grad_beta, grad_w
+
+
+# ------------------------------------------------------------------------------------------------- the transition's passes
+
+
+def transition_forward(maps, mean, rstd, transition):
+    """The transition's output (N, H // 2, W // 2, K) for maps (N, H, W, C) with these statistics.
+
+    It averages before it convolves, both being linear: a quarter of the products.
+    """
+    bn, (n, h, w, C), S = transition.bn1, maps.shape, maps.stride(2)
+    a = maps.new_empty(n * (h // 2) * (w // 2), S)
+    grid = triton.cdiv(len(a), 32), triton.cdiv(S, 64)
+    pooled_activation[grid](maps, mean, rstd, bn.weight, bn.bias, a, len(a), C, S // 8, h, w, 32, 64, products(maps))
+    (weight,) = cast([transition.conv1], maps)
+    out = a[:, :C] @ weight.flatten(1).t()
+    return out.view(n, h // 2, w // 2, -1)
+
+
+def transition_backward(grad, grads, maps, mean, rstd, moments, transition):
+    """Fills G (N, H, W, C) and moments (2, S), both 0 before, from the gradient (N, H // 2, W // 2, K) of the output.
+
+    Returns the gradients of gamma, beta, W.
+    """
+    bn, (n, h, w, C), S = transition.bn1, maps.shape, maps.stride(2)
+    (weight,) = cast([transition.conv1], maps)
+    if h % 2 or w % 2:
+        grads.zero_()  # of the last row and column, which are left out
+    grad = grad.reshape(-1, len(weight))
+    a, da = maps.new_empty(2, len(grad), S)
+    torch.mm(grad, weight.flatten(1), out=da[:, :C])
+    turns = triton.cdiv(len(grad), 2048)
+    part = maps.new_empty(triton.cdiv(len(grad), 4 * turns), 2 * C, dtype=torch.float32)
+    grid = len(part), triton.cdiv(S, 64)
+    pooled_backward[grid](
+        da, maps, mean, rstd, bn.weight, bn.bias, grads, a, part, len(grad), C, S // 8, h, w, turns, 4, 64, products(maps),
+        num_warps=1,
+    )  # fmt: skip
+    grad_beta, grad_gamma = added_up(part, 0, bn, rstd, moments, n * h * w, S // 8, MOMENTS=True).chunk(2)
+    return grad_gamma, grad_beta, (grad.t() @ a[:, :C]).float().view(weight.shape)

@@ -36,7 +36,7 @@ try:
 except ImportError:
     triton = None
 
-from dense_block import empty_maps, out_channels
+from dense_block import empty_maps, out_channels, weights_of
 from densenet import ArgumentError, DenseNet
 from endings import Refused, at_least, worded
 
@@ -134,8 +134,8 @@ def launches(growth_rate, type_name, capability, depth, batch_size):
     recorders = {name: Recorder(getattr(kernels, name), found) for name in kernel_names()}
     gpu = {"products": lambda maps: MULTIPLIED.get(type_name, "tf32"), "hopper": lambda maps: 90 <= capability < 100}
     with mock.patch.multiple(kernels, **recorders, **gpu):
-        for i, block in enumerate((net.dense1, net.dense2, net.dense3)):
-            train(block, batch_size, 32 >> i, TYPES[type_name])
+        for i, (block, transition) in enumerate([(net.dense1, net.trans1), (net.dense2, net.trans2), (net.dense3, None)]):
+            train(block, transition, batch_size, 32 >> i, TYPES[type_name])
     return [*found]
 
 
@@ -145,18 +145,25 @@ def kernel_names():
     return sorted(name for name in launched if isinstance(getattr(kernels, name, None), triton.JITFunction))
 
 
-def train(block, batch_size, size, dtype):
-    """Both passes of kernels.py over a block, on the meta device, which has shapes and no numbers."""
+def train(block, transition, batch_size, size, dtype):
+    """Both passes of kernels.py over a block and what is behind it, on the meta device, which has shapes and no numbers."""
     layers = list(block)
-    x = torch.empty(batch_size, 1, size, size, dtype=dtype, device="meta")
+    x = torch.empty(batch_size, layers[0].bn1.num_features, size, size, dtype=dtype, device="meta")
     if not kernels.fit(x, layers):
         return
     channels = out_channels(layers)
-    maps, grads = (empty_maps(x, channels, aligned=True)[..., :channels] for _ in range(2))
+    maps, grads = (empty_maps(x, channels, kernels.ALIGNMENT)[..., :channels] for _ in range(2))
     mean, rstd, var = torch.empty(3, maps.stride(2), device="meta")
     moments = torch.empty(2, maps.stride(2), device="meta")
-    kept = kernels.forward(maps, mean, rstd, var, layers)
-    kernels.backward(grads, maps, mean, rstd, moments, layers, kept)
+    weights = weights_of(layers, x, kernels)
+    kernels.write_maps(maps, mean, rstd, var, x.permute(0, 2, 3, 1), layers[0].bn1.eps)
+    kept = kernels.forward(maps, mean, rstd, var, layers, weights)
+    if transition:
+        out = kernels.transition_forward(maps, mean, rstd, transition)
+        kernels.transition_backward(out, grads, maps, mean, rstd, moments, transition)
+    kernels.backward(grads, maps, mean, rstd, moments, layers, weights, kept)
+    kernels.through_statistics(grads, maps, mean, rstd, moments, slice(0, x.shape[1]))
+    kernels.infer(maps, layers)
 
 
 class Recorder:

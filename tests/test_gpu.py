@@ -26,7 +26,7 @@ from checkpoint import build_net, load_checkpoint, normalization
 from densenet import DenseNet
 from distributed import World
 from flags import fill_in, make_net, parse_args
-from machine import DTYPES, make_repeatable
+from machine import DTYPES, make_repeatable, set_precision
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
@@ -101,6 +101,23 @@ def test_every_kernel_is_right(device, run):
     assert "every kernel tried is right" in run("attic/check-kernels.py", "--device", device)
 
 
+@pytest.mark.parametrize(("device", "precision"), on_gpu("fp32", "tf32", "bf16"))
+def test_kernels_predict_what_the_plain_modules_predict(device, precision):
+    """To the rounding of the precision, relative to the largest logit; both by the running statistics of a step of training."""
+    net = randomize(DenseNet(depth=40), seed=0).to(device, memory_format=torch.channels_last)
+    images, labels = (tensor.to(device) for tensor in random_batch(300, num_classes=10, seed=0))
+    training_pass(net, images, labels)
+    logits = []
+    set_precision(precision)
+    for efficient in (False, True):
+        for block in (net.dense1, net.dense2, net.dense3):
+            block.efficient = efficient
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            logits.append(net.eval()(images).double())
+    bound = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 3e-2}[precision]
+    assert (logits[0] - logits[1]).abs().max() < bound * logits[0].abs().max()
+
+
 @pytest.mark.parametrize(("device", "flags"), [("cpu", []), *on_gpu([], ["--no-capture"], ["--drop-rate", "0"])])
 def test_no_step_waits_for_the_device(device, flags):
     """From the data set to the optimiser; on a GPU, PyTorch itself raises where the host would wait."""
@@ -146,7 +163,7 @@ def waiting_is_an_error(device):
 @BOTH
 def test_efficient_blocks_need_little_memory(device):
     plain, efficient = (peak_of_a_step(device, efficient) for efficient in (False, True))
-    assert efficient <= 0.3 * plain
+    assert efficient <= (0.25 if device == "cuda" else 0.3) * plain
 
 
 def peak_of_a_step(device, efficient):

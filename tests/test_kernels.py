@@ -20,7 +20,7 @@ from test_dense_block import distance
 
 import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
-from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, joined
 
 triton = pytest.importorskip("triton", reason="Triton is not there")
 
@@ -52,28 +52,41 @@ def interpreted(interpreter):
     return call
 
 
-def block_and_batch(growth_rate, channels, shape, layers=2, device="cpu"):
-    """A block of bottlenecks, images, and what its output is multiplied by for a gradient."""
+class BlockAndTransition(nn.Sequential):
+    """What a DenseNet makes of the two."""
+
+    def forward(self, x):
+        return joined(*self, x)
+
+
+def block_and_batch(growth_rate, channels, shape, layers=2, device="cpu", reduction=None):
+    """A block of bottlenecks, images, and what its output is multiplied by for a gradient; with a transition that reduces."""
     torch.manual_seed(0)
-    block = randomize(DenseBlock(Bottleneck, layers, channels, growth_rate, 0.0, efficient=False), seed=0)
-    images, target = (torch.randn(shape[0], n, *shape[1:]) for n in (channels, channels + layers * growth_rate))
-    return block.to(device, memory_format=torch.channels_last), images.to(device), target.to(device)
+    block = DenseBlock(Bottleneck, layers, channels, growth_rate, 0.0, efficient=False)
+    images = torch.randn(shape[0], channels, *shape[1:])
+    out_channels, (height, width) = channels + layers * growth_rate, shape[1:]
+    if reduction:
+        block = BlockAndTransition(block, Transition(out_channels, int(reduction * out_channels)))
+        out_channels, height, width = int(reduction * out_channels), height // 2, width // 2
+    target = torch.randn(shape[0], out_channels, height, width)
+    return randomize(block, seed=0).to(device, memory_format=torch.channels_last), images.to(device), target.to(device)
 
 
 def efficient_twin(block):
     twin = copy.deepcopy(block)
-    twin.efficient = True
+    (twin[0] if isinstance(twin, BlockAndTransition) else twin).efficient = True
     return twin
 
 
 def block_pass(block, images, target):
-    """New maps, all gradients and running statistics of a pass of training, by name."""
+    """New maps or what the transition makes of all, gradients and running statistics of a pass of training, by name."""
     x = images.clone().requires_grad_()
     out = block(x)
+    behind = 0 if isinstance(block, BlockAndTransition) else images.shape[1]
     (out * target).sum().backward()
     gradients = {f"grad/{name}": parameter.grad for name, parameter in block.named_parameters()}
     buffers = {name: buffer for name, buffer in block.named_buffers() if buffer.is_floating_point()}
-    return {"new maps": out[:, images.shape[1] :].detach(), "grad/images": x.grad, **gradients, **buffers}
+    return {"new maps": out[:, behind:].detach(), "grad/images": x.grad, **gradients, **buffers}
 
 
 def exact_pass(block, images, target):
@@ -84,7 +97,7 @@ def exact_pass(block, images, target):
 
 def kernels_of(block, images):
     """The module whose kernels compute the block for these images, None if none do."""
-    return dense_block.fitting_kernels(images, list(block))
+    return dense_block.fitting_kernels(images, list(block[0] if isinstance(block, BlockAndTransition) else block))
 
 
 def steady(block):
@@ -101,14 +114,18 @@ def steady(block):
 @pytest.mark.parametrize(
     ("growth_rate", "channels", "shape"), [(8, 10, (3, 7, 5)), (12, 24, (2, 8, 8)), (24, 10, (1, 4, 6)), (5, 7, (1, 3, 9))]
 )
-def test_maps_statistics_and_gradients_are_those_of_the_plain_modules(interpreted, growth_rate, channels, shape):
-    interpreted(check_float32, growth_rate, channels, shape)
+@pytest.mark.parametrize("reduction", [None, 0.5])
+def test_maps_statistics_and_gradients_are_those_of_the_plain_modules(interpreted, growth_rate, channels, shape, reduction):
+    interpreted(check_float32, growth_rate, channels, shape, reduction)
 
 
-def check_float32(growth_rate, channels, shape):
-    block, images, target = block_and_batch(growth_rate, channels, shape, layers=1 if growth_rate == 24 else 2)
-    assert kernels_of(block, images)
-    exact, ours = exact_pass(block, images, target), block_pass(efficient_twin(block), images, target)
+def check_float32(growth_rate, channels, shape, reduction):
+    layers = 1 if growth_rate == 24 else 2
+    block, images, target = block_and_batch(growth_rate, channels, shape, layers, reduction=reduction)
+    kernels = kernels_of(block, images)
+    with mock.patch.object(kernels, "transition_forward", wraps=kernels.transition_forward) as transition:
+        exact, ours = exact_pass(block, images, target), block_pass(efficient_twin(block), images, target)
+    assert transition.call_count == (reduction is not None)
     assert exact.keys() == ours.keys()
     for name, values in exact.items():
         assert relative_error(ours[name], values) < 3e-6, (name, relative_error(ours[name], values))
@@ -152,8 +169,11 @@ def test_every_precision_of_a_gpu(precision, growth_rate, channels, shape, monke
 
 
 def check_rounding(precision, growth_rate, channels, shape, device="cpu"):
-    """In all, at most 1.3 times as far from float64 as the plain modules, and 1e-5; the images' mean is not 0."""
-    block, images, target = block_and_batch(growth_rate, channels, shape, device=device)
+    """In all, at most 1.3 times as far from float64 as the plain modules, and 1e-5; the images' mean is not 0.
+
+    And so in evaluation mode.
+    """
+    block, images, target = block_and_batch(growth_rate, channels, shape, device=device, reduction=0.5)
     dtype = getattr(torch, precision, torch.float32)
     images = (images + 10).to(dtype)
     exact = exact_pass(steady(block), images, target)
@@ -161,13 +181,27 @@ def check_rounding(precision, growth_rate, channels, shape, device="cpu"):
     assert kernels_of(block, images)
     distances = [distance([each[name] for name in exact], exact.values()) for each in (plain, ours)]
     assert distances[1] < 1.3 * distances[0] + 1e-5, distances
+    exact = inferred(copy.deepcopy(block).double(), images.double())
+    distances = [relative_error(inferred(each, images), exact) for each in (copy.deepcopy(block), efficient_twin(block))]
+    assert distances[1] < 1.3 * distances[0] + 1e-5, distances
 
 
 def rounded_pass(block, images, target):
-    """With the convolutions in the type of the images."""
-    half = images.dtype != torch.float32
-    with torch.autocast(images.device.type, images.dtype) if half else contextlib.nullcontext():
+    with rounding(images):
         return block_pass(block, images, target)
+
+
+def rounding(images):
+    """With the convolutions in the type of the images."""
+    half = images.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(images.device.type, images.dtype) if half else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def inferred(block, images):
+    """The output in evaluation mode."""
+    with rounding(images):
+        return block.eval()(images)
 
 
 def test_a_whole_net(interpreted):
@@ -183,11 +217,65 @@ def check_net():
     exact = training_pass(plain.double(), images.double(), labels) | dict(plain.named_buffers())
     import kernels
 
-    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as forward:
+    with counted(kernels) as calls:
         ours = training_pass(net, images, labels) | dict(net.named_buffers())
-    assert forward.call_count == 3
+    assert calls == {"forward": 3, "transition_forward": 2, "infer": 0}
     for name, values in exact.items():
         assert torch.equal(ours[name], values) or relative_error(ours[name], values) < 1e-5, name
+
+
+@contextlib.contextmanager
+def counted(kernels):
+    """Yields a dictionary that has, in the end, how often functions of kernels.py were called."""
+    calls = {}
+    with contextlib.ExitStack() as stack:
+        names = ("forward", "transition_forward", "infer")
+        mocks = {n: stack.enter_context(mock.patch.object(kernels, n, wraps=getattr(kernels, n))) for n in names}
+        yield calls
+        calls |= {name: each.call_count for name, each in mocks.items()}
+
+
+def test_a_net_in_evaluation_mode(interpreted):
+    interpreted(check_evaluation)
+
+
+def check_evaluation():
+    """By the running statistics, with dropout in the net; through the plain modules where somebody looks on."""
+    torch.manual_seed(0)
+    plain = randomize(DenseNet(depth=10, growth_rate=8, drop_rate=0.2), seed=0).eval()
+    net = DenseNet(depth=10, growth_rate=8, drop_rate=0.2, efficient=True).eval()
+    net.load_state_dict(plain.state_dict())
+    images, _ = random_batch(2, num_classes=10, seed=1, size=10)
+    exact = copy.deepcopy(plain).double()(images.double())
+    kernels = dense_block.load_kernels()
+    for name, (look, *expected) in LOOKS_ON.items():
+        with counted(kernels) as calls, torch.no_grad(), look(net):
+            assert relative_error(net(images), exact) < 1e-6, name
+        assert [calls["transition_forward"], calls["infer"]] == expected, name
+    with torch.no_grad():
+        traced = torch.jit.trace(net, images)
+        assert relative_error(traced(2 * images), copy.deepcopy(plain).double()(2 * images.double())) < 1e-6
+    with counted(kernels) as calls, torch.no_grad():
+        net.dense2[0].bn2.train()(torch.randn(2, 32, 5, 5))
+        assert relative_error(net(images), copy.deepcopy(net).double()(images.double())) < 1e-6
+    assert calls["infer"] == 2
+
+
+@contextlib.contextmanager
+def hooked(module):
+    handle = module.register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
+    "nobody": (lambda net: contextlib.nullcontext(), 2, 3),
+    "autograd": (lambda net: torch.enable_grad(), 0, 0),
+    "a hook on a block": (lambda net: hooked(net.dense1), 1, 3),
+    "a hook on a layer": (lambda net: hooked(net.dense1[0]), 1, 2),
+    "a hook on a transition": (lambda net: hooked(net.trans1), 1, 3),
+    "a hook in a transition": (lambda net: hooked(net.trans1.conv1), 1, 3),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory
@@ -198,7 +286,7 @@ def test_the_same_bits_whatever_the_memory_held_before(interpreted):
 
 
 def check_bits():
-    block, images, target = block_and_batch(12, 10, (2, 5, 6))
+    block, images, target = block_and_batch(12, 10, (2, 5, 6), reduction=0.5)
     first, second = (block_pass(efficient_twin(block), images, target) for _ in range(2))
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     assert images.new_empty(2, 3).isnan().all()
@@ -278,7 +366,7 @@ def test_saved_tensors_may_be_packed_and_unpacked(interpreted):
 
 def check_saved_tensors():
     """What keeps values and not strides, as a copy to another device does."""
-    block, images, target = block_and_batch(8, 10, (2, 4, 4))
+    block, images, target = block_and_batch(8, 10, (2, 4, 4), reduction=0.5)
     expected = block_pass(efficient_twin(block), images, target)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
