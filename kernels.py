@@ -194,7 +194,22 @@ def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, width, UNIT: tl.con
     scale = tl.load(moments + 8 * S8 + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
     centred = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + c, mask=n < N, other=0.0)[None, :]
     out = tl.load(G + at, mask=mask, other=0.0).to(tl.float32) - offset[None, :] - centred * scale[None, :]
-    tl.store(g + rows[:, None] * N + n[None, :], operand(out, g, PRODUCTS), mask=mask)
+    at_g = rows[:, None] * N + n[None, :]
+    tl.store(g + at_g, operand(out + dither(out, at_g, g), g, PRODUCTS), mask=mask)
+
+
+@triton.jit
+def dither(x, i, like):
+    """Up to half of the last digit that x (float32) has in the 16-bit type of `like`, as good as random in i; 0 for float32.
+
+    G is rounded to that type: taking off an offset and rounding again would move all values of one size the same way.
+    """
+    if like.dtype.element_ty == tl.float32:
+        return tl.zeros_like(x)
+    digit: tl.constexpr = 2.0**-7 if like.dtype.element_ty == tl.bfloat16 else 2.0**-10
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    fraction = (i * -1640531535 >> 8 & 0xFFFF).to(tl.float32) * 2.0**-16  # multiples of the golden ratio: evenly spread
+    return (fraction - 0.5) * (digit * power)
 
 
 @triton.jit(do_not_specialize=["turns"])

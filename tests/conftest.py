@@ -11,6 +11,8 @@ import torch
 from forked import Forked
 from PIL import Image
 
+from machine import set_precision
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
 
@@ -145,3 +147,13 @@ def disk(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", renamed)
     return events
+
+
+@pytest.fixture
+def precision_of_products():
+    """Sets it, as --precision does, until the end of the test."""
+    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    yield set_precision
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value

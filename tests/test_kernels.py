@@ -21,6 +21,7 @@ from test_dense_block import distance
 import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, joined
+from machine import DTYPES
 
 triton = pytest.importorskip("triton", reason="Triton is not there")
 
@@ -112,9 +113,9 @@ def steady(block):
 
 
 @pytest.mark.parametrize(
-    ("growth_rate", "channels", "shape"), [(8, 10, (3, 7, 5)), (12, 24, (2, 8, 8)), (24, 10, (1, 4, 6)), (5, 7, (1, 3, 9))]
+    ("growth_rate", "channels", "shape", "reduction"),
+    [(8, 10, (3, 7, 5), None), (12, 24, (2, 8, 8), 0.5), (24, 10, (1, 4, 6), 0.5), (5, 7, (2, 3, 9), 0.9)],
 )
-@pytest.mark.parametrize("reduction", [None, 0.5])
 def test_maps_statistics_and_gradients_are_those_of_the_plain_modules(interpreted, growth_rate, channels, shape, reduction):
     interpreted(check_float32, growth_rate, channels, shape, reduction)
 
@@ -148,42 +149,45 @@ def check_large_mean():
 
 
 def test_half_precision(interpreted):
-    interpreted(check_rounding, "float16", 8, 10, (3, 7, 5))
+    interpreted(check_rounding, "float16", 8, 10, (3, 7, 5), 0.5)
+    interpreted(check_rounding, "float16", 8, 10, (3, 7, 5), None)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reduction", [None, 0.5])
 @pytest.mark.parametrize(
     ("precision", "growth_rate", "channels", "shape"),
     [
-        ("bfloat16", 12, 24, (65, 32, 32)),
-        ("bfloat16", 24, 10, (17, 32, 32)),
-        ("bfloat16", 40, 80, (2, 8, 8)),
-        ("float16", 12, 24, (3, 7, 5)),
-        ("float32", 12, 24, (17, 32, 32)),
+        ("bf16", 12, 24, (65, 32, 32)),
+        ("bf16", 24, 10, (17, 32, 32)),
+        ("bf16", 40, 80, (2, 8, 8)),
+        ("fp16", 12, 24, (3, 7, 5)),
+        ("fp32", 12, 24, (17, 32, 32)),
         ("tf32", 12, 24, (65, 32, 32)),
     ],
 )
-def test_every_precision_of_a_gpu(precision, growth_rate, channels, shape, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
-    check_rounding(precision, growth_rate, channels, shape, "cuda")
+def test_every_precision_of_a_gpu(precision, growth_rate, channels, shape, reduction, precision_of_products):
+    precision_of_products(precision)
+    dtype = str(DTYPES[precision]).removeprefix("torch.")
+    check_rounding(dtype, growth_rate, channels, shape, reduction, "cuda")
 
 
-def check_rounding(precision, growth_rate, channels, shape, device="cpu"):
+def check_rounding(dtype, growth_rate, channels, shape, reduction, device="cpu"):
     """In all, at most 1.3 times as far from float64 as the plain modules, and 1e-5; the images' mean is not 0.
 
-    And so in evaluation mode.
+    And so a block in evaluation mode.
     """
-    block, images, target = block_and_batch(growth_rate, channels, shape, device=device, reduction=0.5)
-    dtype = getattr(torch, precision, torch.float32)
-    images = (images + 10).to(dtype)
+    block, images, target = block_and_batch(growth_rate, channels, shape, device=device, reduction=reduction)
+    images = (images + 10).to(getattr(torch, dtype))
     exact = exact_pass(steady(block), images, target)
     plain, ours = (rounded_pass(each, images, target) for each in (copy.deepcopy(block), efficient_twin(block)))
     assert kernels_of(block, images)
     distances = [distance([each[name] for name in exact], exact.values()) for each in (plain, ours)]
     assert distances[1] < 1.3 * distances[0] + 1e-5, distances
-    exact = inferred(copy.deepcopy(block).double(), images.double())
-    distances = [relative_error(inferred(each, images), exact) for each in (copy.deepcopy(block), efficient_twin(block))]
-    assert distances[1] < 1.3 * distances[0] + 1e-5, distances
+    if reduction is None:
+        exact = inferred(copy.deepcopy(block).double(), images.double())
+        distances = [distance([inferred(each, images)], [exact]) for each in (copy.deepcopy(block), efficient_twin(block))]
+        assert distances[1] < 1.3 * distances[0] + 1e-5, distances
 
 
 def rounded_pass(block, images, target):
@@ -199,9 +203,33 @@ def rounding(images):
 
 @torch.no_grad()
 def inferred(block, images):
-    """The output in evaluation mode."""
+    """The new maps in evaluation mode."""
     with rounding(images):
-        return block.eval()(images)
+        return block.eval()(images)[:, images.shape[1] :]
+
+
+def test_an_offset_is_taken_off_without_bias(interpreted):
+    interpreted(check_bias, "float16", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_offset_is_taken_off_without_bias_on_a_gpu(dtype):
+    check_bias(dtype, "cuda")
+
+
+def check_bias(dtype, device):
+    """From values of few digits, all nearly of one size, a quarter of their last digit: rounding alone gives them back."""
+    torch.manual_seed(0)
+    digit = torch.finfo(getattr(torch, dtype)).eps
+    values = (1 + digit * torch.randint(100, (8, 32, 32, 8))).to(getattr(torch, dtype)).to(device)
+    moments = torch.zeros(2, 8, device=device)
+    moments[0] = digit / 4
+    statistics = torch.zeros(8, device=device), torch.ones(8, device=device)
+    out = dense_block.load_kernels().through_statistics(values, torch.zeros_like(values), *statistics, moments, slice(0, 8))
+    off = (values.double() - out.double()).mean(dim=(0, 1, 2)) / digit
+    assert (off - 0.25).abs().max() < 0.03
+    assert ((values.double() - out.double()) / digit).abs().max() <= 1
 
 
 def test_a_whole_net(interpreted):
