@@ -27,6 +27,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -48,9 +49,8 @@ def dense_block(x, layers, transition=None):
     """
     if not layers[0].training:
         return infer(x, layers, transition)
-    modules = [*layers, transition] if transition else layers
-    parameters = [p for module in modules for p in module_parameters(module)]
-    return DenseBlockFunction.apply(x, layers, transition, *parameters)
+    block = Block(layers, transition, fitting_kernels(x, layers) or PASSES)
+    return DenseBlockFunction.apply(x, block, *(p for module in block.modules for p in module_parameters(module)))
 
 
 def computable(x, layers):
@@ -127,15 +127,28 @@ def out_channels(layers):
     return layers[-1].bn1.num_features + new_channels(layers[-1])
 
 
+class Block(NamedTuple):
+    """The modules, and what computes them."""
+
+    layers: list
+    transition: nn.Module | None
+    passes: object  # PASSES, or kernels.py
+
+    @property
+    def modules(self):
+        return [*self.layers, self.transition] if self.transition else self.layers
+
+
 class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layers, transition, *parameters):
-        ctx.layers, ctx.transition, ctx.passes = layers, transition, fitting_kernels(x, layers) or PASSES
+    def forward(ctx, x, block, *parameters):
         with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
-            ctx.weights = weights_of(layers, x, ctx.passes)
-            buffer, mean, rstd, kept = forward_layers(x, layers, transition, ctx.weights, ctx.passes)
-            maps = buffer[..., : out_channels(layers)]
-            out = nchw(ctx.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
+            weights = weights_of(block.layers, x, block.passes)
+            buffer, mean, rstd, kept = forward_layers(x, block, weights)
+            maps = buffer[..., : out_channels(block.layers)]
+            transition = block.transition
+            out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
+        ctx.block, ctx.weights = block, weights
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
 
@@ -143,13 +156,12 @@ class DenseBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
-        rest = rest[len(ctx.needs_input_grad) - 3 :]
-        each = len(rest) // len(ctx.layers)
+        rest = rest[len(ctx.needs_input_grad) - 2 :]
+        each = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
-        modules = ctx.layers, ctx.transition, ctx.weights
         with no_autocast(grad.device), torch.cuda.device_of(grad):
-            grad_x, parameter_grads = backward_layers(nhwc(grad), buffer, mean, rstd, *modules, kept, ctx.passes)
-        return grad_x, None, None, *parameter_grads
+            grad_x, parameter_grads = backward_layers(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
+        return grad_x, None, *parameter_grads
 
 
 def weights_of(layers, x, passes):
@@ -185,22 +197,22 @@ def no_autocast(device):
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward_layers(x, layers, transition, weights, passes):
+def forward_layers(x, block, weights):
     """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and for each layer what else its backward needs.
 
-    passes is what computes: PASSES, or kernels.py. All running statistics are updated.
+    All running statistics are updated.
     """
     if x[:, 0].numel() == 1:
         raise ValueError("expected more than 1 value per channel when training")  # as batch norm says it
-    modules = [*layers, transition] if transition else layers
-    count_batches(modules)
+    layers, passes = block.layers, block.passes
+    count_batches(block.modules)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
     maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, rstd, var = torch.zeros(3, buffer.shape[-1], dtype=dtype, device=x.device)
     passes.write_maps(maps, mean, rstd, var, nhwc(x), layers[0].bn1.eps)
     kept = passes.forward(maps, mean, rstd, var, layers, weights)
-    update_running_statistics([module.bn1 for module in modules], mean, var)
+    update_running_statistics([module.bn1 for module in block.modules], mean, var)
     return buffer, mean, rstd, kept
 
 
@@ -356,18 +368,19 @@ def nhwc(x):
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def backward_layers(grad, buffer, mean, rstd, layers, transition, weights, kept, passes):
+def backward_layers(grad, buffer, statistics, block, weights, kept):
     """Gradient of the block's input (N, C, H, W), and those of all parameters in the order of module_parameters."""
-    maps = buffer[..., : out_channels(layers)]
-    moments = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)  # offset and slope of the derivation
+    passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
+    moments = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope of the derivation
     grads, grads_of_transition = torch.empty_like(buffer)[..., : maps.shape[-1]], []  # the former is G of the derivation
-    if transition:
-        grads_of_transition = passes.transition_backward(grad, grads, maps, mean, rstd, moments, transition)
+    if block.transition:
+        grads_of_transition = passes.transition_backward(grad, grads, maps, *statistics, moments, block.transition)
     else:
         grads.copy_(grad)
-    parameter_grads = passes.backward(grads, maps, mean, rstd, moments, layers, weights, kept)
-    grad_x = passes.through_statistics(grads, maps, mean, rstd, moments, slice(0, layers[0].bn1.num_features))
-    return nchw(grad_x), [*parameter_grads, *grads_of_transition]
+    parameter_grads = passes.backward(grads, maps, *statistics, moments, block.layers, weights, kept)
+    old = slice(0, block.layers[0].bn1.num_features)
+    grad_x = nchw(passes.through_statistics(grads, maps, *statistics, moments, old))
+    return grad_x, [*parameter_grads, *grads_of_transition]
 
 
 def backward(grads, maps, mean, rstd, moments, layers, weights, kept):
