@@ -16,6 +16,8 @@ shift = beta - scale mean: one pass over the maps. It is not kept but computed a
                is linear in da. Its first term is added to G at once. The other two are summed over the layers that read a map,
                and taken off once, when the map's own turn comes:
                    g = G - offset - (x - mean) rstd slope,   offset = sum of scale dbeta / P,   slope = sum of scale dgamma / P.
+    transition One more reader of the maps x. kernels.py computes it together with the block, whose output is then not needed;
+               here it is a module of its own.
 """
 
 import contextlib
@@ -32,6 +34,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 SLICE_PIXELS = 4096  # pixels at a time on a CPU; between 2,048 and 16,384 it makes little difference
@@ -50,7 +53,7 @@ def dense_block(x, layers, transition=None):
     if not layers[0].training:
         return infer(x, layers, transition)
     block = Block(layers, transition, fitting_kernels(x, layers) or PASSES)
-    return DenseBlockFunction.apply(x, block, *(p for module in block.modules for p in module_parameters(module)))
+    return DenseBlockFunction.apply(x, block, *block.parameters())
 
 
 def computable(x, layers):
@@ -74,9 +77,11 @@ def computable(x, layers):
 
 
 def may_infer(x, layers):
-    """Whether kernels.py computes the block in evaluation mode: without gradients, and nothing but a GPU follows the pass."""
-    followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not followed and fitting_kernels(x, layers) is not None
+    """Whether kernels.py computes the block in evaluation mode: no autograd, transform, compiler or tracer looks on."""
+    differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    transformed = type(x) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return not (differentiated or transformed or traced) and fitting_kernels(x, layers) is not None
 
 
 @torch.compiler.disable
@@ -108,6 +113,8 @@ def plain(bn, conv, side, training):
     made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
     if not (made and bn.affine and bn.track_running_stats):
         return False
+    if not all(type(p) is nn.Parameter for p in (bn.weight, bn.bias, conv.weight)):  # as in torch.func.functional_call
+        return False
     shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
     return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
 
@@ -138,6 +145,9 @@ class Block(NamedTuple):
     def modules(self):
         return [*self.layers, self.transition] if self.transition else self.layers
 
+    def parameters(self):
+        return [p for module in self.modules for p in module_parameters(module)]
+
 
 class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
@@ -148,7 +158,7 @@ class DenseBlockFunction(torch.autograd.Function):
             maps = buffer[..., : out_channels(block.layers)]
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
-        ctx.block, ctx.weights = block, weights
+        ctx.block, ctx.weights, ctx.parameters = block, weights, parameters
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
 
@@ -156,7 +166,9 @@ class DenseBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
-        rest = rest[len(ctx.needs_input_grad) - 2 :]
+        if any(now is not then for now, then in zip(ctx.block.parameters(), ctx.parameters, strict=True)):
+            raise RuntimeError("the parameters of an efficient block were replaced before its backward pass: efficient=False")
+        rest = rest[len(ctx.parameters) :]
         each = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):

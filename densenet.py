@@ -88,7 +88,8 @@ class DenseNet(nn.Module):
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
         efficient: train the dense blocks in linear memory; never changes a result beyond rounding. A block with a
-            module that is in evaluation mode, changed or hooked goes through the plain modules.
+            module that is changed, hooked or frozen in evaluation mode goes through the plain modules. So does
+            evaluation, except without gradients on a GPU.
 
     Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.
@@ -138,8 +139,7 @@ class DenseBlock(nn.Sequential):
     """num_layers layers, each reading the concatenation of the block's input and all earlier outputs.
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
-    definition; with efficient, training computes the same in less memory where the layers are as they were made, see
-    dense_block.py.
+    definition; with efficient, dense_block.py computes the same in less memory where the layers are as they were made.
     """
 
     def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
@@ -159,11 +159,12 @@ class DenseBlock(nn.Sequential):
 
 def joined(block, transition, x):
     """transition(block(x)); in one, without the block's output, where dense_block.py computes both. (N, C', H // 2, W // 2)."""
-    mode = block.training
-    as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
-    if as_made and block.takes(x) and joinable(x, list(block), transition):
-        return dense_block(x, list(block), transition)
-    return transition(block(x))
+    layers, mode = list(block), block.training
+    if not (untouched(block, DenseBlock, mode) and block.takes(x)):
+        return transition(block(x))
+    if untouched(transition, Transition, mode) and joinable(x, layers, transition):
+        return dense_block(x, layers, transition)
+    return transition(dense_block(x, layers))
 
 
 def layers_per_block(depth, bottleneck):

@@ -62,6 +62,12 @@ def operand(a, like, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def finite(a, rows, P, like):
+    """The tile a; in float16 with zeros for pixels from P on, of which a batch norm may make infinities."""
+    return tl.where((rows < P)[:, None], a, 0.0) if like.dtype.element_ty == tl.float16 else a
+
+
+@triton.jit
 def store_statistics(part, tile, around, rows, P, columns, N):
     """Mean and sum of squared deviations of a tile's pixels before P, into this program's row of part (programs, 2, N).
 
@@ -194,22 +200,21 @@ def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, width, UNIT: tl.con
     scale = tl.load(moments + 8 * S8 + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
     centred = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + c, mask=n < N, other=0.0)[None, :]
     out = tl.load(G + at, mask=mask, other=0.0).to(tl.float32) - offset[None, :] - centred * scale[None, :]
-    at_g = rows[:, None] * N + n[None, :]
-    tl.store(g + at_g, operand(out + dither(out, at_g, g), g, PRODUCTS), mask=mask)
+    tl.store(g + rows[:, None] * N + n[None, :], operand(out + dither(out, rows, n, g), g, PRODUCTS), mask=mask)
 
 
 @triton.jit
-def dither(x, i, like):
-    """Up to half of the last digit that x (float32) has in the 16-bit type of `like`, as good as random in i; 0 for float32.
+def dither(x, rows, n, like):
+    """Up to half of the last digit that x (float32) has in the 16-bit type of `like`, evenly spread over pixels; 0 for float32.
 
     G is rounded to that type: taking off an offset and rounding again would move all values of one size the same way.
     """
     if like.dtype.element_ty == tl.float32:
         return tl.zeros_like(x)
-    digit: tl.constexpr = 2.0**-7 if like.dtype.element_ty == tl.bfloat16 else 2.0**-10
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    fraction = (i * -1640531535 >> 8 & 0xFFFF).to(tl.float32) * 2.0**-16  # multiples of the golden ratio: evenly spread
-    return (fraction - 0.5) * (digit * power)
+    digit = power * 2.0**-7 if like.dtype.element_ty == tl.bfloat16 else tl.maximum(power * 2.0**-10, 2.0**-24)
+    multiples = rows[:, None] * -1640531535 + n[None, :] * 40503  # of the golden ratio, as fractions of 2^32
+    return ((multiples >> 16 & 0xFFFF).to(tl.float32) * 2.0**-16 - 0.5) * digit
 
 
 @triton.jit(do_not_specialize=["turns"])
@@ -239,7 +244,7 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, turns, H: tl
         mask = (rows < P)[:, None] & (k < K)[None, :]
         z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
         centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K))
-        grad_w = tl.dot(tl.trans(g9), operand(b, dz, PRODUCTS), grad_w, input_precision=PRODUCTS)  # g9 is 0 beyond P
+        grad_w = tl.dot(tl.trans(g9), operand(finite(b, rows, P, dz), dz, PRODUCTS), grad_w, input_precision=PRODUCTS)
         db = tl.dot(g9, w, input_precision=PRODUCTS)
         db = tl.where(b > 0, db, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
@@ -279,7 +284,8 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
         centred, a = activated(x_tile, norm)
         grad_z = tl.where((rows < P)[:, None], through_batch_norm(dz_tile, z_tile, norm2), 0.0)
         grad_z = operand(grad_z, dz, PRODUCTS)
-        grad_w = tl.dot(tl.trans(grad_z), operand(a, dz, PRODUCTS), grad_w, input_precision=PRODUCTS)
+        a_tile = operand(finite(a, rows, P, dz), dz, PRODUCTS)
+        grad_w = tl.dot(tl.trans(grad_z), a_tile, grad_w, input_precision=PRODUCTS)
         da = tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
         grad_beta += da
         sum_da_x += da * centred
@@ -412,7 +418,9 @@ def fit(x, layers):
 def fit_transition(x, transition):
     """Whether the kernels compute the transition behind layers that they compute for the input x."""
     types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
-    return types and steady(transition) and min(x.shape[2:]) >= 2
+    exact = x.dtype == torch.float32 and products(x) == "tf32x3"
+    rounded = exact and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS
+    return types and steady(transition) and min(x.shape[2:]) >= 2 and not rounded
 
 
 def steady(module):
@@ -494,7 +502,7 @@ def power(n):
 
 
 def cast(convolutions, maps):
-    """The weights in the type of the maps, the input channels innermost in memory; TF32 is rounded to as operand() does."""
+    """The weights in the type of the maps, input channels innermost in memory; TF32 as by operand(), but for ties."""
     weights = [conv.weight.detach().contiguous(memory_format=torch.channels_last) for conv in convolutions]
     if maps.dtype == torch.float32:
         if products(maps) != "tf32":
@@ -546,7 +554,7 @@ def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
 
 
 def convolve_first(maps, mean, rstd, layer, w1, z, mean2, rstd2, size, training):
-    """Fills z, in training; else relu(bn2(z)). Returns the statistics of each program's pixels, and how many these are."""
+    """Fills z, or relu(bn2(z)) if not training. Returns the statistics of each program's pixels, and how many these are."""
     bn1, bn2, K = layer.bn1, layer.bn2, size.K
     pixels, channels, warps, stages = size.tile("first_convolution", maps)
     part = maps.new_empty(triton.cdiv(size.P, pixels), 2, K, dtype=torch.float32)
@@ -559,7 +567,7 @@ def convolve_first(maps, mean, rstd, layer, w1, z, mean2, rstd2, size, training)
 
 
 def convolve_second(maps, layer, w2, b, size, training):
-    """Fills the layer's new maps; returns, of these and in training, what convolve_first returns."""
+    """Fills the layer's new maps; returns what convolve_first returns, of these."""
     P, S8, H, W, N, K, UNIT = size
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
@@ -683,9 +691,9 @@ def transition_forward(maps, mean, rstd, transition):
 
 
 def transition_backward(grad, grads, maps, mean, rstd, moments, transition):
-    """Fills G (N, H, W, C) and moments (2, S), both 0 before, from the gradient (N, H // 2, W // 2, K) of the output.
+    """Fills G (N, H, W, C), and moments (2, S), 0 before, from the gradient (N, H // 2, W // 2, K) of the output.
 
-    Returns the gradients of gamma, beta, W.
+    Returns the gradients of gamma, beta, W. The products are cuBLAS's, in the type of the maps.
     """
     bn, (n, h, w, C), S = transition.bn1, maps.shape, maps.stride(2)
     (weight,) = cast([transition.conv1], maps)

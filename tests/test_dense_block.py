@@ -236,6 +236,20 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
+def test_other_parameters_for_a_call():
+    """As meta-learning gives them, by torch.func.functional_call: tensors, or another net's parameters."""
+    net = random_net(BC)
+    others = dict(random_net(BC).named_parameters())
+    tensors = {name: (1.5 * p).detach().requires_grad_() for name, p in others.items()}
+    images, labels = batch(3, 16)
+    losses = [F.cross_entropy(torch.func.functional_call(each, tensors, images), labels) for each in (net, efficient_twin(net))]
+    plain, ours = (torch.autograd.grad(loss, list(tensors.values())) for loss in losses)
+    assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, plain, strict=True))
+    loss = F.cross_entropy(torch.func.functional_call(efficient_twin(net), others, images), labels)
+    with pytest.raises(RuntimeError, match="were replaced before its backward pass: efficient=False"):
+        loss.backward()
+
+
 # ------------------------------------------------------------------------------- what is not a layer as it was made
 
 

@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from conftest import ROOT
 from forked import Forked
 from test_dense_block import distance
@@ -186,7 +187,9 @@ def check_rounding(dtype, growth_rate, channels, shape, reduction, device="cpu")
     assert distances[1] < 1.3 * distances[0] + 1e-5, distances
     if reduction is None:
         exact = inferred(copy.deepcopy(block).double(), images.double())
-        distances = [distance([inferred(each, images)], [exact]) for each in (copy.deepcopy(block), efficient_twin(block))]
+        with counted(kernels_of(block, images)) as calls:
+            distances = [distance([inferred(each, images)], [exact]) for each in (copy.deepcopy(block), efficient_twin(block))]
+        assert calls["infer"] == 1
         assert distances[1] < 1.3 * distances[0] + 1e-5, distances
 
 
@@ -296,6 +299,11 @@ def hooked(module):
     handle.remove()
 
 
+class LooksOn(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
 LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "nobody": (lambda net: contextlib.nullcontext(), 2, 3),
     "autograd": (lambda net: torch.enable_grad(), 0, 0),
@@ -303,6 +311,8 @@ LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "a hook on a layer": (lambda net: hooked(net.dense1[0]), 1, 2),
     "a hook on a transition": (lambda net: hooked(net.trans1), 1, 3),
     "a hook in a transition": (lambda net: hooked(net.trans1.conv1), 1, 3),
+    "forward-mode differentiation": (lambda net: torch.autograd.forward_ad.dual_level(), 0, 0),
+    "a mode of dispatch": (lambda net: LooksOn(), 0, 0),
 }
 
 
@@ -361,6 +371,49 @@ def unfit_blocks():
     return {name: randomize(block, seed=0).to(memory_format=torch.channels_last) for name, block in blocks.items()}
 
 
+def test_a_changed_transition_is_a_module_of_its_own(interpreted):
+    interpreted(check_changed_transitions)
+
+
+def check_changed_transitions():
+    """As the plain modules compute it, without transition_forward; the block before it goes through the kernels."""
+    for name, (change, is_joined) in TRANSITIONS.items():
+        block, images, target = block_and_batch(4, 6, (2, 6, 5), reduction=0.5)
+        change(block[1])
+        results = []
+        with counted(kernels_of(block, images)) as calls:
+            for each in (copy.deepcopy(block), efficient_twin(block)):
+                torch.manual_seed(5)  # of dropout
+                results.append(block_pass(each, images, target))
+        assert calls == {"forward": 1, "transition_forward": is_joined, "infer": 0}, name
+        for tensor, values in results[0].items():
+            if values is not None and values.abs().max() > 1e-4:
+                assert relative_error(results[1][tensor], values) < 1e-4, (name, tensor)
+
+
+class Doubled(Transition):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def biased(transition):
+    transition.conv1.bias = nn.Parameter(torch.ones(transition.conv1.out_channels))
+
+
+TRANSITIONS = {  # what is done to it, and whether it is joined
+    "nothing": (lambda transition: None, True),
+    "frozen weights": (lambda transition: transition.conv1.requires_grad_(False), True),
+    "another eps": (lambda transition: setattr(transition.bn1, "eps", 0.1), False),
+    "dropout": (lambda transition: setattr(transition.dropout, "p", 0.3), False),
+    "a mean over all batches": (lambda transition: setattr(transition.bn1, "momentum", None), False),
+    "a bias": (biased, False),
+    "a frozen batch norm": (lambda transition: transition.bn1.eval(), False),
+    "another class": (lambda transition: setattr(transition, "__class__", Doubled), False),
+    "another forward": (lambda transition: setattr(transition, "forward", lambda x: F.avg_pool2d(x, 2)[:, :7]), False),
+    "a hook": (lambda transition: transition.conv1.register_forward_hook(lambda *args: 2 * args[-1]), False),
+}
+
+
 def test_offsets_of_32_bits_are_enough():
     import kernels
 
@@ -401,6 +454,20 @@ def check_saved_tensors():
     ):
         ours = block_pass(efficient_twin(block), images, target)
     assert all(torch.equal(ours[name], values) for name, values in expected.items())
+
+
+def test_what_lies_beyond_the_pixels_is_never_infinite(interpreted):
+    interpreted(check_constant_channel)
+
+
+def check_constant_channel():
+    """A batch norm makes over 65,504 of the zeros beyond the last pixel, if its channel is always -300."""
+    block, images, target = block_and_batch(8, 10, (3, 6, 6), layers=1)
+    images[:, 0] = -300
+    half = images.half()
+    with torch.autocast("cpu", torch.float16):
+        results = block_pass(efficient_twin(block), half, target)
+    assert all(values.isfinite().all() for values in results.values())
 
 
 def test_nan_is_passed_on(interpreted):
