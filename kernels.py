@@ -547,8 +547,8 @@ def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     P, K, bn1, bn2 = size.P, size.K, layer.bn1, layer.bn2
     part, pixels = convolve_first(maps, *statistics[:2], layer, w1, z, *statistics2[:2], size, training=True)
     join(part, statistics2, P, pixels, 0, bn2.eps)
-    grid = (triton.cdiv(P, 32),)
-    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, power(K), 32, products(maps), num_warps=2)
+    grid, warps = (triton.cdiv(P, 32),), max(1, power(K) // 32)
+    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, power(K), 32, products(maps), num_warps=warps)
     part, pixels = convolve_second(maps, layer, w2, b, size, training=True)
     join(part, statistics, P, pixels, bn1.num_features, bn1.eps)
 
