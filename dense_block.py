@@ -193,7 +193,7 @@ def infer(x, layers, transition):
     with no_autocast(x.device), torch.cuda.device_of(x):
         maps = empty_maps(x, out_channels(layers), kernels.ALIGNMENT)[..., : out_channels(layers)]
         maps[..., : x.shape[1]] = nhwc(x)
-        kernels.infer(maps, layers)
+        kernels.infer(maps, layers, weights_of(layers, x, kernels))
         if transition:
             (rstd,) = kernels.running_rstd([transition.bn1])
             maps = kernels.transition_forward(maps, transition.bn1.running_mean, rstd, transition)

@@ -14,7 +14,7 @@ order, so the same input gives the same bits.
     backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
                 second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
                 first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
-                join_sums             after each of the two: the parts added up; offset and slope
+                join_sums             after each that leaves parts: these added up; offset and slope
     transition  pooled_activation     the mean of relu(bn(x)) over 2 x 2 pixels, before the 1x1 convolution, which is as linear
                 pooled_backward       G, which begins with the transition's part; parts of the gradients of beta, gamma
 """
@@ -409,18 +409,21 @@ def fit(x, layers):
     types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
     plain = all(map(steady, layers))
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
-    exact = x.dtype == torch.float32 and products(x) == "tf32x3"
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     offsets = pixels * max(8 * triton.cdiv(channels(layers), 8), 4 * growth_rate) < 2**31  # they have 32 bits
-    return types and plain and widths and offsets and growth_rate <= (16 if exact else 56)  # beyond, registers would be spilled
+    return types and plain and widths and offsets and growth_rate <= (16 if exact(x) else 56)  # beyond, registers spill
 
 
 def fit_transition(x, transition):
     """Whether the kernels compute the transition behind layers that they compute for the input x."""
     types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
-    exact = x.dtype == torch.float32 and products(x) == "tf32x3"
-    rounded = exact and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS
+    rounded = exact(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS
     return types and steady(transition) and min(x.shape[2:]) >= 2 and not rounded
+
+
+def exact(x):
+    """Whether products are of float32, without rounding to TF32."""
+    return x.dtype == torch.float32 and products(x) == "tf32x3"
 
 
 def steady(module):
@@ -585,13 +588,12 @@ def join(part, statistics, P, pixels, first, eps):
     join_statistics[grid](part, *statistics, programs, pixels, P, first, eps, N, 256, 4)
 
 
-def infer(maps, layers):
-    """Writes all new maps behind the block's input in maps (N, H, W, C) by the running statistics, as in evaluation mode."""
+def infer(maps, layers, weights):
+    """As forward, by the running statistics, as in evaluation mode; nothing is kept."""
     size = Sizes.of(maps, layers)
     b = maps.new_empty(*maps.shape[:3], size.K)
-    weights = [cast([getattr(layer, name) for layer in layers], maps) for name in ("conv1", "conv2")]
     rstds = [running_rstd([getattr(layer, name) for layer in layers]) for name in ("bn1", "bn2")]
-    for layer, w1, w2, rstd1, rstd2 in zip(layers, *weights, *rstds, strict=True):
+    for layer, (w1, w2), rstd1, rstd2 in zip(layers, weights, *rstds, strict=True):
         mean1, mean2 = layer.bn1.running_mean, layer.bn2.running_mean
         convolve_first(maps, mean1, rstd1, layer, w1, b, mean2, rstd2, size, training=False)
         convolve_second(maps, layer, w2, b, size, training=False)

@@ -163,7 +163,7 @@ def train(block, transition, batch_size, size, dtype):
         kernels.transition_backward(out, grads, maps, mean, rstd, moments, transition)
     kernels.backward(grads, maps, mean, rstd, moments, layers, weights, kept)
     kernels.through_statistics(grads, maps, mean, rstd, moments, slice(0, x.shape[1]))
-    kernels.infer(maps, layers)
+    kernels.infer(maps, layers, weights)
 
 
 class Recorder:

@@ -11,8 +11,6 @@ import torch
 from forked import Forked
 from PIL import Image
 
-from machine import set_precision
-
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
 
@@ -150,10 +148,9 @@ def disk(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def precision_of_products():
-    """Sets it, as --precision does, until the end of the test."""
-    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [place.fp32_precision for place in places]
-    yield set_precision
-    for place, value in zip(places, before, strict=True):
-        place.fp32_precision = value
+def put_back():
+    """At the end of the test, the precision of products that was set before."""
+    switches = [(owner, owner.allow_tf32) for owner in (torch.backends.cudnn, torch.backends.cuda.matmul)]
+    yield
+    for owner, value in switches:
+        owner.allow_tf32 = value

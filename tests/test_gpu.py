@@ -28,7 +28,7 @@ from dense_block import load_kernels
 from densenet import DenseNet
 from distributed import World
 from flags import fill_in, make_net, parse_args
-from machine import DTYPES, make_repeatable
+from machine import DTYPES, make_repeatable, set_precision
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
@@ -104,13 +104,13 @@ def test_every_kernel_is_right(device, run):
 
 
 @pytest.mark.parametrize(("device", "precision"), on_gpu("fp32", "tf32", "bf16"))
-def test_kernels_predict_what_the_plain_modules_predict(device, precision, precision_of_products):
+def test_kernels_predict_what_the_plain_modules_predict(device, precision, put_back):
     """To the rounding of the precision, relative to the largest logit; both by the running statistics of a step of training."""
     net = randomize(DenseNet(depth=40), seed=0).to(device, memory_format=torch.channels_last)
     images, labels = (tensor.to(device) for tensor in random_batch(300, num_classes=10, seed=0))
     training_pass(net, images, labels)
     logits = []
-    precision_of_products(precision)
+    set_precision(precision)
     with counted(load_kernels()) as calls, torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         for efficient in (False, True):
             for block in (net.dense1, net.dense2, net.dense3):

@@ -22,7 +22,7 @@ from test_dense_block import distance
 import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, joined
-from machine import DTYPES
+from machine import DTYPES, set_precision
 
 triton = pytest.importorskip("triton", reason="Triton is not there")
 
@@ -124,10 +124,9 @@ def test_maps_statistics_and_gradients_are_those_of_the_plain_modules(interprete
 def check_float32(growth_rate, channels, shape, reduction):
     layers = 1 if growth_rate == 24 else 2
     block, images, target = block_and_batch(growth_rate, channels, shape, layers, reduction=reduction)
-    kernels = kernels_of(block, images)
-    with mock.patch.object(kernels, "transition_forward", wraps=kernels.transition_forward) as transition:
+    with counted(kernels_of(block, images)) as calls:
         exact, ours = exact_pass(block, images, target), block_pass(efficient_twin(block), images, target)
-    assert transition.call_count == (reduction is not None)
+    assert calls == {"forward": 1, "transition_forward": reduction is not None, "infer": 0}
     assert exact.keys() == ours.keys()
     for name, values in exact.items():
         assert relative_error(ours[name], values) < 3e-6, (name, relative_error(ours[name], values))
@@ -167,8 +166,8 @@ def test_half_precision(interpreted):
         ("tf32", 12, 24, (65, 32, 32)),
     ],
 )
-def test_every_precision_of_a_gpu(precision, growth_rate, channels, shape, reduction, precision_of_products):
-    precision_of_products(precision)
+def test_every_precision_of_a_gpu(precision, growth_rate, channels, shape, reduction, put_back):
+    set_precision(precision)
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     check_rounding(dtype, growth_rate, channels, shape, reduction, "cuda")
 

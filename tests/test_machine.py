@@ -102,14 +102,6 @@ def test_the_precision_of_a_device(monkeypatch, device, has_tf32, precision):
     assert default_precision(torch.device(device)) == precision
 
 
-@pytest.fixture
-def put_back():
-    switches = [(owner, owner.allow_tf32) for owner in (torch.backends.cudnn, torch.backends.cuda.matmul)]
-    yield
-    for owner, value in switches:
-        owner.allow_tf32 = value
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("precision", [*DTYPES])
 def test_a_precision_holds_for_all_kernels_and_every_way_to_ask_for_it(put_back, precision):
