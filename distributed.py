@@ -4,7 +4,9 @@ torchrun says in the environment who is who. Every rank holds the whole data set
 are averaged by DistributedDataParallel, and rank 0 alone reads and writes files. NCCL connects GPUs, gloo CPUs.
 """
 
+import atexit
 import contextlib
+import gc
 import warnings
 from datetime import timedelta
 from typing import NamedTuple
@@ -48,6 +50,7 @@ def joined(world, device):
         return
     device = own_device(world, device)
     meet(world, device)
+    atexit.register(free, dist.group.WORLD)
     try:
         yield device
     finally:
@@ -77,6 +80,15 @@ def meet(world, device):
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]
         raise Refused(f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port") from error
+
+
+def free(group):
+    """Frees, at exit, what else refers to the group, as does DistributedDataParallel, which is part of a cycle.
+
+    Python then drops the group, which ends gloo's threads. One that is left may need the GIL when Python has none to give any
+    more, as it frees the tensor of its last task; that aborts the process, and other machines wait for it in vain.
+    """
+    gc.collect()
 
 
 def check_batches(world, batch_size, num_images):

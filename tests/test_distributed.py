@@ -178,6 +178,27 @@ def test_two_machines_train_as_one(call_main, tmp_path):
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
 
 
+THREADS_AT_THE_END = """
+import os, sys, train
+class Last:
+    def __del__(self, tasks="/proc/self/task", listdir=os.listdir, open=os.open, read=os.read, write=os.write):
+        names = [read(open(f"{tasks}/{task}/comm", 0), 99).strip() for task in listdir(tasks)]
+        write(1, b"threads: " + b" ".join(names))
+sys.last = Last()  # freed when Python has ended its other threads
+train.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the names of threads")
+@pytest.mark.parametrize(("more", "status"), [([], 0), (["--lr", 1e9], 1)])
+def test_no_thread_of_gloo_outlives_the_run(forked, tmp_path, more, status):
+    """One that does can abort the process at its end, rarely, and the other ranks then wait for it."""
+    for done in run_ranks(forked, "-c", THREADS_AT_THE_END, *FLAGS, "--epochs", 1, *more, "--save", tmp_path / "run"):
+        assert done.returncode == status, done.stderr
+        (threads,) = [line for line in done.stdout.splitlines() if line.startswith("threads:")]
+        assert "gloo" not in threads
+
+
 # ---------------------------------------------------------------------------------------------------- bad environments
 
 
