@@ -584,8 +584,9 @@ def convolve_second(maps, layer, w2, b, size, training):
 def join(part, statistics, P, pixels, first, eps):
     """Writes mean, 1 / std and variance of P pixels, from column `first` on; part (programs, 2, N), of `pixels` pixels each."""
     programs, _, N = part.shape
-    grid = (triton.cdiv(N, 4),)
-    join_statistics[grid](part, *statistics, programs, pixels, P, first, eps, N, 256, 4)
+    rows, columns = (4, 64) if part.is_cpu else (256, 4)  # an interpreter wants few programs
+    grid = (triton.cdiv(N, columns),)
+    join_statistics[grid](part, *statistics, programs, pixels, P, first, eps, N, rows, columns)
 
 
 def infer(maps, layers, weights):
@@ -662,8 +663,9 @@ def added_up(part, weights, bn, rstd, moments, P, S8, MOMENTS):
     """The sum (width,) of the rows of part (groups, width); with MOMENTS, what is behind the weights goes to the moments."""
     groups, width = part.shape
     sums = part.new_empty(width)
-    grid = (triton.cdiv(width, 16),)
-    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, P, S8, MOMENTS, 128, 16)
+    rows, columns = (4, 2048) if part.is_cpu else (128, 16)  # an interpreter wants few programs
+    grid = (triton.cdiv(width, columns),)
+    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, P, S8, MOMENTS, rows, columns)
     return sums
 
 

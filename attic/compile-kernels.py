@@ -211,26 +211,21 @@ class Code(NamedTuple):
 
 def machine_code(capability, launch):
     """The Code of a launch."""
-    cubin, shared = compiled(launch, capability)
-    usage, listing = tool("cuobjdump", cubin, "--dump-resource-usage"), tool("nvdisasm", cubin, "-c")
+    assembly, cubin, shared = compiled(launch, capability)
+    usage = resource_usage(cubin)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # there is nothing else on it
-    counts = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", listing, re.MULTILINE))
-    products = sorted({name.split(".")[0] for name in counts if re.match("(UTC)?[HQ]G?MMA", name)})
-    return Code(registers, stack, shared, " ".join(products), loads_of(counts))
+    products = sorted({*re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", assembly)})
+    return Code(registers, stack, shared, " ".join(products), loads_of(assembly))
 
 
-def loads_of(counts):
-    """{bits: number of loads from global memory} from the numbers of instructions."""
-    loads = collections.Counter()
-    for name, n in counts.items():
-        if re.match(r"LDG(STS)?\b", name):
-            bits = re.search(r"\.[US]?(8|16|64|128)(?=\.|$)", name)
-            loads[int(bits[1]) if bits else 32] += n
-    return dict(loads)
+def loads_of(assembly):
+    """{bits: number of loads from global memory}."""
+    found = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b|\bcp\.async\.c[ag]\..*, 0x(\w+),", assembly)
+    return dict(collections.Counter(8 * int(size, 16) if size else int(n or 1) * int(bits) for n, bits, size in found))
 
 
 def compiled(launch, capability):
-    """(machine code, bytes of shared memory)."""
+    """(assembly, which is PTX; machine code; bytes of shared memory)."""
     index = {name: i for i, (name, _) in enumerate(launch.types)}
     source = ASTSource(
         fn=getattr(kernels, launch.name),
@@ -240,16 +235,17 @@ def compiled(launch, capability):
     )
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return done.asm["cubin"], done.metadata.shared
+    return done.asm["ptx"], done.asm["cubin"], done.metadata.shared
 
 
-def tool(name, cubin, *flags):
-    """What a tool of Triton's prints of the machine code."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def resource_usage(cubin):
+    """What cuobjdump, which comes with Triton, prints of it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def kept(name):
     return [counting.kept_bytes(forward) / 2e6 for _, forward in steps]
 
 
+@pytest.mark.xdist_group("kept")
 def test_plain_nets_keep_what_their_layers_save():
     """The known figures of the paper's BC nets with k=12, which count the parameters, too, over a batch of 8."""
     parameters = [sum(p.numel() for p in counting.net_of("plain", settings("--depth", d)).parameters()) for d in (40, 100)]
@@ -33,6 +34,7 @@ def test_plain_nets_keep_what_their_layers_save():
     assert megabytes == pytest.approx([8.4, 35.2], rel=0.01)
 
 
+@pytest.mark.xdist_group("kept")
 def test_efficient_blocks_keep_little_and_grow_linearly_where_plain_ones_grow_quadratically():
     """What a layer saves grows with its number; from the exact polynomials follows what is kept at L=250."""
     plain, efficient = kept("plain"), kept("efficient")
@@ -44,6 +46,7 @@ def test_efficient_blocks_keep_little_and_grow_linearly_where_plain_ones_grow_qu
     assert np.polyval(linear, 250) == pytest.approx(0.106 * 172.5, rel=0.01)
 
 
+@pytest.mark.xdist_group("kept")
 def test_checkpointed_blocks_keep_more_than_efficient_ones():
     _, forward = counting.step_on(counting.META, "torchvision-checkpointed", settings("--depth", 40, "--batch-size", 2))
     assert kept("efficient")[1] < counting.kept_bytes(forward) / 2e6 < kept("plain")[1]

@@ -33,27 +33,6 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def torchrun(*arguments, nodes=1):
-    """Starts torchrun for each of `nodes` machines, all of them this one; returns the completed processes."""
-    where = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())] if nodes > 1 else ["--standalone"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), *where]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [*command, "--node-rank", str(node), *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for node in range(nodes)
-    ]
-    return [
-        subprocess.CompletedProcess(p.args, p.wait(), *outputs) for p in running for outputs in [p.communicate(timeout=200)]
-    ]
-
-
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -132,13 +111,12 @@ def test_all_ranks_get_the_running_statistics_of_rank_0_and_nothing_else(two_ran
 
 
 @pytest.fixture(scope="module")
-def two_rank_run(tmp_path_factory):
+def two_rank_run(tmp_path_factory, forked):
     """A run of 95 images in batches of 40 on two ranks: the last batch has 15 images, 8 and 7."""
     save = tmp_path_factory.mktemp("runs") / "two"
-    (done,) = torchrun(
-        "--nproc-per-node", 2, "train.py", *FLAGS, "--limit", 95, "--batch-size", 40, "--epochs", 2, "--val", 51, "--save", save
-    )
-    assert done.returncode == 0, done.stderr
+    flags = [*FLAGS, "--limit", 95, "--batch-size", 40, "--epochs", 2, "--val", 51, "--save", save]
+    for done in run_ranks(forked, "train.py", *flags):
+        assert done.returncode == 0, done.stderr
     return save
 
 
@@ -169,8 +147,12 @@ def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
 def test_two_machines_train_as_one(call_main, tmp_path):
     """Two nodes of one process each, both on the loopback address, give the figures of one process."""
     flags = [*FLAGS, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save"]
-    for done in torchrun("--nproc-per-node", 1, "train.py", *flags, tmp_path / "two", nodes=2):
-        assert done.returncode == 0, done.stderr
+    nodes = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes]
+    commands = [[*torchrun, "--node-rank", node, "train.py", *flags, tmp_path / "two"] for node in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(list(map(str, each)), cwd=ROOT, env=environment) for each in commands]
+    assert [process.wait(timeout=200) for process in running] == [0, 0]
     status, _, errors = call_main(train, *flags, tmp_path / "one")
     assert status == 0, errors
     for name in ("train.csv", "test.csv"):

@@ -361,13 +361,11 @@ def test_a_process_whose_partner_is_gone_says_so(capsys):
 # ------------------------------------------------------------------------------------------- streams, names, compilers
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])
-def test_closed_streams(tiny_run, tmp_path, closed):
+def test_closed_streams(tiny_run, tmp_path):
     """No file of the run gets the number of a stream, and with it what a library prints."""
     command = shlex.join(map(str, [sys.executable, ROOT / "train.py", *flags(tmp_path / "run")]))
-    done = subprocess.run(["sh", "-c", f"exec {command} {closed}"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (done.stdout == "") == (closed != "2>&-")
+    done = subprocess.run(["sh", "-c", f"exec {command} >&- 2>&- <&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert_same_run(tiny_run, tmp_path / "run")
 
 

@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -554,39 +552,26 @@ def test_each_part_has_a_digest_of_its_pixels_and_labels():
         assert data.Split(split.images.mT, split.labels).digest() != split.digest()
 
 
-NO_FSYNC = """
-#define _GNU_SOURCE
-#include <errno.h>
-#include <stdlib.h>
-int fsync(int descriptor) { errno = atoi(getenv("FSYNC_ERRNO")); return errno ? -1 : 0; }
+# train.py on a file system that says what the first argument is when a file is flushed.
+UNFLUSHED = """
+import os, sys, train
+number = int(sys.argv.pop(1))
+def fsync(descriptor):
+    raise OSError(number, os.strerror(number))
+os.fsync = fsync
+train.main()
 """
 
 
-@pytest.fixture(scope="session")
-def without_fsync(tmp_path_factory):
-    """The environment of a process whose fsync says what FSYNC_ERRNO is."""
-    compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
-    folder = tmp_path_factory.mktemp("preload")
-    (folder / "fsync.c").write_text(NO_FSYNC)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "fsync.so", folder / "fsync.c"], check=True)
-    return {**os.environ, "LD_PRELOAD": str(folder / "fsync.so")}
-
-
-def test_a_file_system_that_cannot_flush(without_fsync, tiny_run, tmp_path):
+def test_a_file_system_that_cannot_flush(forked, tiny_run, tmp_path):
     """As CIFS, FUSE and VirtualBox say; a disk that fails says otherwise, and is no place for a run."""
     flags = [*TINY, "--epochs", "2", "--batch-size", "40", "--no-plot", "--save", tmp_path / "run"]
-
-    def run(number, *more):
-        command = [sys.executable, ROOT / "train.py", *flags, *more]
-        environment = {**without_fsync, "FSYNC_ERRNO": str(number)}
-        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-
-    done = run(errno.EINVAL)
+    done = forked(["-c", UNFLUSHED, errno.EINVAL, *flags]).wait()
     assert (done.returncode, done.stderr) == (0, "")
     told = f"{tmp_path / 'run'}: its file system cannot flush a file ("
     assert done.stdout.count("cannot flush") == done.stdout.count(told) == 1
     assert_same_run(tiny_run, tmp_path / "run")
-    done = run(errno.EIO, "--resume")
+    done = forked(["-c", UNFLUSHED, errno.EIO, *flags, "--resume"]).wait()
     assert (done.returncode, "Input/output error" in done.stderr) == (1, True)
 
 
