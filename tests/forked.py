@@ -25,11 +25,11 @@ MODULES = ["train", "evaluate", "plot", "compare", "make_graph", "pandas", "skle
 
 
 class Forked:
-    """The server."""
+    """The server, which imports these modules; those of tests/ are among them."""
 
-    def __init__(self):
+    def __init__(self, modules=MODULES):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        command = [sys.executable, __file__, str(theirs.fileno()), *modules]
         self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
 
@@ -118,8 +118,9 @@ def execute(command):
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-    for module in MODULES:
+    descriptor, *modules = sys.argv[1:]
+    sys.path.insert(0, str(ROOT))
+    for module in modules:
         importlib.import_module(module)
     gc.freeze()
-    execute(serve(socket.socket(fileno=int(sys.argv[1]))))
+    execute(serve(socket.socket(fileno=int(descriptor))))

@@ -276,8 +276,14 @@ def errors_against_torchvision(bottleneck, depth=16):
     return relative_errors(ours, {name: theirs[name] for name in ours})
 
 
+# JAX is imported by one process
+OTHERS = pytest.mark.parametrize(
+    "errors", [pytest.param(errors_against_jax, marks=pytest.mark.xdist_group("jax")), errors_against_torchvision]
+)
+
+
 @pytest.mark.parametrize("bottleneck", [True, False])
-@pytest.mark.parametrize("errors", [errors_against_jax, errors_against_torchvision])
+@OTHERS
 def test_other_implementations_agree(errors, bottleneck):
     assert max(errors(bottleneck).values()) < 1e-9
 
@@ -377,7 +383,7 @@ def test_the_comparison_with_the_official_code_notices_the_bug_by_the_gradients_
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])
-@pytest.mark.parametrize("errors", [errors_against_jax, errors_against_torchvision])
+@OTHERS
 def test_other_implementations_notice_the_bug(errors, bottleneck):
     with planted_bug():
         assert worst(errors(bottleneck), "grad/")[1] > 1

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 from test_distributed import run_ranks
 from test_run_folder import assert_same_run
+from torch._inductor.exc import InductorError
 
 import compare
 import endings
@@ -74,7 +75,7 @@ def flags(save, *more):
         ),
         (
             900,
-            ["--growth-rate", "100", "--batch-size", "4"],
+            ["--growth-rate", "100", "--batch-size", "4", "--limit", "8"],
             "the test after an epoch",
             ["a smaller net (--depth, --growth-rate) or"],
         ),
@@ -160,7 +161,7 @@ def test_a_reader_that_leaves_ends_the_run_and_is_told_how_to_go_on(forked, tiny
         pytest.fail("the program had written all before its reader left")
     assert (done.returncode, len(done.stderr.splitlines())) == (141, 1)
     resume = done.stderr.split("this continues the run: ")[1]
-    assert subprocess.run(resume, shell=True, cwd=ROOT, capture_output=True).returncode == 0
+    assert forked(shlex.split(resume)[1:]).wait().returncode == 0
     assert_same_run(tiny_run, tmp_path / "run")
 
 
@@ -420,21 +421,22 @@ def test_words_for_a_shell():
     assert endings.shell_word("it's\n\udcff\\") == r"$'it\x27s\x0a\xff\x5c'"
 
 
-@pytest.mark.parametrize(
-    ("environment", "reason"),
-    [
-        ({"CXX": "/gone/c++", "PATH": "/gone"}, "InvalidCxxCompiler: No working C++ compiler found"),
-        ({"TORCHINDUCTOR_CACHE_DIR": "/sys"}, "PermissionError: "),
-    ],
-)
-def test_a_compiler_that_is_not_there_and_a_cache_of_another(run, call_main, tiny_run, tmp_path, environment, reason):
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), **environment}
+def test_a_compiler_that_is_not_there(run, call_main, tiny_run, tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": "/gone/c++", "PATH": "/gone"}
     done = run("train.py", *flags(tmp_path / "run", "--compile"), env=environment)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    reason = "InvalidCxxCompiler: No working C++ compiler found"
     assert done.stderr.startswith(f"train.py: torch.compile does not work here ({reason}")
     assert f"): install what is missing, or choose --compile none; {endings.KEPT}" in done.stderr
     assert call_main(train, "--save", tmp_path / "run", "--resume", "--compile", "none")[0] == 0
     assert_same_run(tiny_run, tmp_path / "run")
+
+
+def test_a_cache_of_another():
+    error = InductorError(PermissionError(13, "Permission denied", "/sys/x"), None)
+    status, sentence = endings.last_words(error, ENDING)
+    assert (status, sentence.startswith("torch.compile does not work here (")) == (1, True)
+    assert "PermissionError: [Errno 13] Permission denied: '/sys/x'): install what is missing" in sentence
 
 
 def test_training_that_diverges_ends(call_main, tmp_path):

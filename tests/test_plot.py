@@ -126,11 +126,10 @@ def test_without_out_several_runs_are_drawn_into_the_folder_that_holds_them(call
 @pytest.mark.parametrize("flags", [["--linear"], ["--since", "2"], ["--smooth", "0"], ["--format", "pdf"]])
 def test_flags_to_tweak_a_figure(call_main, tmp_path, flags):
     run = write_run(tmp_path / "run")
-    call_main(plot, run)
-    before = (run / "loss.png").read_bytes()
-    status, out, errors = call_main(plot, run, *flags)
+    call_main(plot, run, "--out", tmp_path / "before.png")
+    status, out, errors = call_main(plot, run, *flags, "--out", tmp_path)
     assert status == 0, errors
-    assert (tmp_path / "run" / out.split()[0]).read_bytes() != before
+    assert (tmp_path / out.split()[-1]).read_bytes() != (tmp_path / "before.png").read_bytes()
 
 
 def test_a_run_that_is_being_written(call_main, tmp_path):

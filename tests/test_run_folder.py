@@ -446,7 +446,7 @@ def damage(content, position, kind, byte):
     position=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(["cut", "insert", "change"]), byte=st.integers(0, 255)
 )
 @hypothesis.settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
