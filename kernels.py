@@ -223,24 +223,19 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, turns, H: tl
                     PRODUCTS: tl.constexpr):  # fmt: skip
     """dz (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
 
-    Grid (groups of `turns` times BM pixels, chunks of BK channels). g9 has the gradients of the nine pixels that a pixel of z
-    takes part in side by side, column tap N + n, so that all taps are one matrix product. part (groups, 9 N K + 2 K): of
-    W2 (N, 3, 3, K), beta2, gamma2.
+    Grid (groups of `turns` times BM pixels, chunks of BK channels). All taps are one matrix product, see nine_gradients. part
+    (groups, 9 N K + 2 K): of W2 (N, 3, 3, K), beta2, gamma2.
     """
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     j = tl.arange(0, TAPS)
-    tap, n = j // N, j % N
-    dy, dx = tap // 3 - 1, tap % 3 - 1
-    at_w = (n * 9 + tap)[:, None] * K + k[None, :]
+    at_w = (j % N * 9 + j // N)[:, None] * K + k[None, :]
     mask_w = (j < 9 * N)[:, None] & (k < K)[None, :]
     w = tl.load(w2 + at_w, mask=mask_w, other=0.0)
     grad_w = tl.zeros((TAPS, BK), tl.float32)
     grad_beta, sum_dz_z = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BK), tl.float32)  # added up over pixels at the end
     for turn in range(turns):
         rows = (tl.program_id(0) * turns + turn) * BM + tl.arange(0, BM)
-        y, x = (rows // W % H)[:, None] - dy[None, :], (rows % W)[:, None] - dx[None, :]
-        inside = (rows < P)[:, None] & (j < 9 * N)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        g9 = tl.load(g + (rows[:, None] - (dy * W + dx)[None, :]) * N + n[None, :], mask=inside, other=0.0)
+        g9 = nine_gradients(g, rows, P, j, H, W, N)
         mask = (rows < P)[:, None] & (k < K)[None, :]
         z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
         centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K))
@@ -252,20 +247,33 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, turns, H: tl
         sum_dz_z += db.to(tl.float32) * centred
     part += tl.program_id(0).to(tl.int64) * (9 * N * K + 2 * K)
     tl.store(part + at_w, grad_w, mask=mask_w)
-    tl.store(part + 9 * N * K + k, tl.sum(grad_beta, 0), mask=k < K)
-    grad_gamma = tl.sum(sum_dz_z, 0) * tl.load(rstd + k, mask=k < K, other=0.0)
-    tl.store(part + 9 * N * K + K + k, grad_gamma, mask=k < K)
+    store_sums(part + 9 * N * K, grad_beta, sum_dz_z, rstd, k, K)
+
+
+@triton.jit
+def nine_gradients(g, rows, P, j, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
+    """The gradients g (P, N) of the nine pixels that a pixel of z takes part in, side by side: column j = tap N + n."""
+    tap, n = j // N, j % N
+    dy, dx = tap // 3 - 1, tap % 3 - 1
+    y, x = (rows // W % H)[:, None] - dy[None, :], (rows % W)[:, None] - dx[None, :]
+    inside = (rows < P)[:, None] & (j < 9 * N)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    return tl.load(g + (rows[:, None] - (dy * W + dx)[None, :]) * N + n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_sums(part, grad_beta, sum_da_x, rstd, c, C):
+    """The gradients of beta and gamma, from their tiles added up over pixels, into part (2, C)."""
+    tl.store(part + c, tl.sum(grad_beta, 0), mask=c < C)
+    tl.store(part + C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["units", "turns"])
 def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S8, units, turns,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
-    """G[:, :C] += scale da, C = units UNIT; this program's part of the gradients.
+    """G[:, :C] += scale da, C = units UNIT; this program's part of the gradients. Columns from C on may have anything in them.
 
-    Grid (groups of `turns` times BM pixels, chunks of BC channels). sums2 (2, K): the gradients of beta2 and gamma2. part
-    (groups, (K + 2) C): of W1 (K, C), beta1, gamma1. A turn's tiles are loaded one turn ahead, to wait less for the memory.
-    Columns from C on have anything in them, and do not mix with others.
+    Grid (groups of `turns` times BM pixels, chunks of BC channels). part (groups, (K + 2) C): of W1 (K, C), beta1, gamma1.
     """
     C = units * UNIT
     k, c = tl.arange(0, KP), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -275,27 +283,29 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     grad_w = tl.zeros((KP, BC), tl.float32)
     grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
     rows = tl.program_id(0) * turns * BM + tl.arange(0, BM)
-    ahead = load_tiles(dz, z, x, G, rows, rows < P, k, c, S8, C, K)
+    ahead = load_tiles(dz, z, x, G, rows, rows < P, k, c, S8, C, K)  # one turn ahead, to wait less for the memory
     for turn in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
         dz_tile, z_tile, x_tile, old = ahead
-        following = rows + BM
-        ahead = load_tiles(dz, z, x, G, following, (following < P) & (turn + 1 < turns), k, c, S8, C, K)
+        ahead = load_tiles(dz, z, x, G, rows + BM, (rows + BM < P) & (turn + 1 < turns), k, c, S8, C, K)
         norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers
         centred, a = activated(x_tile, norm)
-        grad_z = tl.where((rows < P)[:, None], through_batch_norm(dz_tile, z_tile, norm2), 0.0)
-        grad_z = operand(grad_z, dz, PRODUCTS)
-        a_tile = operand(finite(a, rows, P, dz), dz, PRODUCTS)
-        grad_w = tl.dot(tl.trans(grad_z), a_tile, grad_w, input_precision=PRODUCTS)
-        da = tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
-        grad_beta += da
-        sum_da_x += da * centred
+        grad_z = operand(through_batch_norm(dz_tile, z_tile, norm2, rows < P), dz, PRODUCTS)
+        grad_w, da = through_convolution(grad_z, a, w, grad_w, rows, P, dz, PRODUCTS)
+        grad_beta, sum_da_x = grad_beta + da, sum_da_x + da * centred
         new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
         tl.store(G + rows[:, None] * (8 * S8) + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :])
-        rows = following
+        rows += BM
     part += tl.program_id(0).to(tl.int64) * ((K + 2) * C)
     tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
-    tl.store(part + K * C + c, tl.sum(grad_beta, 0), mask=c < C)
-    tl.store(part + (K + 1) * C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+    store_sums(part + K * C, grad_beta, sum_da_x, rstd, c, C)
+
+
+@triton.jit
+def through_convolution(grad_z, a, w, grad_w, rows, P, like, PRODUCTS: tl.constexpr):
+    """(grad_w and what these pixels add to it; da): gradients of a 1x1 convolution of a, the latter where the ReLU is open."""
+    a_tile = operand(finite(a, rows, P, like), like, PRODUCTS)
+    grad_w = tl.dot(tl.trans(grad_z), a_tile, grad_w, input_precision=PRODUCTS)
+    return grad_w, tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
 
 
 @triton.jit
@@ -309,7 +319,10 @@ def load_tiles(dz, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
 
 @triton.jit
 def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
-    """What through_batch_norm needs of channels k: mean, scale, and scale times offset and slope, each (1, channels)."""
+    """What through_batch_norm needs of channels k: mean, scale, and scale times offset and slope, each (1, channels).
+
+    sums (2, K): the gradients of beta and gamma.
+    """
     rstd = tl.load(rstd + k, mask=k < K, other=0.0)
     mean, scale = tl.load(mean + k, mask=k < K, other=0.0), tl.load(gamma + k, mask=k < K, other=0.0) * rstd
     offset = tl.load(sums + k, mask=k < K, other=0.0) * (scale / P)
@@ -318,10 +331,10 @@ def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
 
 
 @triton.jit
-def through_batch_norm(dz, z, norm):
-    """The gradient of z (pixels, K), float32, from that of its batch norm's output; 0 in channels from K on."""
+def through_batch_norm(dz, z, norm, inside):
+    """The gradient of z (pixels, K), float32, from that of its batch norm's output; 0 outside and in channels from K on."""
     mean, scale, offset, slope = norm
-    return dz.to(tl.float32) * scale - ((z.to(tl.float32) - mean) * slope + offset)
+    return tl.where(inside[:, None], dz.to(tl.float32) * scale - ((z.to(tl.float32) - mean) * slope + offset), 0.0)
 
 
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
@@ -395,9 +408,7 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
             sum_da_x += each * centred
             tl.store(G + at_x, (norm[1] * each).to(G.dtype.element_ty), mask=wide)
         tl.store(a + at, operand(average, a, PRODUCTS), mask=wide)
-    part += tl.program_id(0) * (2 * C)
-    tl.store(part + c, tl.sum(grad_beta, 0), mask=c < C)
-    tl.store(part + C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+    store_sums(part + tl.program_id(0) * (2 * C), grad_beta, sum_da_x, rstd, c, C)
 
 
 # ------------------------------------------------------------------------------------------------------ the block's passes
