@@ -26,7 +26,6 @@ MAY_CHANGE = {"data", "device", "compile", "capture", "efficient", "deterministi
 MAY_CHANGE |= {"epochs", "torch", "hardware", "commit"}
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 
-LATER_COLUMNS = ",train_loss,train_error,lr,seconds"  # of test.csv; runs begun before them are continued without
 NUMBER = r"(-?\d+(\.\d+)?(e[+-]\d+)?|-?inf|nan)"  # as append_rows writes it
 NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 
@@ -95,9 +94,8 @@ def begin(save, facts):
 
 def headers(facts):
     """{CSV: its first line}."""
-    columns = "epoch,loss,error"
-    val = ",val_loss,val_error" * (facts["val"] > 0)
-    return {"train.csv": f"{columns}\n", "test.csv": f"{columns}{val}{LATER_COLUMNS}\n"}
+    val = ",val_loss,val_error" if facts["val"] else ""
+    return {"train.csv": "epoch,loss,error\n", "test.csv": f"epoch,loss,error{val},train_loss,train_error,lr,seconds\n"}
 
 
 def resume(save, begun, facts, net, old_rates, new_rates):
@@ -173,12 +171,11 @@ def rows_until(path, facts, epochs_done, steps):
     if not path.exists():
         raise Refused(f"{path} is missing: {REMEDY}")
     header = headers(facts)[path.name]
-    old_header = header.replace(LATER_COLUMNS, "")
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
-    if not lines or lines[0] not in (header, old_header):
+    if lines[:1] != [header]:
         raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
-    row = re.compile(NUMBER + f",{NUMBER}" * lines[0].count(",") + "\n")
+    row = re.compile(NUMBER + f",{NUMBER}" * header.count(",") + "\n")
     for number, (line, epoch) in enumerate(itertools.zip_longest(lines[1:], expected, fillvalue=""), start=2):
         if line.split(",")[0] != epoch or not row.fullmatch(line):
             raise Refused(f"{path} is damaged, line {number} is {line.strip()!r} and not that of epoch {epoch}: {REMEDY}")
@@ -198,9 +195,7 @@ def epoch_text(epoch):
 
 def end_epoch(save, result, checkpoint):
     """Adds the epoch's row to test.csv and replaces latest.pth, after the rows that belong to it have reached the disk."""
-    with (save / "test.csv").open() as file:
-        known = LATER_COLUMNS in file.readline()
-    append_rows(save / "test.csv", [(checkpoint["epoch"], *(result if known else result[: -LATER_COLUMNS.count(",")]))])
+    append_rows(save / "test.csv", [(checkpoint["epoch"], *result)])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
     replace_file(save / "latest.pth", encoded(checkpoint))

@@ -685,22 +685,6 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, tiny_run, tmp_pa
     assert f"{save / 'args.json'} is damaged" in errors
 
 
-def test_a_run_begun_before_the_later_columns_keeps_its_own(call_main, tiny_run, tmp_path):
-    save = shutil.copytree(tiny_run, tmp_path / "run")
-    table = pd.read_csv(save / "test.csv", dtype=str)
-    table[["epoch", "loss", "error"]].to_csv(save / "test.csv", index=False)
-    before = (save / "test.csv").read_text()
-    assert call_main(train, "--save", save, "--resume", "--no-plot")[0] == 0
-    assert (save / "test.csv").read_text() == before
-    flags = [*TINY, "--opt", "adam", "--lr", 0.001, "--batch-size", 40, "--no-plot", "--save", tmp_path / "adam"]
-    assert call_main(train, *flags, "--epochs", 1)[0] == 0
-    table = pd.read_csv(tmp_path / "adam" / "test.csv", dtype=str)
-    table[["epoch", "loss", "error"]].to_csv(tmp_path / "adam" / "test.csv", index=False)
-    assert call_main(train, "--save", tmp_path / "adam", "--resume", "--epochs", 2)[0] == 0
-    rows = (tmp_path / "adam" / "test.csv").read_text().splitlines()
-    assert (rows[0], [row.count(",") for row in rows], rows[2][:2]) == ("epoch,loss,error", [2, 2, 2], "2,")
-
-
 def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):
     flags = [*TINY, "--batch-size", 40, "--no-plot", "--deterministic", "--epochs", 1]
     assert call_main(train, *flags, "--save", tmp_path / "run")[0] == 0
