@@ -15,8 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import UNSUPPORTED, as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
-from endings import MAX_VALUE, Refused, naming, read_json, say
-from machine import DTYPES
+from endings import Refused, naming, read_json, say
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -68,15 +67,13 @@ def continues(save, resume):
 
 
 def read_arguments(save):
-    """args.json of the run in the folder, or {}."""
+    """args.json of the run in the folder, or {}. The values of flags are checked by flags.parse_args."""
     path = save / "args.json"
     if not path.exists():
         return {}
     facts = read_json(path, REMEDY)
-    names = ("image_size", "precision", "epochs")
-    size, precision, epochs = (facts.get(name) if isinstance(facts, dict) else "" for name in names)
-    known = isinstance(size, int | None) and precision in (None, *DTYPES) and isinstance(facts.get("digests", {}), dict)
-    if not known or type(epochs) is not int or not 1 <= epochs <= MAX_VALUE[int]:
+    known = isinstance(facts, dict) and type(facts.get("epochs")) is int and isinstance(facts.get("digests", {}), dict)
+    if not known:
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
 
