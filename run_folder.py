@@ -80,10 +80,8 @@ def read_arguments(save):
 
 def begin(save, facts):
     """Deletes an earlier run and writes args.json and empty CSVs."""
-    refuse_folders(save)
     for name in FILES:
-        if not (save / name).is_dir():  # a folder named like a figure: plotting reports it
-            (save / name).unlink(missing_ok=True)
+        (save / name).unlink(missing_ok=True)
     replace_file(save / "args.json", as_json(facts))
     for name, header in headers(facts).items():
         replace_file(save / name, header.encode())
@@ -102,7 +100,6 @@ def resume(save, begun, facts, net, old_rates, new_rates):
     --epochs and with the new one.
     Refused, before anything is changed, if a file is missing or damaged or of another net or other arguments.
     """
-    refuse_folders(save)
     if not continues(save, resume=True):
         refuse_lost_checkpoint(save)
         compare_arguments(begun, facts)
@@ -135,13 +132,6 @@ def refuse_lost_checkpoint(save):
             raise Refused(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 
 
-def refuse_folders(save):
-    """Refused if a folder is where a file of the run belongs, but for the figures."""
-    for name in FILES:
-        if not name.endswith(".png") and (save / name).is_dir():
-            raise Refused(f"{save / name} is a folder where a file is expected: remove it, or choose another --save")
-
-
 def compare_arguments(old, new):
     """Refused if an argument that changes the result differs, or the data."""
     for name in old:
@@ -165,7 +155,7 @@ def compare_rates(old, new, epochs_done):
 
 def rows_until(path, facts, epochs_done, steps):
     """The CSV's content up to `epochs_done` epochs of `steps` rows. Refused if rows are missing or damaged."""
-    if not path.exists():
+    if not path.is_file():
         raise Refused(f"{path} is missing: {REMEDY}")
     header = headers(facts)[path.name]
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
