@@ -88,7 +88,8 @@ def load_checkpoint(path, remedy="name the latest.pth of a run"):
     Never executes code. testzip, because torch.load ignores checksums.
     """
     path = Path(path)
-    refuse_no_file(path)
+    if not path.is_file():
+        raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -101,16 +102,6 @@ def load_checkpoint(path, remedy="name the latest.pth of a run"):
     if not is_checkpoint(checkpoint):
         raise Refused(f"{path} is no checkpoint of train.py: {remedy}")
     return checkpoint
-
-
-def refuse_no_file(path):
-    """Refused if the path is not that of a file with weights, with what may be meant."""
-    if path.is_dir():
-        raise Refused(f"{path} is a folder: name {path / 'latest.pth' if (path / 'latest.pth').exists() else 'a file in it'}")
-    if not path.is_file():
-        raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: name the latest.pth of a run")
-    if path.suffix.lower() == ".json":
-        raise Refused(f"{path} is a description and has no weights: name the .pth file beside it")
 
 
 def is_checkpoint(values):

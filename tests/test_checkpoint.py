@@ -200,11 +200,6 @@ def folder(path):
     path.mkdir()
 
 
-def folder_of_a_run(path):
-    path.mkdir()
-    (path / "latest.pth").touch()
-
-
 CARD = {"args": {}, "epoch": 1, "mean": [], "std": [], "classes": []}  # complete, so that it is the net that is refused
 
 
@@ -223,8 +218,7 @@ def other_net(path):
         (other_checkpoint, "is no checkpoint of train.py"),
         (bare_tensor, "is no checkpoint of train.py"),
         (nothing, "does not exist: name the latest.pth of a run"),
-        (folder, "file.pth is a folder: name a file in it"),
-        (folder_of_a_run, "file.pth/latest.pth"),
+        (folder, "file.pth is no file: name the latest.pth of a run"),
         (vgg, "is no checkpoint of train.py"),
         (other_net, "is no checkpoint of train.py"),
     ],
