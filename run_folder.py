@@ -4,8 +4,10 @@ CSV rows are on the disk before the checkpoint of their epoch; --resume removes 
 """
 
 import contextlib
+import csv
 import errno
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -96,24 +98,23 @@ def headers(facts):
 def resume(save, begun, facts, net, old_rates, new_rates):
     """The run's checkpoint, with newer CSV rows removed; None if there is none yet.
 
-    `begun` is what args.json says, `facts` what it will say. The lists have the learning rate of each epoch, with the run's old
-    --epochs and with the new one.
-    Refused, before anything is changed, if a file is missing or damaged or of another net or other arguments.
+    `begun` is the old args.json, `facts` the new one; the rates are each epoch's, with the old and the new --epochs.
+    Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.
     """
-    if not continues(save, resume=True):
+    compare_arguments(begun, facts)
+    path = save / "latest.pth"
+    if not path.exists():
         refuse_lost_checkpoint(save)
-        compare_arguments(begun, facts)
         return None
-    checkpoint = load_checkpoint(save / "latest.pth", REMEDY)
+    checkpoint = load_checkpoint(path, REMEDY)
     if not begun:
         raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
-    compare_arguments(begun, facts)
+    compare_arguments(checkpoint["args"], facts)
     compare_rates(old_rates, new_rates, checkpoint["epoch"])
     if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
-        raise Refused(f"{save / 'latest.pth'} is not of this run, or of another version of this program: put back its own")
-    compare_arguments(checkpoint["args"], facts)
-    steps = {"train.csv": -(-facts["train_images"] // facts["batch_size"]), "test.csv": 1}
-    rows = {name: rows_until(save / name, facts, checkpoint["epoch"], steps[name]) for name in steps}
+        raise Refused(f"{path} is not of this run, or of another version of this program: put back its own")
+    steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
+    rows = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
     for name, content in {"args.json": as_json(facts), **rows}.items():
         replace_file(save / name, content)
     return checkpoint
@@ -122,7 +123,7 @@ def resume(save, begun, facts, net, old_rates, new_rates):
 def last_row(path):
     """{column: text} of the last row of a CSV."""
     with path.open() as file:
-        return dict(zip(next(file).strip().split(","), [*file][-1].strip().split(","), strict=False))
+        return [*csv.DictReader(file)][-1]
 
 
 def refuse_lost_checkpoint(save):
