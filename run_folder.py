@@ -44,18 +44,15 @@ def locked(save):
 
     Without file locks the run goes on unlocked: a lock that is a mere file would outlive a killed run.
     """
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save") from error
     lock = FileLock(save / ".lock", blocking=False, fallback_to_soft=False)
     try:
+        save.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise Refused(f"another process is training in {save}: wait for it, or choose another --save") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise Refused(f"{save / '.lock'} cannot be written ({error.strerror}): choose another --save") from error
+            raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save") from error
         say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:
         yield
