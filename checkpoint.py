@@ -16,6 +16,7 @@ from densenet import ArgumentError, DenseNet
 from endings import Refused, naming, read_json, refuse_existing, say
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
+ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluations read
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system says of what it lacks
@@ -65,10 +66,11 @@ def load_weights(net, state):
 
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, in evaluation mode, of plain modules. Refused if it has not got such weights."""
-    if not all(isinstance(value, MODEL.get(name, ())) for name, value in checkpoint["model"].items()):
+    model = checkpoint["model"]
+    if model.keys() != MODEL.keys() or not of_kinds(model, MODEL):
         raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
     try:
-        net = DenseNet(**checkpoint["model"] | {"efficient": False})
+        net = DenseNet(**model | {"efficient": False})
     except ArgumentError as error:
         raise Refused(f"the checkpoint describes an impossible DenseNet ({error}): it is damaged") from error
     if not fits(checkpoint["net"], net):
@@ -98,26 +100,26 @@ def load_checkpoint(path, remedy="name the latest.pth of a run"):
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
         raise Refused(f"{path} is damaged or no checkpoint of train.py: {remedy}") from error
     if is_state_dict(checkpoint):
-        checkpoint = {"net": checkpoint, **read_card(path.with_suffix(".json"))}
-    if not is_checkpoint(checkpoint):
+        return {"net": checkpoint, **read_card(path.with_suffix(".json"))}
+    if not is_card(checkpoint) or not is_state_dict(checkpoint.get("net")):
         raise Refused(f"{path} is no checkpoint of train.py: {remedy}")
     return checkpoint
 
 
-def is_checkpoint(values):
-    """Whether it is a dictionary with the weights of a net and its card, each entry of the right kind."""
+def is_card(values):
+    """Whether it is a dictionary that describes a net, see make_card."""
     return (
         isinstance(values, dict)
-        and {"net", *CARD} <= values.keys()
-        and is_state_dict(values["net"])
-        and all(isinstance(values[name], kind) for name, kind in CARD.items())
+        and of_kinds(values, CARD)
+        and of_kinds(values["args"], ARGS)
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
-        and all(isinstance(values["args"].get(name), str) for name in ("dataset", "data"))
-        and isinstance(values["args"].get("image_size"), int | None)
-        and isinstance(values["args"].get("digests", {}), dict)
-        and type(values["args"].get("val", 0)) is int
     )
+
+
+def of_kinds(values, kinds):
+    """Whether the dictionary has a value of the right kind for each name; None where one is missing."""
+    return all(isinstance(values.get(name), kind) for name, kind in kinds.items())
 
 
 def is_state_dict(values):
@@ -130,9 +132,8 @@ def read_card(path):
     if not path.exists():
         raise Refused(f"bare weights need {path}, which evaluate.py --export writes beside them: {remedy}")
     card = read_json(path, remedy)
-    missing = [name for name in CARD if not isinstance(card, dict) or name not in card]
-    if missing:
-        raise Refused(f"{path} lacks {', '.join(missing)}, it is not what evaluate.py --export writes: {remedy}")
+    if not is_card(card):
+        raise Refused(f"{path} is not what evaluate.py --export writes: {remedy}")
     return card
 
 

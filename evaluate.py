@@ -100,7 +100,7 @@ def read_split(checkpoint, root, part):
     run = checkpoint["args"]
     if run["dataset"] not in data.SOURCES:
         raise Refused(f"the net was trained on {run['dataset']}, which this version of the program does not know")
-    if part == "val" and run.get("val", 0) < 1:
+    if part == "val" and run["val"] < 1:
         raise Refused("the run of this net held out no images: leave out --val")
     source = "train" if part == "val" else "test"
     split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
@@ -109,7 +109,7 @@ def read_split(checkpoint, root, part):
     if part == "test":
         return split
     _, held_out = data.hold_out(split, run["val"], None)
-    if run.get("digests", {}).get("val") not in (None, held_out.digest()):
+    if (run.get("digests") or {}).get("val") not in (None, held_out.digest()):
         raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
     return held_out
 

@@ -150,8 +150,8 @@ def test_exported_weights_are_bare_and_give_the_same_figures(call_main, tiny_run
         (None, "bare weights need {}, which evaluate.py --export writes beside them: put it there, or name the latest.pth"),
         ("{", "{} is damaged (Expecting property name"),
         ("[" * 100_000, "{} is damaged ("),
-        ("[]", "{} lacks model, args, epoch, mean, std, classes, it is not what"),
-        ('{"args": {}, "epoch": 1, "mean": [], "std": []}', "{} lacks model, classes, it is not what evaluate.py --export"),
+        ("[]", "{} is not what evaluate.py --export writes"),
+        ('{"args": {}, "epoch": 1, "mean": [], "std": []}', "{} is not what evaluate.py --export writes"),
     ],
 )
 def test_bare_weights_without_their_card_are_refused_and_it_is_named(call_main, tmp_path, card, message):

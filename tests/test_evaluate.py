@@ -91,7 +91,7 @@ def test_names_of_classes_are_text_in_the_picture(monkeypatch, tmp_path):
         ({"epoch": "1"}, "is no checkpoint of train.py"),
         ({"classes": [0]}, "is no checkpoint of train.py"),
         ({"args": {}}, "is no checkpoint of train.py"),
-        ({"args": {"dataset": "mnist", "data": "data"}}, "was trained on mnist, which this version"),
+        ({"args": {"dataset": "mnist", "data": "data", "val": 0}}, "was trained on mnist, which this version"),
     ],
 )
 def test_a_checkpoint_of_another_version(call_main, tiny_run, tmp_path, change, message):
