@@ -136,21 +136,20 @@ def memory_for(needs, remedy):
         raise
 
 
-def memory_advice(args, gpu, fresh=True):
-    """(what a run needs memory for, what needs less: flags not yet in use); gpu: whether there is one.
-
-    A run that is continued, and not fresh, keeps its batches and its net.
-    """
-    remedies = ["--efficient"] * (args.efficient is False and args.depth is not None)
-    wide = args.precision not in ("bf16", "fp16")
-    remedies += ["--precision bf16"] * (fresh and gpu and wide and not args.device.startswith("cpu"))
-    remedies += ["--no-capture"] * bool(args.capture)
-    remedies += ["a smaller --batch-size"] * (fresh and args.batch_size > 1)
-    needs = f"batches of {args.batch_size}"
-    if args.depth is not None:  # the control experiment has a net of its own
-        needs += f" and a net of L={args.depth}, k={args.growth_rate}"
-        remedies += ["a smaller net (--depth, --growth-rate)"] * fresh
-    return needs, " or ".join([*remedies, "fewer images (--limit)" if fresh else "a machine that has more"])
+def memory_advice(args, device, fresh):
+    """(what a run needs memory for, what needs less); a run that is continued, not fresh, keeps its batches and its net."""
+    densenet = args.depth is not None  # the control experiment has another net
+    needs = f"batches of {args.batch_size}" + (f" and a net of L={args.depth}, k={args.growth_rate}" if densenet else "")
+    remedies = {
+        "--efficient": densenet and not args.efficient,
+        "--precision bf16": fresh and device.type == "cuda" and args.precision in ("fp32", "tf32"),
+        "--no-capture": args.capture,
+        "a smaller --batch-size": fresh and args.batch_size > 1,
+        "a smaller net (--depth, --growth-rate)": fresh and densenet,
+        "fewer images (--limit)": fresh,
+        "a machine that has more": not fresh,
+    }
+    return needs, " or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
 def at_least(low, kind=int, high=None):

@@ -44,7 +44,7 @@ MAX_LOSS = 1e4  # of a step; no training that goes well has it
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
+    with endings.worded(parser, "the net and its images", "a machine that has more") as ending:
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
@@ -55,7 +55,7 @@ def main():
             flags.refuse_contradictions(args, device, world.size)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
             fresh = not run_folder.continues(args.save, args.resume)
-            ending.needs, ending.remedy = endings.memory_advice(args, device.type == "cuda", fresh)
+            ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
             init, args.image_size = distributed.share_object(read_init(args, fresh) if world.rank == 0 else None, world)

@@ -35,7 +35,7 @@ BOUND = 12.0  # test error on CIFAR-10 in percent
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, *endings.memory_advice(args, gpu=torch.cuda.is_available())) as ending:
+    with endings.worded(parser, "the net and its images", "a machine that has more") as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
         args = flags.parse_args(parser, begun=begun)
@@ -43,9 +43,10 @@ def main():
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
         run_folder.compare_arguments(begun, flags.plain_arguments(args))
+        fresh = not run_folder.continues(args.save, args.resume)
+        ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
         keep_freed_memory(device)
         make_repeatable(args.deterministic)
-        fresh = not run_folder.continues(args.save, args.resume)
         args.image_size = args.image_size or data.IMAGE_SIZE
         dataset = train.load_data(args, device, World())
         torch.manual_seed(args.seed)

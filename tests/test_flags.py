@@ -36,17 +36,19 @@ def test_defaults_that_depend_on_others():
 
 
 def test_memory_advice_names_what_is_not_used_yet():
-    needs, remedy = memory_advice(parse("--depth", "190", "--growth-rate", "40"), gpu=True)
+    def advice(*arguments, device="cuda", fresh=True):
+        return memory_advice(parse(*arguments), torch.device(device), fresh)
+
+    needs, remedy = advice("--depth", "190", "--growth-rate", "40")
     assert needs == "batches of 64 and a net of L=190, k=40"
     smaller = "a smaller net (--depth, --growth-rate) or fewer images (--limit)"
     assert remedy == f"--efficient or --precision bf16 or a smaller --batch-size or {smaller}"
-    _, remedy = memory_advice(parse("--efficient", "--precision", "bf16", "--batch-size", "1"), gpu=True)
-    assert remedy == smaller
-    assert "--efficient or --no-capture or" in memory_advice(parse("--capture", "--precision", "bf16"), gpu=True)[1]
-    for arguments, gpu in [(["--device", "cpu"], True), ([], False), (["--precision", "fp16"], True)]:
-        assert "bf16" not in memory_advice(parse(*arguments), gpu)[1]
+    assert advice("--efficient", "--precision", "bf16", "--batch-size", "1")[1] == smaller
+    assert "--efficient or --no-capture or" in advice("--capture", "--precision", "bf16")[1]
+    assert advice("--capture", fresh=False)[1] == "--efficient or --no-capture or a machine that has more"
+    assert "bf16" not in advice(device="cpu")[1] + advice("--precision", "fp16")[1]
     for precision in ("fp32", "tf32"):
-        assert "--precision bf16" in memory_advice(parse("--precision", precision), gpu=True)[1]
+        assert "--precision bf16" in advice("--precision", precision)[1]
 
 
 @pytest.mark.parametrize(
