@@ -18,7 +18,6 @@ import signal
 import sys
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
-STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}  # in the order of their descriptors
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
 FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of a disk: nobody's mistake
 KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
@@ -222,7 +221,7 @@ def say(*lines, write=print):
 
 def settle_streams():
     """Opens as /dev/null what was closed from the start (>&-); letters that a stream cannot encode are escaped."""
-    for name, mode in STREAMS.items():
+    for name, mode in [("stdin", "r"), ("stdout", "w"), ("stderr", "w")]:  # in the order of their descriptors
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -233,7 +232,8 @@ def resume_command(num_processes):
     """The command that continues this run."""
     if num_processes > 1:
         return "the same torchrun command with --resume"
-    return " ".join(shell_word(word) for word in [*(w for w in sys.orig_argv if w not in ("--resume", "--force")), "--resume"])
+    words = [word for word in sys.orig_argv if word not in ("--resume", "--force")]
+    return " ".join(map(shell_word, [*words, "--resume"]))
 
 
 def shell_word(word):
