@@ -141,24 +141,21 @@ def sum_over_ranks(tensor, world):
     """The sum of the ranks' tensors. NCCL adds tensors on GPUs only, wherever they come from."""
     if world.size == 1:
         return tensor
-    return all_reduce(tensor.cuda() if dist.get_backend() == "nccl" else tensor)
-
-
-def all_reduce(tensor):
-    dist.all_reduce(tensor)
-    return tensor
+    return AllReduce.apply(tensor.cuda() if dist.get_backend() == "nccl" else tensor)
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over the ranks, with its gradient: the sum of the ranks' gradients."""
+    """The sum over the ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, tensor):
-        return all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_reduce(gradient.clone(memory_format=torch.contiguous_format))
+        return AllReduce.apply(gradient)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
