@@ -30,14 +30,13 @@ class World(NamedTuple):
 
 def read_world(environment):
     """The world that torchrun describes in the environment; World() without torchrun."""
-    environment = {name: value for name, value in environment.items() if value}  # empty is as if unset
     if "WORLD_SIZE" not in environment:
         return World()
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-    values = [environment.get(name, "0" if name == names[-1] else "") for name in names]
-    world = World(*map(int, values)) if all(value.isdecimal() for value in values) else None
-    if not world or not world.rank < world.size:
-        told = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    values = {name: environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    values["TORCHELASTIC_RESTART_COUNT"] = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    world = World(*map(int, values.values())) if all(value.isdecimal() for value in values.values()) else None
+    if not world or world.rank >= world.size:
+        told = ", ".join(f"{name}={value}" for name, value in values.items())
         raise Refused(f"the environment describes no process of torchrun ({told}): use torchrun, or unset WORLD_SIZE")
     return world
 
@@ -103,7 +102,7 @@ def check_batches(world, batch_size, num_images):
 @contextlib.contextmanager
 def first_rank_first(world):
     """The first process of each machine does what is inside, then the others do: one download, then it is there for all."""
-    if world.size > 1 and world.local_rank > 0:
+    if world.local_rank > 0:
         dist.barrier()
     try:
         yield
