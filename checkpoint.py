@@ -1,4 +1,4 @@
-"""A net on disk: what a checkpoint holds, written in one step, read safely, exported as weights; the net rebuilt from it."""
+"""A net on disk: checkpoints, written atomically and read safely; exported weights; the net rebuilt from either."""
 
 import errno
 import functools
@@ -19,12 +19,12 @@ CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "c
 ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluations read
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system says of what it lacks
-NO_FOLDERS = {errno.EBADF, errno.EISDIR, errno.EACCES}  # and one that can flush files alone
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of a file system that lacks something
+NO_FOLDERS = {errno.EBADF, errno.EISDIR, errno.EACCES}  # errors of one that can flush files, but no folders
 
 
 def make_card(model, args, dataset):
-    """What describes a net: its own arguments, those of its run, and what an evaluation must know of the data set."""
+    """What describes a net: its own arguments, those of its run, and what an evaluation needs to know of the data set."""
     return {
         "model": {**model, "num_classes": len(dataset.classes)},
         "args": args,
@@ -65,7 +65,7 @@ def load_weights(net, state):
 
 
 def build_net(checkpoint):
-    """The trained DenseNet of a checkpoint, in evaluation mode, of plain modules. Refused if it has not got such weights."""
+    """The trained DenseNet of a checkpoint, of plain modules, in evaluation mode. Refused if the weights are of another net."""
     model = checkpoint["model"]
     if model.keys() != MODEL.keys() or not of_kinds(model, MODEL):
         raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
@@ -87,7 +87,7 @@ def normalization(checkpoint, device):
 def load_checkpoint(path, remedy="name the latest.pth of a run"):
     """The dictionary that make_checkpoint made, on the CPU. Refused, with a remedy, if the file is something else or damaged.
 
-    Never executes code. testzip, because torch.load ignores checksums.
+    No code in the file is run. testzip, because torch.load ignores checksums.
     """
     path = Path(path)
     if not path.is_file():
@@ -181,7 +181,7 @@ def replace_file(path, content):
 
 
 def flush_to_disk(path):
-    """Returns when the content of a file, or the entries of a folder, are on the disk; not every file system can promise it."""
+    """Waits until a file's content, or a folder's entries, are on the disk; says so where the file system cannot do that."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -194,7 +194,6 @@ def flush_to_disk(path):
         say_unsafe(path if path.is_dir() else path.parent, error.strerror)
 
 
-@functools.cache  # once
+@functools.cache  # so that it is said once
 def say_unsafe(folder, reason):
-    """Says that a file system does not say when data are on the disk."""
     say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage the run", write=tqdm.write)

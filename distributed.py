@@ -25,7 +25,7 @@ class World(NamedTuple):
     rank: int = 0
     local_rank: int = 0  # among the processes of this machine: the number of its GPU
     size: int = 1
-    attempt: int = 0  # how often torchrun has started all of them again
+    attempt: int = 0  # how often torchrun has restarted all of them
 
 
 def read_world(environment):
@@ -43,7 +43,7 @@ def read_world(environment):
 
 @contextlib.contextmanager
 def joined(world, device):
-    """Within it the ranks are connected. Yields this one's device. Refused if they cannot meet, or a rank has no GPU."""
+    """Connects the ranks, for what is inside; yields this rank's device. Refused if they cannot meet, or a rank has no GPU."""
     if world.size == 1:
         yield device
         return
@@ -82,10 +82,10 @@ def meet(world, device):
 
 
 def free(group):
-    """Frees, at exit, what else refers to the group, as does DistributedDataParallel, which is part of a cycle.
+    """At exit, frees what else refers to the group, such as DistributedDataParallel, which is in a reference cycle.
 
-    Python then drops the group, which ends gloo's threads. One that is left may need the GIL when Python has none to give any
-    more, as it frees the tensor of its last task; that aborts the process, and other machines wait for it in vain.
+    Python then frees the group, which ends gloo's threads. A thread that is left may ask for the GIL during Python's shutdown,
+    to free the tensor of its last task: that aborts the process, and the other ranks wait for it in vain.
     """
     gc.collect()
 
@@ -101,7 +101,7 @@ def check_batches(world, batch_size, num_images):
 
 @contextlib.contextmanager
 def first_rank_first(world):
-    """The first process of each machine does what is inside, then the others do: one download, then it is there for all."""
+    """Of each machine's processes the first does what is inside, such as a download; then the others do."""
     if world.local_rank > 0:
         dist.barrier()
     try:
@@ -137,7 +137,7 @@ def share_object(value, world):
 
 
 def sum_over_ranks(tensor, world):
-    """The sum of the ranks' tensors. NCCL adds tensors on GPUs only, wherever they come from."""
+    """The sum of the ranks' tensors; on a GPU with NCCL, which sums nowhere else."""
     if world.size == 1:
         return tensor
     return AllReduce.apply(tensor.cuda() if dist.get_backend() == "nccl" else tensor)
@@ -158,7 +158,7 @@ class AllReduce(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of the whole batch, over all ranks, for CPUs; torch.nn.SyncBatchNorm is for GPUs only."""
+    """Batch norm with the statistics of the whole batch, over all ranks, on CPUs; torch.nn.SyncBatchNorm needs GPUs."""
 
     def forward(self, x):
         if not self.training:
@@ -177,7 +177,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(net, device):
-    """Makes every BatchNorm2d of the net a synchronised one, in place; parameters, buffers and their names stay."""
+    """Makes every BatchNorm2d of the net a synchronised one; parameters, buffers and their names stay."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return

@@ -19,7 +19,7 @@ import sys
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
-FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of a disk: nobody's mistake
+FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # the disk is full or fails: no user error
 KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
 
 # Out-of-memory messages of libraries that raise a plain RuntimeError.
@@ -39,7 +39,7 @@ class Refused(Exception):
 
 
 class OutOfMemory(Exception):
-    """Memory ran out for what is named; its arguments are those of `worded`."""
+    """Memory ran out; the arguments are (needs, remedy), see worded."""
 
 
 class Stopped(Exception):
@@ -77,7 +77,7 @@ def worded(parser, needs, remedy):
 
 
 def last_words(error, ending):
-    """(exit status, or None for a bug; message) of an exception."""
+    """(exit status, message) of an exception; the status of a bug is None."""
     go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
     kept = f"; {KEPT}" if ending.resume else ""
     if out_of_memory(error):
@@ -126,7 +126,7 @@ def failed_compiler(error):
 
 @contextlib.contextmanager
 def memory_for(needs, remedy):
-    """Where memory runs out inside, the message names what needed it there, and not what the whole program needs."""
+    """Where memory runs out inside, the message has this `needs` and `remedy`, not those of the whole program."""
     try:
         yield
     except Exception as error:
@@ -186,14 +186,14 @@ def read_json(path, remedy):
 
 
 def refuse_existing(*paths):
-    """Refused if one of the files is there already; None is none."""
+    """Refused if one of the files exists; None stands for no file."""
     for path in filter(None, paths):
         if path.is_file() or path.is_dir():  # and not /dev/stdout
             raise Refused(f"{path} exists already: name another file, or remove it")
 
 
 def write_text(path, text):
-    """Writes a file, of which the folder may be new, and says so."""
+    """Writes a text file, in a folder that may be new, and says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -202,7 +202,7 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def naming(path):
-    """Gives an OSError raised inside the file's name; errors of writing come without one."""
+    """Adds the file's name to an OSError from inside: errors of writing have none."""
     try:
         yield
     except OSError as error:
@@ -212,7 +212,7 @@ def naming(path):
 
 
 def say(*lines, write=print):
-    """Prints and flushes, so that a closed pipe or a full disk is noticed at once."""
+    """Prints and flushes, so that a closed pipe or a full disk is an error at once."""
     with naming("standard output"):
         for line in lines:
             write(line)
@@ -220,7 +220,7 @@ def say(*lines, write=print):
 
 
 def settle_streams():
-    """Opens as /dev/null what was closed from the start (>&-); letters that a stream cannot encode are escaped."""
+    """Opens /dev/null for streams closed from the start (>&-); characters that a stream cannot encode are escaped."""
     for name, mode in [("stdin", "r"), ("stdout", "w"), ("stderr", "w")]:  # in the order of their descriptors
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -237,7 +237,7 @@ def resume_command(num_processes):
 
 
 def shell_word(word):
-    """The word as a shell takes it, also where it is no text: then its bytes are escaped, $'work/\\xff'."""
+    """The word quoted for a shell; where it cannot be printed, its bytes are escaped, $'work/\\xff'."""
     if word.isprintable() and word == word.encode(sys.stderr.encoding, "replace").decode(sys.stderr.encoding):
         return shlex.quote(word)
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
@@ -268,7 +268,7 @@ class StopSignals:
 
 
 def silence_broken_streams():
-    """Discards unwritable output of stdout and stderr, of which the interpreter would complain at its end."""
+    """Discards output that stdout and stderr cannot write: Python would report it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

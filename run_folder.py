@@ -42,7 +42,7 @@ def refuse_to_replace(save, resume, force):
 def locked(save):
     """Creates the folder and holds its lock, which is released when the process dies.
 
-    Without file locks the run goes on unlocked: a lock that is a mere file would outlive a killed run.
+    Where the file system has no locks, the run goes on without one: a lock that is a mere file would outlive a killed run.
     """
     lock = FileLock(save / ".lock", blocking=False, fallback_to_soft=False)
     try:
@@ -131,7 +131,7 @@ def refuse_lost_checkpoint(save):
 
 
 def compare_arguments(old, new):
-    """Refused if an argument that changes the result differs, or the data."""
+    """Refused if the data differ, or an argument that changes the result."""
     for name in old:
         if name in new and name not in MAY_CHANGE and old[name] != new[name]:
             if name == "digests":
@@ -199,16 +199,18 @@ class Plots:
         """Starts plot.py, unless it is still running."""
         if self.enabled and (self.process is None or self.process.poll() is not None):
             self.wait()
-            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-            try:  # start_new_session: Ctrl-C is not meant for it
-                self.process = subprocess.Popen(self.command, **streams, start_new_session=True)
-            except OSError as error:  # no memory or no process is left for it
+            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+            try:  # in a session of its own, because Ctrl-C is not meant for it
+                self.process = subprocess.Popen(self.command, **options, start_new_session=True)
+            except OSError as error:  # such as no memory or no process left
                 self.report(error.strerror)
 
     def wait(self):
         """Waits for plot.py; its first failure is reported."""
-        _, errors = self.process.communicate() if self.process else (None, "")
-        if self.process and self.process.returncode:
+        if self.process is None:
+            return
+        _, errors = self.process.communicate()
+        if self.process.returncode:
             reasons = [line for line in errors.splitlines() if "this is a bug" not in line]
             self.report(reasons[-1] if reasons else f"plot.py ended with status {self.process.returncode}")
         self.process = None
@@ -221,7 +223,7 @@ class Plots:
 
 
 def git_commit():
-    """The commit this code is at, with "-dirty" behind it if it was changed since; None without git."""
+    """The commit of this code, with "-dirty" behind it if files have changed since; None without git."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
