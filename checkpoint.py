@@ -1,6 +1,5 @@
 """A net on disk: checkpoints, written atomically and read safely; exported weights; the net rebuilt from either."""
 
-import errno
 import functools
 import io
 import json
@@ -13,14 +12,12 @@ from tqdm import tqdm
 
 from data import IMAGE_SIZE
 from densenet import ArgumentError, DenseNet
-from endings import Refused, naming, read_json, refuse_existing, say
+from endings import FAILED_LATER, Refused, naming, read_json, refuse_existing, say
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
 ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluations read
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
 MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of a file system that lacks something
-NO_FOLDERS = {errno.EBADF, errno.EISDIR, errno.EACCES}  # errors of one that can flush files, but no folders
 
 
 def make_card(model, args, dataset):
@@ -182,16 +179,16 @@ def replace_file(path, content):
 
 def flush_to_disk(path):
     """Waits until a file's content, or a folder's entries, are on the disk; says so where the file system cannot do that."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with naming(path):
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except OSError as error:
-        if error.errno not in UNSUPPORTED and not (error.errno in NO_FOLDERS and path.is_dir()):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno in FAILED_LATER:
+            raise
         say_unsafe(path if path.is_dir() else path.parent, error.strerror)
+    finally:
+        os.close(descriptor)
 
 
 @functools.cache  # so that it is said once

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import UNSUPPORTED, as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
+from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
 from endings import Refused, naming, read_json, say
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ MAY_CHANGE |= {"epochs", "torch", "hardware", "commit"}
 REMEDY = "put back a whole one, replace the run with --force, or choose another --save"
 
 NUMBER = r"(-?\d+(\.\d+)?(e[+-]\d+)?|-?inf|nan)"  # as append_rows writes it
-NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of a file system without locks
 
 
 def refuse_to_replace(save, resume, force):
