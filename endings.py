@@ -38,10 +38,6 @@ class Refused(Exception):
         self.status = status
 
 
-class OutOfMemory(Exception):
-    """Memory ran out; the arguments are (needs, remedy), see worded."""
-
-
 class Stopped(Exception):
     """A signal ends the run."""
 
@@ -81,7 +77,7 @@ def last_words(error, ending):
     go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
     kept = f"; {KEPT}" if ending.resume else ""
     if out_of_memory(error):
-        needs, remedy = error.args if isinstance(error, OutOfMemory) else (ending.needs, ending.remedy)
+        needs, remedy = getattr(error, "memory_for", (ending.needs, ending.remedy))
         return 1, f"memory ran out for {needs}: choose {remedy}{kept}"
     if lost_peer(error):
         return 1, f"another process of this run has ended, see its message{kept}"
@@ -130,8 +126,7 @@ def memory_for(needs, remedy):
     try:
         yield
     except Exception as error:
-        if out_of_memory(error):
-            raise OutOfMemory(needs, remedy) from error
+        error.memory_for = needs, remedy
         raise
 
 
