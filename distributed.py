@@ -30,7 +30,7 @@ class World(NamedTuple):
 
 def read_world(environment):
     """The world that torchrun describes in the environment; World() without torchrun."""
-    if "WORLD_SIZE" not in environment:
+    if not environment.get("WORLD_SIZE"):  # empty is as if unset
         return World()
     values = {name: environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     values["TORCHELASTIC_RESTART_COUNT"] = environment.get("TORCHELASTIC_RESTART_COUNT", "0")

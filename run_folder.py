@@ -78,7 +78,9 @@ def read_arguments(save):
 
 
 def begin(save, facts):
-    """Deletes an earlier run and writes args.json and empty CSVs."""
+    """Deletes an earlier run and writes args.json and empty CSVs. Refused, before that, if a folder is in a file's place."""
+    for folder in filter(Path.is_dir, (save / name for name in FILES)):
+        raise Refused(f"{folder} is a folder where a file is expected: remove it, or choose another --save")
     for name in FILES:
         (save / name).unlink(missing_ok=True)
     replace_file(save / "args.json", as_json(facts))

@@ -362,14 +362,23 @@ def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tin
     assert contents(save) == before
 
 
-def test_a_folder_where_the_lock_should_be(call_main, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "ways", "told"),
+    [
+        (".lock", ["--resume", "--force"], "{save} cannot be a run's folder ("),
+        ("latest.pth", ["--resume"], "{save}/latest.pth is no file: "),
+        ("train.csv", ["--resume"], "{save}/train.csv is missing: "),
+        ("loss.png", ["--force"], "{save}/loss.png is a folder where a file is expected: remove it"),
+    ],
+)
+def test_a_folder_where_a_file_should_be(call_main, tiny_run, tmp_path, name, ways, told):
     save = shutil.copytree(tiny_run, tmp_path / "run")
-    (save / ".lock").unlink()
-    (save / ".lock").mkdir()
+    (save / name).unlink()
+    (save / name).mkdir()
     before = contents(save)
-    for way in ("--resume", "--force"):
+    for way in ways:
         status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, way)
-        assert (status, len(errors.splitlines()), f"{save} cannot be a run's folder (" in errors) == (2, 2, True)
+        assert (status, len(errors.splitlines()), told.format(save=save) in errors) == (2, 2, True), errors
         assert contents(save) == before
 
 
