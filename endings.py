@@ -273,6 +273,5 @@ def silence_broken_streams():
 
 def silence(descriptor):
     """Redirects a file descriptor to /dev/null."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
