@@ -148,14 +148,11 @@ def make_optimizer(net, args):
     return torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
 
 
-def learning_rate(epoch, epochs, initial):
-    """The paper's schedule: divided by 10 after 50 % and after 75 % of the epochs; epoch counts from 0."""
-    return initial * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
-
-
 def schedule(args, epochs):
-    """The learning rate of each epoch; None for Adam and RMSprop, which keep theirs."""
-    return [learning_rate(epoch, epochs, args.lr) if args.opt == "sgd" else None for epoch in range(epochs)]
+    """The paper's learning rate of each epoch: divided by 10 at half and at three quarters of them. Adam and RMSprop: None."""
+    if args.opt != "sgd":
+        return [None] * epochs
+    return [args.lr * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)) for epoch in range(epochs)]
 
 
 def prepare(net, args, device, world):
