@@ -11,7 +11,6 @@ import contextlib
 import warnings
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -27,15 +26,20 @@ class TrainingStep:
 
     def __init__(self, net, args, device, world):
         set_precision(args.precision)
+        if args.sync_bn and world.size > 1:
+            distributed.synchronise_batch_norm(net, device)
         self.world = world
-        self.model = prepare(net, args, device, world)
+        self.batch_size = args.batch_size // world.size  # this rank's part of a whole batch
+        self.model = distributed.wrap(net, world, device)  # shares its parameters with the net, which is saved and tested
+        self.compiled = compiled(self.model, args.compile, device)
         self.optimizer = make_optimizer(net, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        dtype = DTYPES[args.precision]  # no cache: what a captured step reads, it has to compute itself
-        cast = torch.autocast(device.type, dtype, cache_enabled=False) if dtype is not torch.float32 else None
-        self.autocast = cast or contextlib.nullcontext()
-        eager = self.eager_gradients
-        self.gradients = CapturedGradients(eager, [*net.parameters()], args.batch_size) if args.capture else eager
+        self.autocast = contextlib.nullcontext()
+        if args.precision in ("bf16", "fp16"):  # without a cache: a captured step has to compute all that it reads
+            self.autocast = torch.autocast(device.type, DTYPES[args.precision], cache_enabled=False)
+        self.gradients = self.eager_gradients
+        if args.capture:
+            self.gradients = CapturedGradients(self.eager_gradients, [*net.parameters()], args.batch_size)
 
     def __call__(self, images, labels, share):
         """This rank's part of (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch."""
@@ -50,12 +54,13 @@ class TrainingStep:
         Nothing may outlive a step in a CUDA graph, so the old gradients are freed before the forward pass.
         """
         self.optimizer.zero_grad()
+        model = self.compiled if len(images) == self.batch_size else self.model  # one shape alone is compiled
         with self.autocast:
-            logits = self.model(images)  #                         (N, num_classes)
+            logits = model(images)  #                             (N, num_classes)
             loss = share * F.cross_entropy(logits, labels)  #     (), sums to the batch mean over the ranks
-        self.scaler.scale(self.world.size * loss).backward()  #   DDP averages gradients: this makes it a sum
+        self.scaler.scale(self.world.size * loss).backward()  #  DDP averages gradients: this makes it a sum
         error = share * 100 * (logits.argmax(dim=1) != labels).float().mean()
-        return torch.stack([loss.detach(), error])  #              (2,)
+        return torch.stack([loss.detach(), error])  #             (2,)
 
     def begin_epoch(self, rate):
         """Switches to training mode and sets the learning rate (None keeps it); returns the current one."""
@@ -155,25 +160,8 @@ def schedule(args, epochs):
     return [args.lr * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)) for epoch in range(epochs)]
 
 
-def prepare(net, args, device, world):
-    """The net as it is trained; the bare net, whose parameters it shares, is what is saved and tested."""
-    if args.sync_bn and world.size > 1:
-        distributed.synchronise_batch_norm(net, device)
-    model = distributed.wrap(net, world, device)
-    if not args.compile:
-        return model
-    automatic = "reduce-overhead" if device.type == "cuda" else "default"
-    return WholeBatchesCompiled(model, automatic if args.compile == "auto" else args.compile, args.batch_size // world.size)
-
-
-class WholeBatchesCompiled(nn.Module):
-    """The compiled model. The smaller last batch runs uncompiled, so that only one shape is compiled."""
-
-    def __init__(self, model, mode, batch_size):
-        super().__init__()
-        self.compiled = torch.compile(model, mode=mode)
-        self.model = model
-        self.batch_size = batch_size
-
-    def forward(self, images):
-        return (self.compiled if len(images) == self.batch_size else self.model)(images)
+def compiled(model, mode, device):
+    """The model by torch.compile in this mode; None leaves it as it is."""
+    if mode == "auto":
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(model, mode=mode) if mode else model

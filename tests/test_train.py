@@ -499,12 +499,15 @@ def test_every_epoch_trains_with_its_own_rate_channels_last(call_main, steps, tm
 )
 def test_what_is_compiled(monkeypatch, flags, device, mode):
     """Whole batches, in the mode of the flag; a smaller one, and the net that is saved, are not."""
-    compiled, net = [], torch.nn.Identity()
-    monkeypatch.setattr(torch, "compile", lambda model, mode: lambda images: compiled.append((model, mode, len(images))))
-    model = step.prepare(net, parse("--batch-size", "4", *flags), torch.device(device), World())
+    compiled, net = [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode: lambda images: [model(images), compiled.append((mode, len(images)))][0]
+    )
+    take = TrainingStep(net, parse("--batch-size", "4", *flags), torch.device(device), World())
     for size in (4, 3):
-        model(torch.zeros(size))
-    assert compiled == ([(net, mode, 4)] if mode else [])
+        take(torch.zeros(size, 2), torch.zeros(size, dtype=torch.int64), 1.0)
+    assert compiled == ([(mode, 4)] if mode else [])
+    assert take.model is net
 
 
 @pytest.mark.parametrize("exported", [False, True])
