@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import re
 
 import torch
 
@@ -12,24 +11,20 @@ from endings import Refused
 # The precisions, and in which type the net computes what autocast lets it.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
-DEVICE_NAME = re.compile(r"auto|(cpu|cuda|mps)(:(0|[1-9]\d{0,99}))?", re.ASCII)
 
 
 def choose_device(name):
-    """The torch.device of --device; auto is the GPU if there is one. Refused if the device is not there."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    """The torch.device of --device; auto is the GPU if there is one. Refused if this machine has no such device."""
+    gpus = torch.cuda.device_count()
+    names = ["cuda", *(f"cuda:{number}" for number in range(gpus))] if gpus else []
+    names += ["mps", "mps:0"] * torch.backends.mps.is_available() + ["cpu", "cpu:0"]
     if name == "auto":
-        name = next(kind for kind, count in counts.items() if count)
-    if not DEVICE_NAME.fullmatch(name):
-        raise Refused(f"--device {name!r} is no device: choose auto, cpu, cuda, cuda:N or mps")
-    kind, _, index = name.partition(":")
-    if not counts[kind]:
-        raise Refused(f"--device {name}: this machine has none that PyTorch can use: choose --device cpu")
-    if int(index or 0) >= counts[kind]:  # not asked of torch.device, which takes cuda:256 for cuda:0
-        raise Refused(f"--device {name}: the machine has {counts[kind]} of them, counted from 0: choose a lower number")
+        name = names[0]
+    if name not in names:  # not asked of torch.device, which takes cuda:256 for cuda:0
+        raise Refused(f"--device {name!r} is not a device that PyTorch can use here: choose auto, {', '.join(names)}")
     device = torch.device(name)
-    if kind == "cuda" and index:
-        torch.cuda.set_device(device)  # so that "cuda" without an index means this one
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # so that "cuda" without a number means this one
     return device
 
 

@@ -189,9 +189,9 @@ def test_the_programs_are_those_with_flags():
         (["--depth", "1000000"], "--depth: 1000000 is out of range"),
         (["--weight-decay", "inf"], "inf is out of range"),
         (["--save", ""], "--save: the name is empty: give one, or leave out the flag"),
-        (["--device", "gpu"], "'gpu' is no device: choose auto, cpu, cuda, cuda:N or mps"),
-        (["--device", "meta"], "'meta' is no device"),
-        (["--device", "cuda:-1"], "'cuda:-1' is no device"),
+        (["--device", "gpu"], "'gpu' is not a device that PyTorch can use here: choose auto, "),
+        (["--device", "meta"], "'meta' is not a device"),
+        (["--device", "cuda:-1"], "'cuda:-1' is not a device"),
         (["--device", ""], "--device: the name is empty"),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_device_that_is_not_there(call_main, tmp_path, device):
         pytest.skip(f"{device} is there")
     for name in (device, f"{device}:1"):
         status, _, errors = call_main(train, "--dataset", "digits", "--device", name, "--save", tmp_path / "run")
-        assert (status, f"--device {name}: this machine has none" in errors) == (2, True)
+        assert (status, f"--device '{name}' is not a device that PyTorch can use here" in errors) == (2, True)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def four_gpus(monkeypatch):
 @pytest.mark.parametrize("name", ["cuda:4", "cuda:44", "cuda:256", "cuda:99999999999"])
 def test_a_number_that_is_not_there(four_gpus, name):
     """PyTorch itself takes cuda:256 for cuda:0."""
-    with pytest.raises(Refused, match=f"--device {name}: the machine has 4 of them, counted from 0"):
+    with pytest.raises(Refused, match="choose auto, cuda, cuda:0, cuda:1, cuda:2, cuda:3, "):
         choose_device(name)
     assert not four_gpus
 
@@ -81,7 +81,7 @@ def test_a_number_that_is_there_is_what_cuda_means_from_then_on(four_gpus):
 
 
 def test_one_cpu_has_the_number_0(call_main, tmp_path):
-    with pytest.raises(Refused, match="--device cpu:1: the machine has 1 of them"):
+    with pytest.raises(Refused, match="'cpu:1' is not a device that PyTorch can use here"):
         choose_device("cpu:1")
     flags = ["--dataset", "digits", "--depth", 10, "--growth-rate", 4, "--limit", 96, "--epochs", 1, "--no-plot"]
     status, _, errors = call_main(train, *flags, "--device", "cpu:0", "--save", tmp_path / "run")
