@@ -186,21 +186,19 @@ def fit(net, dataset, args, world, checkpoint):
     rates = schedule(args, args.epochs)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
-    val_error = ""
     extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
-    look = {"desc": f"epoch {first_epoch + 1}", "unit": " images", "unit_scale": True, "leave": False}
-    with progress(shown=world.rank == 0 and first_epoch < args.epochs, **extent, **look) as bar:
+    shown = world.rank == 0 and first_epoch < args.epochs
+    with progress(shown=shown, **extent, unit=" images", unit_scale=True, leave=False) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
-            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}{val_error}", refresh=False)
+            bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}", refresh=False)
             log = EpochLog(args, epoch, len(dataset.train), world)
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
             tested = test(net, dataset, world)
             check_loss(sum(tested[::2]), f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
-            val_error = f", val error {tested[3]:.2f} %" if dataset.val else ""
             if world.rank == 0:
                 result = [*tested, *log.mean(), rate, seconds]
                 run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
