@@ -89,14 +89,11 @@ def read_init(args, fresh):
 
 
 def refuse_another_net(args, init):
-    """Refused where the net of --init has other shapes than that of the model flags, but for the classifier's.
-
-    Named is what the flags say otherwise, and not what follows from it, such as init_channels from growth_rate.
-    """
-    trained, flagged = build_net(init).architecture, flags.model_arguments(args)
+    """Refused where the net of --init has other shapes than that of the model flags, but for the classifier's."""
+    trained = build_net(init).architecture
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
-    names = [name for name in ours if trained[name] != ours[name] and init["model"].get(name) != flagged[name]]
+    names = [name for name in ours if trained[name] != ours[name]]
     if names:
         differences = ", ".join(f"{name.replace('_', ' ')} {trained[name]} and not {ours[name]}" for name in names)
         raise Refused(f"--init {args.init} has {differences}: give its model flags")

@@ -527,9 +527,9 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "differences"),
     [
-        (["--growth-rate", 8], "growth rate 4 and not 8"),
+        (["--growth-rate", 8], "growth rate 4 and not 8, init channels 8 and not 16"),
         (["--depth", 16, "--reduction", 0.6], "depth 10 and not 16, reduction 0.5 and not 0.6"),
-        (["--no-bottleneck"], "bottleneck True and not False"),
+        (["--no-bottleneck"], "bottleneck True and not False, reduction 0.5 and not 1.0, init channels 8 and not 16"),
         (["--init-channels", 5], "init channels 8 and not 5"),
     ],
 )
