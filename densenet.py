@@ -171,11 +171,10 @@ def layers_per_block(depth, bottleneck):
     """n of the paper: (depth - 4) / 6 with bottlenecks, (depth - 4) / 3 without. ArgumentError names the nearest depths."""
     step = 6 if bottleneck else 3
     num_layers, rest = divmod(depth - 4, step)
-    if num_layers < 1:
-        raise ArgumentError(f"depth {depth} is too small: the two smallest that fit are {4 + step} and {4 + 2 * step}")
-    if rest:
-        below, above = depth - rest, depth - rest + step
-        raise ArgumentError(f"depth {depth} does not fit: depth - 4 must divide by {step}, the nearest are {below} and {above}")
+    if rest or num_layers < 1:
+        below = max(depth - rest, 4 + step)
+        nearest = f"the nearest are {below} and {below + step}"
+        raise ArgumentError(f"depth {depth} does not fit: depth - 4 must be a multiple of {step}, {nearest}")
     return num_layers
 
 

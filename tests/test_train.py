@@ -607,12 +607,12 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--depth", 41], "depth 41 does not fit: depth - 4 must divide by 6, the nearest are 40 and 46"),
+        (["--depth", 41], "depth 41 does not fit: depth - 4 must be a multiple of 6, the nearest are 40 and 46"),
         (["--depth", 41, "--no-bottleneck"], "nearest are 40 and 43"),
         (["--growth-rate", 0], "growth_rate 0 is too small"),
         (["--batch-size", 0], "--batch-size/--batchSz: 0 is out of range: it must be 1 or more"),
         (["--batch-size", 10**9], "1000000000 is out of range: it must be 10000000 or less"),
-        (["--depth", -3], "depth -3 is too small: the two smallest that fit are 10 and 16"),
+        (["--depth", -3], "depth -3 does not fit: depth - 4 must be a multiple of 6, the nearest are 10 and 16"),
         (["--growth-rate", -1], "growth_rate -1 is too small: it must be 1 or more"),
         (["--reduction", -1], "reduction -1.0 is out of range: it must be in (0, 1]"),
         (["--batch-size", "many"], "invalid int value: 'many'"),
