@@ -158,13 +158,12 @@ class DenseBlock(nn.Sequential):
 
 
 def joined(block, transition, x):
-    """transition(block(x)); in one, without the block's output, where dense_block.py computes both. (N, C', H // 2, W // 2)."""
+    """transition(block(x)), (N, C', H // 2, W // 2); computed as one where dense_block.py can, without the block's output."""
     layers, mode = list(block), block.training
-    if not (untouched(block, DenseBlock, mode) and block.takes(x)):
-        return transition(block(x))
-    if untouched(transition, Transition, mode) and joinable(x, layers, transition):
+    as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
+    if as_made and block.takes(x) and joinable(x, layers, transition):
         return dense_block(x, layers, transition)
-    return transition(dense_block(x, layers))
+    return transition(block(x))
 
 
 def layers_per_block(depth, bottleneck):
