@@ -25,7 +25,6 @@ import functools
 import importlib.util
 import os
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,14 +238,9 @@ def fitting_kernels(x, layers):
 @functools.cache
 def load_kernels():
     """kernels.py from beside this file: torch.hub has taken the folder off the path, and others have modules of that name."""
-    path = Path(__file__).with_name("kernels.py")
-    loaded = sys.modules.get("kernels")
-    if loaded and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    spec = importlib.util.spec_from_file_location("kernels", path)
+    spec = importlib.util.spec_from_file_location("kernels", Path(__file__).with_name("kernels.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules.setdefault("kernels", module)
     return module
 
 
