@@ -61,7 +61,8 @@ def computable(x, layers):
     Asked before each pass, since a hook may come at any time: some 20 us a layer. A captured step does not ask.
     """
     training = layers[0].training
-    if torch.nn.modules.module._has_any_global_hook() or not (training or may_infer(x, layers)) or not x.numel():
+    lone = x[:, 0].numel() < 2  # of which batch norm cannot take statistics
+    if lone or torch.nn.modules.module._has_any_global_hook() or not (training or may_infer(x, layers)):
         return False
     channels = x.shape[1]
     for layer in layers:
@@ -213,8 +214,6 @@ def forward_layers(x, block, weights):
 
     All running statistics are updated.
     """
-    if x[:, 0].numel() == 1:
-        raise ValueError("expected more than 1 value per channel when training")  # as batch norm says it
     layers, passes = block.layers, block.passes
     count_batches(block.modules)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)

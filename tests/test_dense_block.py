@@ -358,4 +358,4 @@ def test_what_was_not_changed_is_efficient(monkeypatch, arguments):
 
 def test_a_single_value_per_channel_is_an_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        dense_block.dense_block(torch.zeros(1, 4, 1, 1), [Bottleneck(4, 2)])
+        DenseBlock(Bottleneck, 1, 4, 2, 0.0, efficient=True)(torch.zeros(1, 4, 1, 1))
