@@ -319,8 +319,8 @@ def batch_norm_relu(z, bn):
 def first_convolution(maps, mean, rstd, bn, weight):
     """conv1(relu(bn1(maps))), slice by slice."""
     out = maps.new_empty(*maps.shape[:3], weight.shape[0])
-    for part, (scratch,) in slices(maps, scratch=1):
-        a = activate(maps[part], mean, rstd, bn, scratch)
+    for part in slices(maps):
+        a = activate(maps[part], mean, rstd, bn)
         if weight.shape[2] == 1:  # a matrix product
             torch.mm(rows(a), weight.flatten(1).t(), out=rows(out[part]))
         else:
@@ -328,11 +328,11 @@ def first_convolution(maps, mean, rstd, bn, weight):
     return out
 
 
-def activate(x, mean, rstd, bn, out=None):
+def activate(x, mean, rstd, bn):
     """Batch norm and relu of maps (n, H, W, c)."""
     scale = bn.weight * rstd
     shift = bn.bias - scale * mean  # both in float32, whatever the type of the maps
-    return torch.addcmul(shift, x, scale, out=torch.empty_like(x) if out is None else out).relu_()
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x)).relu_()
 
 
 def dropout(x, rate):
@@ -343,18 +343,11 @@ def dropout(x, rate):
     return x * nhwc(mask) / (1 - rate), nhwc(mask).bool()
 
 
-def slices(maps, scratch):
-    """Yields the batch (N, H, W, C) in parts of whole images, and for each part so many tensors to compute in.
-
-    On a CPU the parts are small and the tensors always the same, so that all stays in the cache. Elsewhere the one part is the
-    whole batch and the tensors are None, for torch to allocate.
-    """
+def slices(maps):
+    """Slices of the batch (N, H, W, C): on a CPU of so few images that what is computed of them stays in the cache."""
     n, h, w, _ = maps.shape
-    on_cpu = maps.device.type == "cpu"
-    step = min(n, max(1, SLICE_PIXELS // (h * w))) if on_cpu else n
-    buffers = [maps.new_empty(step, *maps.shape[1:]) if on_cpu else None for _ in range(scratch)]
-    for first in range(0, n, step):
-        yield slice(first, first + step), [b if b is None else b[: n - first] for b in buffers]
+    step = max(1, SLICE_PIXELS // (h * w)) if maps.device.type == "cpu" else n
+    return [slice(first, first + step) for first in range(0, n, step)]
 
 
 def rows(x):
@@ -414,7 +407,7 @@ def backward_second(grad, layer, tensors, weight=None):
         return undo_dropout(grad, mask1, layer.dropout.p), []
     grad = undo_dropout(grad, mask2, layer.dropout.p)
     b = activate(z, mean2, rstd2, layer.bn2)
-    grad_b, grad_w = convolution_backward(grad, b, weight, out=None)
+    grad_b, grad_w = convolution_backward(grad, b, weight)
     grad_z, *grads_of_bn = batch_norm_relu_backward(grad_b, b, z, mean2, rstd2, layer.bn2)
     return undo_dropout(grad_z, mask1, layer.dropout.p), [*grads_of_bn, grad_w]
 
@@ -431,14 +424,14 @@ def batch_norm_relu_backward(grad, b, z, mean, rstd, bn):
 def backward_first(grad_z, grads, maps, mean, rstd, moments, bn, weight):
     """Adds the layer's part to G and to the moments; returns the gradients of gamma1, beta1, W1."""
     grads_of_bn, grads_of_weight = [], []
-    for part, (scratch, scratch_da) in slices(maps, scratch=2):
-        a = activate(maps[part], mean, rstd, bn, scratch)
-        da, grad_w = convolution_backward(grad_z[part], a, weight, scratch_da)
+    for part in slices(maps):
+        a = activate(maps[part], mean, rstd, bn)
+        da, grad_w = convolution_backward(grad_z[part], a, weight)
         grads_of_bn.append(accumulate(da, a, maps[part], mean, rstd, bn.weight, grads[part]))
         grads_of_weight.append(grad_w.to(bn.weight.dtype))
-    grad_beta, grad_gamma = grad_bn = functools.reduce(torch.add, grads_of_bn)
+    grad_beta, grad_gamma = grad_bn = sum(grads_of_bn)
     moments.addcmul_(bn.weight * rstd, grad_bn, value=1 / maps[..., 0].numel())
-    return grad_gamma, grad_beta, functools.reduce(torch.add, grads_of_weight)
+    return grad_gamma, grad_beta, sum(grads_of_weight)
 
 
 def accumulate(da, a, x, mean, rstd, gamma, grads):
@@ -453,11 +446,10 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
     return torch.stack([grad_beta, (sum_da_x - mean * grad_beta) * rstd])
 
 
-def convolution_backward(grad, x, weight, out):
-    """Gradients of the input (N, H, W, C), which may be written into out, and of the weight; of a 1x1 or padded 3x3 kernel."""
+def convolution_backward(grad, x, weight):
+    """Gradients of the input (N, H, W, C) and of the weight, of a 1x1 or padded 3x3 kernel."""
     if weight.shape[2] == 1:  # two matrix products
-        grad_x = torch.mm(rows(grad), weight.flatten(1), out=None if out is None else rows(out)).view(x.shape)
-        return grad_x, (rows(grad).t() @ rows(x)).view(weight.shape)
+        return (rows(grad) @ weight.flatten(1)).view(x.shape), (rows(grad).t() @ rows(x)).view(weight.shape)
     grad_x, grad_w, _ = aten.convolution_backward(
         nchw(grad), nchw(x), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     )
