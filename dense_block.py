@@ -68,7 +68,7 @@ def computable(x, layers):
     for layer in layers:
         if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
             return False
-        if not all(plain(*half, training) for half in zip(*halves(layer), strict=True)):
+        if not all(plain(*half, training) for half in halves(layer)):
             return False
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
@@ -95,11 +95,11 @@ def joinable(x, layers, transition):
     return alike and kernels is not None and kernels.fit_transition(x, transition)
 
 
-def halves(layer):
-    """The batch norms, the convolutions behind them, and the sides of their kernels."""
-    if hasattr(layer, "bn2"):
-        return (layer.bn1, layer.bn2), (layer.conv1, layer.conv2), (1, 3)
-    return (layer.bn1,), (layer.conv1,), (3,)
+def halves(module):
+    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition the side, which is 1, is not asked for."""
+    if hasattr(module, "bn2"):
+        return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
+    return [(module.bn1, module.conv1, 3)]
 
 
 def untouched(module, kind, training):
@@ -117,11 +117,6 @@ def plain(bn, conv, side, training):
         return False
     shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
     return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
-
-
-def module_parameters(module):
-    """gamma1, beta1, W1 of a layer or a transition, and of a bottleneck also gamma2, beta2, W2."""
-    return [p for bn, conv, _ in zip(*halves(module), strict=True) for p in (bn.weight, bn.bias, conv.weight)]
 
 
 def new_channels(layer):
@@ -146,7 +141,8 @@ class Block(NamedTuple):
         return [*self.layers, self.transition] if self.transition else self.layers
 
     def parameters(self):
-        return [p for module in self.modules for p in module_parameters(module)]
+        """gamma1, beta1, W1 of each module, and of a bottleneck also gamma2, beta2, W2."""
+        return [p for module in self.modules for bn, conv, _ in halves(module) for p in (bn.weight, bn.bias, conv.weight)]
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -178,7 +174,7 @@ class DenseBlockFunction(torch.autograd.Function):
 
 def weights_of(layers, x, passes):
     """For each layer the weights of its convolutions, as the passes want them for maps like x."""
-    convolutions = zip(*(halves(layer)[1] for layer in layers), strict=True)
+    convolutions = zip(*([conv for _, conv, _ in halves(layer)] for layer in layers), strict=True)
     return [*zip(*(passes.cast(each, x) for each in convolutions), strict=True)]
 
 
@@ -215,7 +211,7 @@ def forward_layers(x, block, weights):
     All running statistics are updated.
     """
     layers, passes = block.layers, block.passes
-    count_batches(block.modules)
+    torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _, _ in halves(module)], 1)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
     maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -269,12 +265,6 @@ def forward(maps, mean, rstd, var, layers, weights):
         write_maps(maps[..., c:], mean[c:], rstd[c:], var[c:], out, layer.bn1.eps)
         kept.append(tensors)
     return kept
-
-
-def count_batches(modules):
-    """As every batch norm does before it uses its momentum."""
-    norms = [bn for module in modules for bn in halves(module)[0]]
-    torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
 
 
 def momentum(bn):
@@ -367,7 +357,7 @@ def nhwc(x):
 
 
 def backward_layers(grad, buffer, statistics, block, weights, kept):
-    """Gradient of the block's input (N, C, H, W), and those of all parameters in the order of module_parameters."""
+    """Gradient of the block's input (N, C, H, W), and those of all parameters, in their order."""
     passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
     moments = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope of the derivation
     grads, grads_of_transition = torch.empty_like(buffer)[..., : maps.shape[-1]], []  # the former is G of the derivation
