@@ -1,23 +1,23 @@
-"""A dense block in memory that grows linearly with its depth, equal to the plain modules in outputs, buffers and gradients.
+"""A dense block in memory that grows linearly with its depth; outputs, buffers and gradients equal those of the plain modules.
 
 In a dense block every layer normalises the SAME feature maps x with the SAME batch statistics; only gamma and beta are its own.
 So a layer's activation is a = relu(scale * x + shift), with rstd = 1 / sqrt(var + eps), scale = gamma rstd and
 shift = beta - scale mean: one pass over the maps. It is not kept but computed again in the backward pass.
 
-    memory     One buffer x (pixels by channels, channels last) holds all maps: a layer reads its first c channels and writes
-               its own behind them, so nothing is ever concatenated, and in the end the buffer is the block's output. Kept for
-               the backward pass are x, mean and rstd of each map, and the bottlenecks' outputs z: linear in depth. (The plain
-               net keeps each layer's concatenation and its activation: quadratic in depth.)
+    memory     One buffer x (pixels by channels, channels last) holds all maps. A layer reads the first c channels and writes
+               its own behind them: nothing is concatenated, and in the end the buffer is the block's output. Kept for the
+               backward pass are x, mean and rstd of each map, and the bottlenecks' outputs z: linear in depth. (Plain modules
+               keep each layer's concatenation and activation: quadratic in depth.)
     forward    Layer by layer: z = conv1(a), then BN-ReLU-Conv3x3 as usual.
-    backward   From the last layer to the first, with one buffer G for the gradient of x, which starts as that of the output.
+    backward   From the last layer to the first. A buffer G for the gradient of x starts as the gradient of the output.
                With da the gradient of a where a > 0, else 0:   dbeta = sum da,   dgamma = sum da (x - mean) rstd.
                The gradient of a batch norm with respect to its input,
                    scale (da - dbeta / P - (x - mean) rstd dgamma / P),   P the number of pixels in the batch,
                is linear in da. Its first term is added to G at once. The other two are summed over the layers that read a map,
-               and taken off once, when the map's own turn comes:
+               and subtracted once, when the map's own turn comes:
                    g = G - offset - (x - mean) rstd slope,   offset = sum of scale dbeta / P,   slope = sum of scale dgamma / P.
-    transition One more reader of the maps x. kernels.py computes it together with the block, whose output is then not needed;
-               here it is a module of its own.
+    transition It reads the maps x, too. kernels.py computes it together with the block, whose output is then not needed; here
+               it is a module of its own.
 """
 
 import contextlib
@@ -45,9 +45,8 @@ aten = torch.ops.aten
 def dense_block(x, layers, transition=None):
     """The maps (N, C, H, W) and, behind them, those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
-    With a transition, its output for these maps. Differentiable once, with respect to x and all parameters. Updates every
-    running statistic as the plain layers would. To be called for layers that are `computable` alone, and for a transition that
-    is `joinable`; in evaluation mode, these are so on a GPU alone.
+    With a transition, its output for these maps. Differentiable once, with respect to x and all parameters. Updates the running
+    statistics as the plain layers would. The layers must be `computable`, and a transition `joinable`.
     """
     if not layers[0].training:
         return infer(x, layers, transition)
@@ -58,7 +57,7 @@ def dense_block(x, layers, transition=None):
 def computable(x, layers):
     """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
 
-    Asked before each pass, since a hook may come at any time: some 20 us a layer. A captured step does not ask.
+    Asked before each pass, which takes some 20 us a layer: a hook may be added at any time. A replayed CUDA graph does not ask.
     """
     training = layers[0].training
     lone = x[:, 0].numel() < 2  # of which batch norm cannot take statistics
@@ -77,7 +76,7 @@ def computable(x, layers):
 
 
 def may_infer(x, layers):
-    """Whether kernels.py computes the block in evaluation mode: no autograd, transform, compiler or tracer looks on."""
+    """Whether kernels.py computes the block in evaluation mode: not under autograd, functorch, a compiler or a tracer."""
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
     transformed = type(x) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
@@ -86,7 +85,7 @@ def may_infer(x, layers):
 
 @torch.compiler.disable
 def joinable(x, layers, transition):
-    """Whether dense_block computes a transition, too, behind layers that are computable: by kernels.py, if it is as made."""
+    """Whether dense_block also computes the transition behind computable layers: by kernels.py, if it is unchanged."""
     bn, conv, training = transition.bn1, transition.conv1, layers[0].training
     if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
         return False
@@ -103,13 +102,13 @@ def halves(module):
 
 
 def untouched(module, kind, training):
-    """Whether the module is of this very class, in this mode, without hooks and with the forward of its class."""
+    """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return type(module) is kind and module.training == training and not any(hooks) and "forward" not in module.__dict__
 
 
 def plain(bn, conv, side, training):
-    """Whether a batch norm has all that is its own, and the convolution is zero-padded to keep the size, and nothing else."""
+    """Whether the batch norm has weights and running statistics, and the convolution is a zero-padded one without a bias."""
     made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
     if not (made and bn.affine and bn.track_running_stats):
         return False
@@ -130,7 +129,7 @@ def out_channels(layers):
 
 
 class Block(NamedTuple):
-    """The modules, and what computes them."""
+    """The modules of a block, and the functions that compute them."""
 
     layers: list
     transition: nn.Module | None
@@ -173,18 +172,18 @@ class DenseBlockFunction(torch.autograd.Function):
 
 
 def weights_of(layers, x, passes):
-    """For each layer the weights of its convolutions, as the passes want them for maps like x."""
+    """For each layer the weights of its convolutions, in the type and layout that the passes need for maps like x."""
     convolutions = zip(*([conv for _, conv, _ in halves(layer)] for layer in layers), strict=True)
     return [*zip(*(passes.cast(each, x) for each in convolutions), strict=True)]
 
 
 def cast(convolutions, maps):
-    """Their weights in the type of the maps."""
+    """The convolutions' weights in the type of the maps."""
     return [conv.weight.to(maps.dtype) for conv in convolutions]
 
 
 def infer(x, layers, transition):
-    """As dense_block, in evaluation mode, on a GPU."""
+    """dense_block in evaluation mode, on a GPU."""
     kernels = fitting_kernels(x, layers)
     with no_autocast(x.device), torch.cuda.device_of(x):
         maps = empty_maps(x, out_channels(layers), kernels.ALIGNMENT)[..., : out_channels(layers)]
@@ -197,7 +196,7 @@ def infer(x, layers, transition):
 
 
 def no_autocast(device):
-    """All is computed in the type of the block's input; the meta device, on which its work is counted, knows no autocast."""
+    """All is computed in the type of the block's input. The meta device, on which memory is counted, has no autocast."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
@@ -206,10 +205,7 @@ def no_autocast(device):
 
 
 def forward_layers(x, block, weights):
-    """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and for each layer what else its backward needs.
-
-    All running statistics are updated.
-    """
+    """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and what else each layer's backward needs."""
     layers, passes = block.layers, block.passes
     torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _, _ in halves(module)], 1)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
@@ -223,7 +219,7 @@ def forward_layers(x, block, weights):
 
 
 def fitting_kernels(x, layers):
-    """kernels.py where it computes these layers: bottlenecks without dropout on a GPU. None elsewhere."""
+    """kernels.py if it computes these layers, which are bottlenecks without dropout on a GPU; else None."""
     if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
         return None
     kernels = load_kernels()
@@ -232,7 +228,7 @@ def fitting_kernels(x, layers):
 
 @functools.cache
 def load_kernels():
-    """kernels.py from beside this file: torch.hub has taken the folder off the path, and others have modules of that name."""
+    """kernels.py beside this file. torch.hub has taken the folder off the path, and other packages have that name, too."""
     spec = importlib.util.spec_from_file_location("kernels", Path(__file__).with_name("kernels.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -241,7 +237,7 @@ def load_kernels():
 
 @functools.cache
 def triton_runs(device):
-    """Whether Triton is there and compiles for the device, or interprets its kernels, on a CPU, for tests."""
+    """Whether Triton is there and can compile for the device; on a CPU, whether it interprets kernels, as in tests."""
     if device.type != "cuda":
         return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -251,7 +247,7 @@ def triton_runs(device):
 
 
 def empty_maps(x, channels, alignment):
-    """Memory for maps (N, H, W, channels) of the batch x (N, C, H, W); the channels are rounded up to the alignment."""
+    """An empty tensor for maps (N, H, W, channels) of the batch x (N, C, H, W); channels are rounded up to the alignment."""
     n, _, h, w = x.shape
     return x.new_empty(n, h, w, -(-channels // alignment) * alignment)
 
@@ -273,7 +269,7 @@ def momentum(bn):
 
 
 def update_running_statistics(norms, mean, var):
-    """As the batch norms do, each once and with its own momentum; each reads the first channels; var is the unbiased one."""
+    """As the batch norms do it, each with its own momentum and for the first channels, which it reads; var is unbiased."""
     weights = [momentum(bn) for bn in norms]
     for name, values in [("running_mean", mean), ("running_var", var)]:
         running = [getattr(bn, name) for bn in norms]
@@ -281,7 +277,7 @@ def update_running_statistics(norms, mean, var):
 
 
 def write_maps(maps, mean, rstd, var, new, eps):
-    """Puts new maps (N, H, W, k) first into the maps, and their statistics where they belong."""
+    """Writes new maps (N, H, W, k) to the front of the maps, and their statistics to the front of mean, rstd and var."""
     k = new.shape[-1]
     maps[..., :k] = new
     # Batch norm's own kernel takes them fastest; with a momentum of 1, its running statistics are the batch's.
@@ -357,7 +353,7 @@ def nhwc(x):
 
 
 def backward_layers(grad, buffer, statistics, block, weights, kept):
-    """Gradient of the block's input (N, C, H, W), and those of all parameters, in their order."""
+    """The gradient of the block's input (N, C, H, W), and those of block.parameters()."""
     passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
     moments = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope of the derivation
     grads, grads_of_transition = torch.empty_like(buffer)[..., : maps.shape[-1]], []  # the former is G of the derivation
@@ -384,7 +380,7 @@ def backward(grads, maps, mean, rstd, moments, layers, weights, kept):
 
 
 def through_statistics(grads, maps, mean, rstd, moments, channels):
-    """The gradient (n, H, W, channels) of these maps, a slice: G less what mean and variance pass on, the derivation's end."""
+    """The gradient g of the derivation (n, H, W, channels), for a slice of the channels."""
     offset, slope = moments[:, channels]
     centred = maps[..., channels] - mean[channels]
     return (grads[..., channels] - offset).addcmul_(centred, slope * rstd[channels], value=-1).to(grads.dtype)

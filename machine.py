@@ -43,15 +43,15 @@ def default_precision(device):
 def set_precision(precision):
     """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that.
 
-    These two switches set PyTorch's newer ones, called fp32_precision, as well. Where the newer ones alone are set, to read
-    these is an error, and torch.compile reads them.
+    Set are PyTorch's older switches, which set the newer ones (fp32_precision), too. torch.compile reads the older ones, which
+    is an error where only the newer ones were set.
     """
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
 
 def make_repeatable(deterministic):
-    """With --deterministic only kernels that give the same bits every time; without it the fastest that cuDNN finds."""
+    """Deterministic kernels only, or the fastest that cuDNN finds."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it

@@ -7,19 +7,19 @@ from data import normalize
 from progress import progress
 
 BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net needs little memory
-GPU_NUMBERS = 2**28  # at a time in the widest layer's input, on a GPU: large batches, and 1 to 3 GB in all, whatever the net
+GPU_NUMBERS = 2**28  # in the widest layer's input at a time, on a GPU: large batches that take 1 to 3 GB, whatever the net
 
 
 @torch.inference_mode()
 def predict(net, images, mean, std, title=None):
-    """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, it shows how far it is."""
+    """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a bar is shown."""
     net.eval()
     batches = progress(images.split(batch_size(net, images)), shown=bool(title), desc=title, unit=" batches", leave=False)
     return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
 
 
 def batch_size(net, images):
-    """How many of the images (M, 3, H, W) the net gets at a time; free memory has no say, so that runs are repeatable."""
+    """How many of the images (M, 3, H, W) the net gets at a time; not by free memory, so that runs are repeatable."""
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":
         return max(1, BATCH_PIXELS // pixels)

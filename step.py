@@ -29,7 +29,7 @@ class TrainingStep:
         if args.sync_bn and world.size > 1:
             distributed.synchronise_batch_norm(net, device)
         self.world = world
-        self.batch_size = args.batch_size // world.size  # this rank's part of a whole batch
+        self.batch_size = args.batch_size // world.size  # of this rank
         self.model = distributed.wrap(net, world, device)  # shares its parameters with the net, which is saved and tested
         self.compiled = compiled(self.model, args.compile, device)
         self.optimizer = make_optimizer(net, args)
@@ -49,12 +49,9 @@ class TrainingStep:
         return result
 
     def eager_gradients(self, images, labels, share):
-        """Gives the parameters their gradients; returns what a step returns.
-
-        Nothing may outlive a step in a CUDA graph, so the old gradients are freed before the forward pass.
-        """
-        self.optimizer.zero_grad()
-        model = self.compiled if len(images) == self.batch_size else self.model  # one shape alone is compiled
+        """Sets the parameters' gradients; returns what a step returns."""
+        self.optimizer.zero_grad()  # before the forward pass: nothing may outlive a step in a CUDA graph
+        model = self.compiled if len(images) == self.batch_size else self.model  # compiled for one shape only
         with self.autocast:
             logits = model(images)  #                             (N, num_classes)
             loss = share * F.cross_entropy(logits, labels)  #     (), sums to the batch mean over the ranks
@@ -71,7 +68,7 @@ class TrainingStep:
 
 
 class CapturedGradients:
-    """The gradients of whole batches by a CUDA graph: captured once, then replayed, one launch in place of thousands.
+    """The gradients of whole batches by a CUDA graph, captured once and then replayed: one launch in place of thousands.
 
     The first steps are eager ones, on the stream that will capture. What is captured has fixed addresses: batch, result and
     gradients. A smaller batch is taken eagerly; its gradients are its own, and give way to the fixed ones behind a replay.
@@ -114,10 +111,10 @@ class CapturedGradients:
         return result
 
     def capture(self, images, labels):
-        """Captures a step, of which nothing is computed yet. A failure ends the run: PyTorch does not recover from it."""
+        """Captures a step, without computing it. A failure ends the run: PyTorch does not recover from it."""
         self.images, self.labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        try:  # thread_local: what other threads do meanwhile is their own affair
+        try:  # thread_local: other threads may use the GPU meanwhile
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.eager(self.images, self.labels, 1.0)
         except RuntimeError as error:
