@@ -108,9 +108,9 @@ def untouched(module, kind, training):
 
 
 def plain(bn, conv, side, training):
-    """Whether the batch norm has weights and running statistics, and the convolution is a zero-padded one without a bias."""
+    """Whether the batch norm has weights and running statistics, by a momentum; the convolution zero padding and no bias."""
     made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
-    if not (made and bn.affine and bn.track_running_stats):
+    if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
         return False
     if not all(type(p) is nn.Parameter for p in (bn.weight, bn.bias, conv.weight)):  # as in torch.func.functional_call
         return False
@@ -263,14 +263,9 @@ def forward(maps, mean, rstd, var, layers, weights):
     return kept
 
 
-def momentum(bn):
-    """The weight of this batch's statistics in the running ones."""
-    return 1 / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
-
-
 def update_running_statistics(norms, mean, var):
     """As the batch norms do it, each with its own momentum and for the first channels, which it reads; var is unbiased."""
-    weights = [momentum(bn) for bn in norms]
+    weights = [bn.momentum for bn in norms]
     for name, values in [("running_mean", mean), ("running_var", var)]:
         running = [getattr(bn, name) for bn in norms]
         torch._foreach_lerp_(running, [values[: len(r)].to(r.dtype) for r in running], weights)
@@ -297,7 +292,7 @@ def forward_layer(maps, mean, rstd, layer, w1, w2=None):
 
 def batch_norm_relu(z, bn):
     """relu of the batch norm of z (N, H, W, c); mean and 1 / std of z; the running statistics are updated."""
-    parameters = bn.weight, bn.bias, bn.running_mean, bn.running_var, True, momentum(bn), bn.eps
+    parameters = bn.weight, bn.bias, bn.running_mean, bn.running_var, True, bn.momentum, bn.eps
     b, mean, rstd = aten._native_batch_norm_legit(nchw(z), *parameters)
     return nhwc(b.relu_()), mean, rstd
 

@@ -103,10 +103,10 @@ def test_the_same_seed_gives_the_same_dropout(arguments):
 
 
 def test_batch_norms_with_settings_of_their_own():
-    """Of each layer another momentum, None is the cumulative average, and another epsilon where the maps are not shared."""
+    """Of each layer another momentum, and another epsilon where the maps are not shared."""
     net = random_net(BC)
     for i, (name, module) in enumerate((n, m) for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)):
-        module.momentum = [0.1, 0.03, None][i % 3]
+        module.momentum = [0.1, 0.03, 1.0][i % 3]
         module.eps = 1e-3 if name.startswith("dense1") and name.endswith("bn1") else 10.0 ** -(4 + i % 5)
         if name.startswith(("dense2", "dense3")) and name.endswith("bn1"):
             module.eps = 1e-5
@@ -278,6 +278,7 @@ CHANGES = {  # of a net with bottlenecks
     "one batch norm in evaluation mode": lambda net: net.dense1[1].bn2.eval(),
     "dropout in evaluation mode": lambda net: net.dense1[0].dropout.eval(),
     "no running statistics used": each_batch_norm(lambda bn: setattr(bn, "track_running_stats", False)),
+    "means over all batches": each_batch_norm(lambda bn: setattr(bn, "momentum", None)),
     "no affine batch norm": lambda net: setattr(net.dense1[0], "bn2", nn.BatchNorm2d(20, affine=False)),
     "another eps": lambda net: setattr(net.dense1[1].bn1, "eps", 1e-3),
     "another batch norm": lambda net: setattr(net.dense1[0].bn2, "__class__", Absolute),
