@@ -285,16 +285,10 @@ def forward_layer(maps, mean, rstd, layer, w1, w2=None):
     if not hasattr(layer, "bn2"):
         return z, (None, None, None, mask1, None)
     bn = layer.bn2
-    b, mean2, rstd2 = batch_norm_relu(z, bn)
-    new, mask2 = dropout(nhwc(F.conv2d(nchw(b), w2, padding=1)), layer.dropout.p)
-    return new, (z, mean2, rstd2, mask1, mask2)
-
-
-def batch_norm_relu(z, bn):
-    """relu of the batch norm of z (N, H, W, c); mean and 1 / std of z; the running statistics are updated."""
     parameters = bn.weight, bn.bias, bn.running_mean, bn.running_var, True, bn.momentum, bn.eps
-    b, mean, rstd = aten._native_batch_norm_legit(nchw(z), *parameters)
-    return nhwc(b.relu_()), mean, rstd
+    b, mean2, rstd2 = aten.native_batch_norm(nchw(z), *parameters)
+    new, mask2 = dropout(nhwc(F.conv2d(b.relu_(), w2, padding=1)), layer.dropout.p)
+    return new, (z, mean2, rstd2, mask1, mask2)
 
 
 def first_convolution(maps, mean, rstd, bn, weight):
@@ -386,20 +380,13 @@ def backward_second(grad, layer, tensors, weight=None):
     z, mean2, rstd2, mask1, mask2 = tensors
     if z is None:
         return undo_dropout(grad, mask1, layer.dropout.p), []
-    grad = undo_dropout(grad, mask2, layer.dropout.p)
-    b = activate(z, mean2, rstd2, layer.bn2)
-    grad_b, grad_w = convolution_backward(grad, b, weight)
-    grad_z, *grads_of_bn = batch_norm_relu_backward(grad_b, b, z, mean2, rstd2, layer.bn2)
-    return undo_dropout(grad_z, mask1, layer.dropout.p), [*grads_of_bn, grad_w]
-
-
-def batch_norm_relu_backward(grad, b, z, mean, rstd, bn):
-    """From the gradient of b = relu(batch norm of z) to that of z; and the gradients of gamma and beta."""
-    grad = aten.threshold_backward(grad, b, 0)
-    grad_z, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-        nchw(grad), nchw(z), bn.weight, None, None, mean, rstd, True, bn.eps, [True, True, True]
-    )
-    return nhwc(grad_z), grad_gamma, grad_beta
+    bn = layer.bn2
+    b = activate(z, mean2, rstd2, bn)
+    grad_b, grad_w = convolution_backward(undo_dropout(grad, mask2, layer.dropout.p), b, weight)
+    grad_b = nchw(aten.threshold_backward(grad_b, b, 0))  # through the ReLU
+    arguments = bn.weight, None, None, mean2, rstd2, True, bn.eps, [True, True, True]
+    grad_z, grad_gamma, grad_beta = aten.native_batch_norm_backward(grad_b, nchw(z), *arguments)
+    return undo_dropout(nhwc(grad_z), mask1, layer.dropout.p), [grad_gamma, grad_beta, grad_w]
 
 
 def backward_first(grad_z, grads, maps, mean, rstd, moments, bn, weight):
