@@ -1,6 +1,6 @@
-"""Picture files, as they really are, as 8-bit RGB images of one size.
+"""Picture files as 8-bit RGB images of one size.
 
-EXIF orientation, 16 bits and transparency are taken into account; what has no one right meaning in 8 bits is refused.
+EXIF orientation, 16 bits and transparency are taken into account; a picture whose range of values is unknown is refused.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from endings import Refused, say
@@ -23,7 +23,7 @@ MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
 
 # Modes of Pillow's that it converts to RGB rightly, or to RGBA where something is transparent.
 MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBA", "RGBa"}
-TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # PNG names a transparent grey by its 2 or 4 bits, Pillow scales the pixels only
+TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # from a grey of 2 or 4 bits to one of 8
 SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -45,79 +45,59 @@ def read_pictures(paths, size, title=None):
     return images
 
 
+class NoMeaning(ValueError):
+    """A picture whose values cannot be brought to 8 bits with certainty."""
+
+
 def read_picture(path, size):
-    """One picture file as a (3, size, size) uint8 tensor: its shorter side resized to `size`, and the middle cut out."""
-    picture, raw_mode = open_picture(path, size)
+    """One picture file as to_tensor gives it. Refused if it cannot be read."""
     try:
-        picture = to_rgb(picture, raw_mode)
+        return to_tensor(open_picture(path, size), size)
     except NoMeaning as error:
         raise Refused(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
-    return cut_out(picture, size)
 
 
 def to_tensor(picture, size):
-    """An open picture, which is neither turned nor decoded smaller, as read_picture reads its file; ValueError if it cannot."""
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"{type(picture).__name__} is no picture of Pillow's: open a file by PIL.Image.open")
-    raw_mode = stored_mode(picture)
-    picture.load()
-    try:
-        rgb = to_rgb(picture, raw_mode)
-    except NoMeaning as error:
-        raise ValueError(f"{picture} cannot be read as an image ({error}): make it 8-bit RGB") from error
+    """A Pillow picture as a (3, size, size) uint8 tensor: upright, its shorter side resized to `size`, the middle cut out."""
+    decode(picture)
+    rgb = to_rgb(picture)
     with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
         rgb.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(rgb, in_place=True)
-    return cut_out(rgb, size)
-
-
-def cut_out(picture, size):
-    """The middle of an RGB picture, resized, as a (3, size, size) uint8 tensor."""
-    return pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
+    return pil_to_tensor(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
 
 
 def open_picture(path, size):
-    """(the picture, decoded and upright; the mode of its pixels in the file). Refused if Pillow cannot read it."""
+    """The picture, decoded. Refused if Pillow cannot read it."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise Refused(f"{path} cannot be read as an image (there is no file of this name): repair or remove it")
     try:
         with Image.open(path) as picture:
-            raw_mode = stored_mode(picture)
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more
             # of the way is left to the antialiasing, and a photograph is read several times as fast.
             picture.draft(None, (2 * size, 2 * size))
-            picture.load()
-            with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
-                ImageOps.exif_transpose(picture, in_place=True)
-            return picture, raw_mode
-    except Image.DecompressionBombError as error:
-        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise Refused(f"{path} cannot be read as an image ({limit}): make it smaller or remove it") from error
+            decode(picture)
+            return picture
+    except NoMeaning:
+        raise
     except Exception as error:  # Pillow raises nearly anything for a broken file
-        raise Refused(f"{path} cannot be read as an image ({reason(error)}): repair or remove it") from error
+        reason = str(error) or type(error).__name__
+        raise Refused(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-def stored_mode(picture):
-    """The mode of its pixels in the file; None where Pillow does not know it, or has decoded them already."""
-    tile = getattr(picture, "tile", None)
-    return tile[0].args if tile else None
+def decode(picture):
+    """Loads the pixels. Pillow scales them to 8 bits, but not a PNG's transparent colour: done here, or NoMeaning."""
+    key = picture.info.get("transparency")
+    raw_mode = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
+    if key is not None and raw_mode == "RGB;16B":
+        raise NoMeaning("its transparent colour has 16 bits")
+    if key is not None and raw_mode in TRANSPARENT_GREY_STEP:
+        picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[raw_mode]
+    picture.load()
 
 
-class NoMeaning(Exception):
-    """The numbers of a picture do not say which of them is black, and which white."""
-
-
-def reason(error):
-    """What went wrong, in one line and without the path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is of no known format"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
-
-
-def to_rgb(picture, raw_mode):
-    """The first frame in RGB, on white where it is transparent. NoMeaning if there is no one way to do so."""
-    settle_transparent_colour(picture, raw_mode)
+def to_rgb(picture):
+    """The first frame in RGB, on white where it is transparent. NoMeaning if the range of its values is unknown."""
     if picture.mode in SIXTEEN_BITS or (picture.mode, picture.format) == ("I", "PPM"):
         picture = to_8_bits(picture)
     if picture.mode not in MODES or signed(picture):
@@ -128,15 +108,6 @@ def to_rgb(picture, raw_mode):
     white = Image.new("RGB", picture.size, "white")
     white.paste(picture, mask=picture)  # before it is resized, which would mix in the colour of what is transparent
     return white
-
-
-def settle_transparent_colour(picture, raw_mode):
-    """Brings a PNG's transparent colour to 8 bits, as the pixels are; NoMeaning if it has 16, which Pillow has lost."""
-    key = picture.info.get("transparency")
-    if key is not None and raw_mode == "RGB;16B":
-        raise NoMeaning("its transparent colour has 16 bits")
-    if key is not None and raw_mode in TRANSPARENT_GREY_STEP:
-        picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[raw_mode]
 
 
 def to_8_bits(picture):
@@ -154,5 +125,5 @@ def to_8_bits(picture):
 
 
 def signed(picture):
-    """Whether the file says that its numbers are not counted from 0: a TIFF of 8 bits can."""
+    """Whether the file says that its values are signed, or floats: a TIFF of 8 bits can."""
     return bool({*getattr(picture, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ())} & {2, 3})

@@ -150,19 +150,9 @@ def test_a_photograph_is_the_same_to_rounding_and_keeps_its_size(tmp_path):
     assert picture.size == (800, 600)
 
 
-@pytest.mark.parametrize(
-    ("picture", "sentence"),
-    [
-        (
-            Image.new("F", (8, 8)),
-            r"<PIL.*> cannot be read as an image \(its pixels are of type F.*\): make it 8-bit RGB",
-        ),
-        ("cat.png", "str is no picture of Pillow's: open a file by PIL.Image.open"),
-    ],
-)
-def test_what_is_no_picture_is_a_value_error(picture, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        load("preprocess")(picture)
+def test_what_is_no_picture_is_a_value_error():
+    with pytest.raises(ValueError, match="its pixels are of type F, whose range of values is unknown"):
+        load("preprocess")(Image.new("F", (8, 8)))
 
 
 @pytest.mark.parametrize("folder", ["bc-40-12", "bc-40-12-sgd", "bc-40-12-adam"])

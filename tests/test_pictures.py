@@ -37,7 +37,7 @@ def colours(path):
 
 def row(path):
     """The red values of the first row of the picture, not resized."""
-    return np.asarray(pictures.to_rgb(*pictures.open_picture(path, 32)))[0, :, 0].tolist()
+    return np.asarray(pictures.to_rgb(pictures.open_picture(path, 32)))[0, :, 0].tolist()
 
 
 def noise(width, height, seed=0):
@@ -258,15 +258,15 @@ def test_pictures_that_are_small_or_thin(tmp_path, shape):
 # --------------------------------------------------------------------------------------------------------------- refusals
 
 
-RANGE, NO_FORMAT, NO_FILE = "its pixels are of type", "it is of no known format", "there is no file of this name"
-BOMB, IN_8_BITS, REPAIR = "more than 179 million pixels", "save it as 8-bit RGB", "repair or remove it"
+RANGE, NO_FORMAT, NO_FILE = "its pixels are of type", "cannot identify image file", "there is no file of this name"
+BOMB, IN_8_BITS, REPAIR = "Image size (200000000 pixels) exceeds limit", "save it as 8-bit RGB", "repair or remove it"
 REFUSED = {  # how to make the file, why it is refused, what to do
     "16 bits, signed": (lambda p: tiff(p, 16, struct.pack("<hh", -5, 300), 2, sample_format=2), RANGE, IN_8_BITS),
     "8 bits, signed": (lambda p: tiff(p, 8, bytes([5, 250]), 2, sample_format=2), RANGE, IN_8_BITS),
     "32 bits": (lambda p: Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)).save(p, "TIFF"), RANGE, IN_8_BITS),
     "floats": (lambda p: Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(p, "TIFF"), RANGE, IN_8_BITS),
     "transparent colour": (lambda p: png(p, 16, 2, bytes(6), 4863), "its transparent colour has 16 bits", IN_8_BITS),
-    "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB, "make it smaller"),
+    "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB, REPAIR),
     "empty": (lambda p: p.write_bytes(b""), NO_FORMAT, REPAIR),
     "text": (lambda p: p.write_text("no picture"), NO_FORMAT, REPAIR),
     "a folder": (lambda p: p.mkdir(), NO_FILE, REPAIR),
