@@ -1,6 +1,5 @@
 """What plot.py and compare.py read of runs of train.py: CSVs, args.json, and which runs are seeds of one setting."""
 
-import io
 import itertools
 import json
 import math
@@ -31,38 +30,19 @@ def name_runs(folders):
 
 
 def read_csv(path):
-    """The rows of a CSV but for a last one that is only half written; damaged ones are left out, which is said.
-
-    Refused if the file is missing, not from train.py, or has damaged rows alone.
-    """
+    """The rows of a CSV, but for a last one that is only half written. Refused if it is missing or not from train.py."""
     refuse_missing(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise Refused(f"{path} is no table of numbers ({error.strerror}): it was not written by train.py") from error
-    header, *lines = text.split("\n")[:-1] or [",".join(COLUMNS)]
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [",".join(COLUMNS)]
     columns = header.split(",")
     if columns[:3] != COLUMNS or len(set(columns)) < len(columns):
         raise Refused(f"{path} has no columns {', '.join(COLUMNS)}: it was not written by train.py")
-    table = all_rows(lines, columns) if lines else pd.DataFrame(columns=columns, dtype=float)
-    return whole_rows(lines, columns, path) if table is None else table
+    return whole_rows(lines, columns, path)
 
 
 def refuse_missing(path):
     """Refused if a file of a run is not there."""
     if not path.exists():
-        what = f"{path.parent} is a file" if path.parent.is_file() else f"{path} does not exist"
-        raise Refused(f"{what}: name the folder of a run of train.py")
-
-
-def all_rows(lines, columns):
-    """The table of these lines, read fast; None if one of them is damaged."""
-    try:
-        table = pd.read_csv(io.StringIO("\n".join(lines)), names=columns, dtype=float, skip_blank_lines=False)
-    except ValueError:
-        return None
-    whole = isinstance(table.index, pd.RangeIndex) and table.abs().lt(math.inf).all(axis=None)  # no index: no value too many
-    return table if whole and (table["epoch"] > table["epoch"].shift(fill_value=0)).all() else None
+        raise Refused(f"{path} does not exist: name the folder of a run of train.py")
 
 
 def whole_rows(lines, columns, path):
@@ -78,11 +58,12 @@ def whole_rows(lines, columns, path):
             epoch = row[0]
         else:
             damaged.append(f"line {number} ({line[:40]!r})")
-    if not rows:
+    if damaged and not rows:
         raise Refused(f"{path} is damaged, {damaged[0]} is not {len(columns)} finite numbers: put back a whole one")
-    more = f" and {len(damaged) - 1} more are" if damaged[1:] else " is"
-    say(f"{path}: {damaged[0]}{more} damaged, or of a run that diverged, and left out")
-    return pd.DataFrame(rows, columns=columns)
+    if damaged:
+        more = f" and {len(damaged) - 1} more are" if damaged[1:] else " is"
+        say(f"{path}: {damaged[0]}{more} damaged, or of a run that diverged, and left out")
+    return pd.DataFrame(rows, columns=columns, dtype=float)
 
 
 def read_arguments(folder):

@@ -218,7 +218,7 @@ def no_rows(run):
     ("spoil", "message"),
     [
         (no_run, "args.json does not exist: name the folder of a run of train.py"),
-        (a_file, "run is a file: name the folder of a run of train.py"),
+        (a_file, "args.json does not exist: name the folder of a run of train.py"),
         (no_arguments, "args.json does not exist: name the folder of a run of train.py"),
         (half_the_arguments, "args.json is damaged"),
         (no_rows, "test.csv does not exist: name the folder of a run of train.py"),

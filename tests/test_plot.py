@@ -165,11 +165,6 @@ def test_of_several_damaged_rows_the_first_is_told_of_and_their_number(call_main
     assert f"{run / 'train.csv'}: line 42 ('4.1,nan,90') and 1 more are damaged, " in out
 
 
-def test_rows_read_one_by_one_are_the_same_numbers(tmp_path):
-    lines = (write_run(tmp_path / "run", epochs=30, steps=37) / "train.csv").read_text().splitlines()[1:]
-    pd.testing.assert_frame_equal(runs.whole_rows([*lines, "x"], runs.COLUMNS, "name"), runs.all_rows(lines, runs.COLUMNS))
-
-
 def no_files(run):
     (run / "train.csv").unlink()
 
@@ -218,7 +213,7 @@ def text_in_cells(run):
         (other_columns, "has no columns epoch, loss, error"),
         (text_in_cells, "train.csv is damaged, line 2 ('1,good,2') is not 3 finite numbers"),
         (no_text, "train.csv has no columns epoch, loss, error"),
-        (a_folder, "test.csv is no table of numbers"),
+        (a_folder, "test.csv: Is a directory"),
         (no_epoch, "train.csv is damaged, line 2 ('0,1,1')"),
         (a_column_too_many, "train.csv is damaged, line 2 ('0.5,1,1,1')"),
     ],
