@@ -86,14 +86,13 @@ def settings(folders):
     runs = {folder: read_arguments(folder) for folder in folders}
     groups = []
     for common, members in group(runs, STARTED | MACHINE):
-        apart = same_seed(members, runs) and group({folder: runs[folder] for folder in members}, STARTED)
-        groups += apart or [(common, members)]
-    for pair in filter(None, (same_seed(members, runs) for _, members in groups)):
-        raise Refused(f"{pair[0]} and {pair[1]} have the same arguments and the same seed: name one of them")
-    names = dict.fromkeys(name for common, _ in groups for name in common)
+        twins = same_seed(members, runs)
+        groups += group({folder: runs[folder] for folder in members}, STARTED) if twins else [(common, members)]
+    for _, members in groups:
+        if twins := same_seed(members, runs):
+            raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
+    names = dict.fromkeys(name for common, _ in groups for name in common if name != "train_images")  # it follows from others
     names = [name for name in names if len({json.dumps(common.get(name)) for common, _ in groups}) > 1]
-    follow = {"train_images"} | ({"digests"} if "dataset" in names else set())  # from others
-    names = [name for name in names if name not in follow] or names
     return [({name: common.get(name) for name in names}, common, members) for common, members in groups]
 
 
@@ -102,8 +101,8 @@ def group(runs, ignored):
     groups = {}
     for folder, arguments in runs.items():
         names = arguments.keys() - ignored - {"seed"}
-        if arguments.get("dataset") == "folder":  # whose pictures are what its digests are; older runs have its path alone
-            names.add("digests" if "digests" in arguments else "data")
+        if arguments.get("dataset") == "folder":  # two folders of pictures are two data sets
+            names.add("digests")
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
         groups.setdefault(json.dumps(common, sort_keys=True), (common, []))[1].append(folder)
     return [*groups.values()]

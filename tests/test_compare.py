@@ -127,7 +127,6 @@ def test_the_validation_error_gives_the_order_and_the_line_says_so(tables, tmp_p
         ({"precision": "fp32"}, ["precision"]),
         ({"epochs": 3}, []),  # has its column anyway
         ({"limit": 500, "train_images": 500}, ["limit"]),
-        ({"train_images": 500}, ["train_images"]),
         ({"depth": 100, "torch": "2.14", "commit": "4567", "data": "elsewhere", "efficient": True}, ["depth"]),
     ],
 )
@@ -152,9 +151,11 @@ def test_an_argument_that_is_null_is_as_one_that_args_json_of_another_version_la
     assert [row["n"] for row in tables(one, other)[0]] == ["2"]
 
 
-def test_the_folder_of_pictures_is_a_setting_and_that_of_a_data_set_is_not(tables, tmp_path):
-    folders = [write_run(tmp_path / name, 5, dataset="folder", data=name) for name in ("cats", "dogs")]
-    assert [row["data"] for row in tables(*folders)[0]] == ["cats", "dogs"]
+def test_a_folder_of_pictures_is_a_setting_by_what_is_in_it(tables, tmp_path):
+    digests = [{"train": "0123456789"}, {"train": "0123456789"}, {"train": "abcdef0123"}]
+    places = zip(("cats", "moved", "dogs"), (1, 2, 1), digests, strict=True)
+    folders = [write_run(tmp_path / name, 5, dataset="folder", data=name, seed=n, digests=d) for name, n, d in places]
+    assert [(row["digests"], row["n"]) for row in tables(*folders)[0]] == [("train 012345", "2"), ("train abcdef", "1")]
 
 
 def test_what_a_run_may_change_when_it_is_resumed_is_no_setting():
