@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from pathlib import Path
+import os
 
 import pandas as pd
 
@@ -16,17 +16,13 @@ MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch"
 
 
 def name_runs(folders):
-    """{label: folder}; a label is the path without the folders that all begin and end with. Refused if one is named twice."""
+    """{label: folder}; a label is the path from the folder that holds all. Refused if one is named twice."""
     paths = [folder.resolve() for folder in folders]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
         raise Refused(f"{twice} is named twice: name each run once")
-    parts = [path.parts for path in paths]
-    for _ in range(2):  # from the front, and backwards from the end; one part is left of each
-        most = min(map(len, parts)) - 1
-        common = next((i for i in range(most) if len({part[i] for part in parts}) > 1), most)
-        parts = [part[common:][::-1] for part in parts]
-    return {str(Path(*part)): path for part, path in zip(parts, paths, strict=True)}
+    common = os.path.commonpath([path.parent for path in paths])
+    return {str(path.relative_to(common)): path for path in paths}
 
 
 def read_csv(path):

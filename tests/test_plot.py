@@ -91,7 +91,7 @@ def test_runs_are_compared_in_one_figure_with_one_legend(call_main, tmp_path):
     status, out, errors = call_main(plot, *folders, "--out", tmp_path / "figures", "--format", "svg", "--title", "Two runs")
     assert status == 0, errors
     text = (tmp_path / "figures" / "loss-error.svg").read_text()
-    for label in ("a", "b", "train", "test", "Two runs", "cross-entropy loss"):
+    for label in ("a/base", "b/base", "train", "test", "Two runs", "cross-entropy loss"):
         assert text.count(f"<!-- {label} -->") == 1
     assert len(out.split()) == 3
 
@@ -99,11 +99,11 @@ def test_runs_are_compared_in_one_figure_with_one_legend(call_main, tmp_path):
 @pytest.mark.parametrize(
     ("folders", "labels"),
     [
-        (["work/a/base", "work/b/base"], ["a", "b"]),
+        (["work/a/base", "work/b/base"], ["a/base", "b/base"]),
         (["work/sgd", "work/adam"], ["sgd", "adam"]),
         (["work/sgd"], ["sgd"]),
         (["work/a", "work/a/b", "work/a/b/b"], ["a", "a/b", "a/b/b"]),
-        (["x/1/run", "x/2/run", "y/1/run"], ["x/1", "x/2", "y/1"]),
+        (["x/1/run", "x/2/run", "y/1/run"], ["x/1/run", "x/2/run", "y/1/run"]),
     ],
 )
 def test_labels_are_what_differs_between_the_paths(tmp_path, folders, labels):
