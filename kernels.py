@@ -438,9 +438,8 @@ def exact(x):
 
 
 def steady(module):
-    """Whether the training of a layer or transition knows neither dropout nor running statistics that average all batches."""
-    norms = [getattr(module, name) for name in ("bn1", "bn2") if hasattr(module, name)]
-    return not module.training or (module.dropout.p == 0 and all(bn.momentum is not None for bn in norms))
+    """Whether a layer or transition is without dropout, as it is in evaluation mode."""
+    return not module.training or module.dropout.p == 0
 
 
 def channels(layers):

@@ -81,7 +81,7 @@ def open_picture(path, size):
     except NoMeaning:
         raise
     except Exception as error:  # Pillow raises nearly anything for a broken file
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Refused(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 

@@ -28,7 +28,7 @@ def name_runs(folders):
 def read_csv(path):
     """The rows of a CSV, but for a last one that is only half written. Refused if it is missing or not from train.py."""
     refuse_missing(path)
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [",".join(COLUMNS)]
+    header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")[:-1] or [",".join(COLUMNS)]
     columns = header.split(",")
     if columns[:3] != COLUMNS or len(set(columns)) < len(columns):
         raise Refused(f"{path} has no columns {', '.join(COLUMNS)}: it was not written by train.py")
