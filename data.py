@@ -58,8 +58,8 @@ class Dataset(NamedTuple):
         return Dataset(*(each if each is None else each.to(device) for each in tensors), classes)
 
     def digests(self):
-        """{part: hash of its pixels and labels}, by which a run that is continued knows its data."""
-        parts = {name: getattr(self, name) for name in ("train", "val", "test")}
+        """{part: hash of its pixels and labels}; a run that is continued compares them."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
         return {name: split.digest() for name, split in parts.items() if split}
 
 
@@ -198,10 +198,10 @@ def random_windows(n, generator, device, size=IMAGE_SIZE):
 
 
 def training_batches(dataset, batch_size, augment, generator, rank=0, world_size=1):
-    """One epoch, every image once, in an order from the generator: yields (images (N, 3, H, W) float32, labels (N,), share).
+    """One epoch, every image once, shuffled by the generator: yields (images (N, 3, H, W) float32, labels (N,), share).
 
-    The last batch may be smaller. Of several ranks, whose generators are in the same state, each gets its slice of every batch;
-    share is the slice's part of the batch, 1 for a single process. The generator lives on the data set's device.
+    The last batch may be smaller. Each rank gets its slice of every batch, if all have generators in the same state; share is
+    the slice's part of the batch, 1 for a single process. The generator is on the data set's device.
     """
     split, device = dataset.train, dataset.train.labels.device
     order = torch.randperm(len(split), generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""What all figures have in common: no setting of the machine changes them; names are text, in fonts that have their letters."""
+"""What all figures share: no setting of the machine changes them; names are plain text, in fonts that have their letters."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def new_figure(width, height):
 
 
 def make_logarithmic(axes):
-    """Makes the y axis logarithmic if it can be, with numbers at 1, 2 and 5 of each decade; where it is short, at others."""
+    """Makes the y axis logarithmic, with numbers at 1, 2 and 5 of each decade, unless no value is above 0."""
     if axes.dataLim.ymax <= 0:
         return
     axes.set_yscale("log")
@@ -51,7 +51,7 @@ def as_text(names):
 
 
 def font_families(text):
-    """The usual fonts, and behind them those installed that have some of the letters that these lack."""
+    """The default fonts, then the installed ones that have letters which those lack."""
     usual = get_font(findfont(FontProperties())).get_charmap()
     lacking = {ord(letter) for letter in text if letter.isprintable()} - usual.keys()
     others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
@@ -84,7 +84,7 @@ def add_legend(figure, entries, style):
 
 
 def save(figure, path):
-    """Writes the figure; its axes have 0.01 and not 10^-2, and a PDF has the fonts that journals take."""
+    """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept."""
     options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
     with naming(path), matplotlib.rc_context(options), boxes_allowed():
         figure.savefig(path, dpi=200)

@@ -120,7 +120,7 @@ def confusion_matrix(predicted, labels, num_classes):
 
 
 def mean_class_error(confusion):
-    """The mean of the classes' shares of wrong answers, each counting alike; classes without an image do not count."""
+    """The unweighted mean of the classes' error rates, over the classes that have images."""
     total = confusion.sum(axis=1)
     return (1 - confusion.diagonal()[total > 0] / total[total > 0]).mean().item()
 
@@ -143,7 +143,7 @@ def predictions(pictures, logits, classes):
 
 
 def draw(confusion, classes, images, path):
-    """How many of each true class were taken for each class, numbers written where they fit; colours are shares."""
+    """Draws the confusion matrix: coloured by shares of the true class, with counts if there are 20 classes at most."""
     size = max(4.5, min(0.62 * len(classes), 14))
     figure = drawing.new_figure(size + 1, size)
     axes = figure.add_subplot()
@@ -165,7 +165,7 @@ def draw(confusion, classes, images, path):
 
 
 def classify(net, checkpoint, args, device):
-    """Prints the three most likely classes of each picture, a folder's among them."""
+    """Prints the three most likely classes of each picture; a folder stands for the pictures in it."""
     paths = [picture for path in args.image for picture in (pictures_in(path) if path.is_dir() else [path])]
     images = read_pictures(paths, image_size_of(checkpoint))
     logits = predict(net, images.to(device), *normalization(checkpoint, device))

@@ -1,4 +1,4 @@
-"""The flags that several programs share, and their defaults, each of which is stated here and nowhere else."""
+"""The flags that several programs share, and their defaults, each stated once."""
 
 import argparse
 import math
@@ -16,9 +16,9 @@ from run_folder import REMEDY
 
 USAGE = "%(prog)s [options], which --help lists"
 NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # of a run that is continued
-MAX_SIZE = 10**4  # allowed value of what makes a net's size
+MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
 
-# What the paper does differently from the CIFAR default, data set by data set; digits are not mirror images of each other.
+# Defaults that differ from CIFAR's: svhn as in the paper; digits must not be mirrored.
 PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(augment=False)}
 
 
@@ -92,7 +92,7 @@ def image_size(text):
 def parse_args(parser, argv=None, begun=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in.
 
-    What is not given is as in `begun`, the args.json of the run that is continued, but for what fill_in sets.
+    What is not given is taken from `begun`, the args.json of the run that is continued, except NOT_TAKEN_OVER.
     """
     given = parser.parse_args(argv)
     words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, given.save) if begun else []
@@ -111,7 +111,7 @@ def parse_args(parser, argv=None, begun=None):
 
 
 def words_of(begun, names, parser, save):
-    """The command line of those arguments of args.json that are not null. Refused if the parser does not take it."""
+    """The named arguments of args.json, but null ones, as a command line. Refused if the parser does not accept it."""
     words = []
     for name in sorted(names & begun.keys()):
         value, flag = begun[name], name.replace("_", "-")
@@ -143,9 +143,9 @@ def make_net(args, num_classes=10):
 
 
 def fill_in(args, device, processes=1, begun=None):
-    """Sets the arguments whose default depends on the machine: what has been measured to be faster there, together.
+    """Sets --precision, --capture and --efficient where they are not given: together the fastest measured on the device.
 
-    On a machine of the same kind, a CPU's or a GPU's, a run that is continued (see parse_args) keeps what it had.
+    A run that is continued, begun on a device of the same kind (CPU or GPU), keeps what it had.
     """
     args.precision = args.precision or default_precision(device)
     alike = begun and str(begun.get("hardware")).startswith("cpu") == (device.type == "cpu")
@@ -161,7 +161,7 @@ def fill_in(args, device, processes=1, begun=None):
 
 
 def refuse_contradictions(args, device, processes=1):
-    """Refused for arguments, filled in, that do not fit each other or the machine; before anything is downloaded or written."""
+    """Refused if the arguments, filled in, contradict each other or the machine; before anything is downloaded or written."""
     if args.image_size not in (None, IMAGE_SIZE) and args.dataset != "folder":
         raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} are {IMAGE_SIZE} x {IMAGE_SIZE}")
     if args.depth is not None:  # the control experiment has a net of its own

@@ -19,8 +19,8 @@ MANY_CLASSES = 20  # more are not listed one by one
 def read_part(root, part, image_size, quiet=False):
     """(images (M, 3, S, S) uint8, labels (M,) int64, names of the classes) of the part "train" or "test" of a folder.
 
-    The training images come in a fixed random order, so that the first few are of all classes; the test images class by class.
-    Refused, before any picture is read, if the folders do not make a data set, or do not fit the memory.
+    Training images are shuffled, always alike, so that --limit keeps all classes; test images come class by class.
+    Refused, before any picture is read, if the folders are not a data set or do not fit into memory.
     """
     classes = list_classes(root / part)
     if part == "train":
@@ -73,7 +73,7 @@ def free_memory():
 
 
 def list_classes(folder):
-    """{class: its picture files} of a folder that holds a folder for each class, in the order of torchvision's ImageFolder."""
+    """{class: its picture files}, in the order of torchvision's ImageFolder, of a folder with a folder for each class."""
     if not folder.is_dir():
         raise Refused(f"{folder} is not a folder: --dataset folder reads train/<class>/ and test/<class>/ in --data DIR")
     folders = sorted(path for path in visible(folder) if path.is_dir())
@@ -101,7 +101,7 @@ def list_pictures(folder, above=()):
 
 
 def visible(folder):
-    """What is in the folder; names that begin with a dot are no data."""
+    """What is in the folder, without hidden files and folders."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 

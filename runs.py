@@ -42,7 +42,7 @@ def refuse_missing(path):
 
 
 def whole_rows(lines, columns, path):
-    """The table of those lines that are finite numbers, one for each column, the epochs rising; says which line is none."""
+    """The lines that have a finite number in each column and a later epoch than the line before; the others are told of."""
     rows, damaged, epoch = [], [], 0
     for number, line in enumerate(lines, start=2):
         try:
@@ -77,7 +77,7 @@ def read_arguments(folder):
 def settings(folders):
     """[(arguments in which the settings differ, all arguments, folders)]; runs that differ in `seed` only are one setting.
 
-    Where a seed is there twice, runs of another machine or version are another setting. Refused if it still is.
+    If two of its runs have the same seed, the machine and the version count, too. Refused if that does not tell them apart.
     """
     runs = {folder: read_arguments(folder) for folder in folders}
     groups = []
@@ -93,7 +93,7 @@ def settings(folders):
 
 
 def group(runs, ignored):
-    """[(common arguments, folders)], apart from `seed` and those that are ignored; null is the same as none."""
+    """[(common arguments, folders)] of runs that differ in `seed` and in ignored arguments only; null counts as absent."""
     groups = {}
     for folder, arguments in runs.items():
         names = arguments.keys() - ignored - {"seed"}
@@ -111,7 +111,7 @@ def same_seed(folders, runs):
 
 
 def in_words(value):
-    """The value of an argument as text; of digests, what tells them apart."""
+    """The value of an argument as text; digests are shortened."""
     if isinstance(value, dict):
         return " ".join(f"{part} {str(digest)[:6]}" for part, digest in value.items())
     return {None: "default", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
