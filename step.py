@@ -34,12 +34,12 @@ class TrainingStep:
         self.compiled = compiled(self.model, args.compile, device)
         self.optimizer = make_optimizer(net, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.autocast = contextlib.nullcontext()
-        if args.precision in ("bf16", "fp16"):  # without a cache: a captured step has to compute all that it reads
-            self.autocast = torch.autocast(device.type, DTYPES[args.precision], cache_enabled=False)
+        dtype, self.autocast = DTYPES[args.precision], contextlib.nullcontext()
+        if dtype is not torch.float32:  # without a cache: a captured step has to compute all that it reads
+            self.autocast = torch.autocast(device.type, dtype, cache_enabled=False)
         self.gradients = self.eager_gradients
         if args.capture:
-            self.gradients = CapturedGradients(self.eager_gradients, [*net.parameters()], args.batch_size)
+            self.gradients = CapturedGradients(self.eager_gradients, [*net.parameters()], self.batch_size)
 
     def __call__(self, images, labels, share):
         """This rank's part of (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch."""
