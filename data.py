@@ -103,9 +103,10 @@ def read_cifar(dataset_class, root, part):
         root = root.resolve().parent  # --data named the folder of the batches itself
     paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in files]
     refuse_damaged(paths)
-    if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
+    incomplete = not all(path.exists() for path, _ in paths)
+    if incomplete:  # they will be extracted from the archive
         refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
-    data = download(one_part, root, dataset_class.filename, train=part == "train")
+    data = read_or_download(one_part, root, dataset_class.filename, download=incomplete, train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
@@ -114,7 +115,7 @@ def read_svhn(root, part):
     splits = ["train", "extra"] if part == "train" else ["test"]
     files = {split: SVHN.split_list[split][1:] for split in splits}
     refuse_damaged([(root / name, md5) for name, md5 in files.values()])
-    parts = [download(SVHN, root, files[split][0], split=split) for split in splits]
+    parts = [read_or_download(SVHN, root, files[split][0], download=True, split=split) for split in splits]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
     return images, labels.long(), [*map(str, range(10))]
 
@@ -125,19 +126,19 @@ def read_digits(root, part):
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
-    images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    indices = torch.from_numpy(train if part == "train" else test)
-    return images[indices], torch.from_numpy(labels)[indices], [*map(str, range(10))]
+    indices = train if part == "train" else test
+    images = torch.from_numpy(pixels[indices]).float().view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    return images, torch.from_numpy(labels[indices]), [*map(str, range(10))]
 
 
-# For each data set its reader, and mean and std of the training pixels (the official code's; None: computed).
+# For each data set its reader, and mean and std of the training pixels (of CIFAR the official code's; None: computed).
 SOURCES = {
     "cifar10": (partial(read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
     "cifar100": (partial(read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
     "svhn": (read_svhn, ((0, 0, 0), (255, 255, 255))),
-    "digits": (read_digits, None),
+    "digits": (read_digits, ((77.86529541015625,) * 3, (82.53422546386719,) * 3)),
     "folder": (folder.read_part, None),
 }
 
@@ -149,14 +150,14 @@ def refuse_damaged(files):
             raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
 
 
-def download(dataset_class, root, archive, **kwargs):
-    """torchvision's data set; missing files are downloaded, or extracted from the archive in root, which may be made for it."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
+def read_or_download(dataset_class, root, archive, **kwargs):
+    """torchvision's data set; to download is to make the folder root, too, or to extract the archive if that is there."""
+    new_folders = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        return dataset_class(root, download=True, **kwargs)
+        return dataset_class(root, **kwargs)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
-            for path in missing:  # a name mistyped leaves no folder
+            for path in new_folders:  # a name mistyped leaves none
                 path.rmdir()
         raise Refused(
             f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error}): "
