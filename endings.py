@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import json
+import mmap
 import os
 import re
 import shlex
@@ -101,10 +102,20 @@ def out_of_memory(error):
     """Whether the error or one of its causes means out of memory, on a GPU or the host."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno == errno.ENOMEM
-        told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
+        text = str(error) if isinstance(error, RuntimeError) else ""  # torch.OutOfMemoryError is one, too
+        told = OUT_OF_MEMORY.search(text) or ("could not create a primitive" in text and memory_is_full())  # or another reason
         if full or told or isinstance(error, MemoryError):
             return True
         error = error.__cause__ or error.__context__
+    return False
+
+
+def memory_is_full():
+    """Whether the system gives this process no further 16 MB."""
+    try:
+        mmap.mmap(-1, 2**24).close()
+    except OSError:
+        return True
     return False
 
 
