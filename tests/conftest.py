@@ -7,25 +7,35 @@ import termios
 from pathlib import Path
 
 import pytest
-import torch
-from forked import Forked
+from forked import Forked, Server
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "4", "--limit", "96", "--device", "cpu"]
+TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "2", "--limit", "96", "--device", "cpu"]
 
 
 def pytest_configure(config):
+    """PyTorch is imported later: it reads OMP_NUM_THREADS then, and the process that hands out the tests does not need it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs have the same bits where they have as many threads
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for signum in (
         signal.SIGINT,
         signal.SIGHUP,
     ):  # a background job ignores them, and so would all it starts
         if signal.getsignal(signum) == signal.SIG_IGN:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
-        pytest.exit("this machine has no GPU that PyTorch can use: nothing is tested", returncode=0)
+    if config.option.markexpr == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.exit("this machine has no GPU that PyTorch can use: nothing is tested", returncode=0)
+    elif getattr(config.option, "numprocesses", None):  # for all processes that run tests
+        config.server = Server()
+        os.environ["FORKED"] = config.server.address
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "server"):
+        config.server.stop()
 
 
 def contents(folder):
@@ -51,6 +61,8 @@ def no_network(monkeypatch):
 @pytest.fixture
 def call_main(monkeypatch, capsys):
     """Calls the main function of a script with arguments; returns (exit status, stdout, stderr). A bug is raised."""
+    import torch
+
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(module, *arguments):
@@ -71,7 +83,10 @@ def call_main(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def forked():
     """Starts a process of Python that has imported the programs already, see forked.py."""
-    server = Forked()
+    if "FORKED" in os.environ:
+        yield Forked(os.environ["FORKED"]).start
+        return
+    server = Server()
     yield server.start
     server.stop()
 
@@ -150,6 +165,8 @@ def disk(monkeypatch, tmp_path):
 @pytest.fixture
 def put_back():
     """At the end of the test, the precision of products that was set before."""
+    import torch
+
     switches = [(owner, owner.allow_tf32) for owner in (torch.backends.cudnn, torch.backends.cuda.matmul)]
     yield
     for owner, value in switches:

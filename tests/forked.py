@@ -1,6 +1,6 @@
 """Processes that need not import PyTorch: a server, itself a process, has done so, and forks one for each command.
 
-    python = Forked()                                  # the server
+    python = Server()
     done = python.start(["train.py", "--depth", "41"])  # as `python train.py --depth 41` does, from the project's folder
     done.wait(); done.returncode, done.stdout, done.stderr
 
@@ -25,30 +25,44 @@ MODULES = ["train", "evaluate", "plot", "compare", "make_graph", "pandas", "skle
 
 
 class Forked:
-    """The server, which imports these modules; those of tests/ are among them."""
+    """A server that listens at this address, an abstract one."""
 
-    def __init__(self, modules=MODULES):
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(theirs.fileno()), *modules]
-        self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], start_new_session=True)
-        theirs.close()
+    def __init__(self, address):
+        self.address = address
 
     def start(self, command, cwd=ROOT, env=None, stdout=None, stderr=None, stdin=None, more=()):
         """A process of `python COMMAND`; its streams are files, or the descriptors given; more of these are 100, 101, ...."""
-        return Process(self.socket, [*map(str, command)], str(cwd), dict(env or os.environ), [stdin, stdout, stderr], more)
+        return Process(self.address, [*map(str, command)], str(cwd), dict(env or os.environ), [stdin, stdout, stderr], more)
+
+
+class Server(Forked):
+    """Starts a server, which imports these modules, those of tests/ among them, and lives until this process ends."""
+
+    def __init__(self, modules=MODULES):
+        alive, self.alive = os.pipe()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind("")  # the system chooses
+            listener.listen()
+            super().__init__(listener.getsockname()[1:].decode())
+            command = [sys.executable, __file__, str(listener.fileno()), str(alive), *modules]
+            inherited = {"pass_fds": [listener.fileno(), alive], "start_new_session": True}
+            self.process = subprocess.Popen(command, cwd=ROOT, **inherited)
+        os.close(alive)
 
     def stop(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.socket.close()
+        os.close(self.alive)
 
 
 class Process:
-    def __init__(self, server, command, cwd, env, streams, more):
+    def __init__(self, address, command, cwd, env, streams, more):
         self.files = [tempfile.TemporaryFile() for _ in streams]  # noqa: SIM115
         given = [file.fileno() if each is None else each for each, file in zip(streams, self.files, strict=True)]
         ours, theirs = os.pipe()
-        socket.send_fds(server, [json.dumps([command, cwd, env]).encode()], [theirs, *given, *more])
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+            server.connect(f"\0{address}")
+            socket.send_fds(server, [json.dumps([command, cwd, env]).encode()], [theirs, *given, *more])
         os.close(theirs)
         self.status = os.fdopen(ours)
         self.pid = int(self.status.readline())
@@ -65,19 +79,21 @@ class Process:
         return self
 
 
-def serve(requests):
+def serve(listener, alive):
     """Returns, in a process that it has forked, the command which that is to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 20)
-        if not message:
+        ready, _, _ = select.select([listener, alive], [], [])
+        if alive in ready:
             os._exit(0)
-        status, *descriptors = descriptors
+        with listener.accept()[0] as request:
+            message, (status, *descriptors), _, _ = socket.recv_fds(request, 1 << 20, 20)
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if pid := os.fork():
                 report(status, pid, descriptors)
-            requests.close()
+            listener.close()
+            os.close(alive)
             os.close(status)
             command, *circumstances = json.loads(message)
             prepare(command, *circumstances, descriptors)
@@ -118,9 +134,9 @@ def execute(command):
 
 
 if __name__ == "__main__":
-    descriptor, *modules = sys.argv[1:]
+    listener, alive, *modules = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     for module in modules:
         importlib.import_module(module)
     gc.freeze()
-    execute(serve(socket.socket(fileno=int(descriptor))))
+    execute(serve(socket.socket(fileno=int(listener)), int(alive)))

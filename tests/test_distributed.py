@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import subprocess
 import sys
 from datetime import timedelta
 from functools import partial
@@ -11,7 +10,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 import data
 import distributed
@@ -145,15 +144,16 @@ def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
     assert last["error"] == pytest.approx(100 * wrong, rel=1e-5)
 
 
-def test_two_machines_train_as_one(call_main, tmp_path):
+TORCHRUN = "from torch.distributed.run import main; main()"
+
+
+def test_two_machines_train_as_one(forked, call_main, tmp_path):
     """Two nodes of one process each, both on the loopback address, give the figures of one process."""
-    flags = [*FLAGS, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save"]
+    flags = [*FLAGS, "--growth-rate", 4, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save"]
     nodes = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes]
-    commands = [[*torchrun, "--node-rank", node, "train.py", *flags, tmp_path / "two"] for node in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(list(map(str, each)), cwd=ROOT, env=environment) for each in commands]
-    assert [process.wait(timeout=200) for process in running] == [0, 0]
+    commands = [["-c", TORCHRUN, *nodes, "--node-rank", node, "train.py", *flags, tmp_path / "two"] for node in range(2)]
+    for done in [process.wait(timeout=200) for process in [forked(command) for command in commands]]:
+        assert done.returncode == 0, done.stderr
     status, _, errors = call_main(train, *flags, tmp_path / "one")
     assert status == 0, errors
     for name in ("train.csv", "test.csv"):

@@ -65,12 +65,12 @@ def flags(save, *more):
 @pytest.mark.parametrize(
     ("megabytes", "more", "asked", "remedies"),
     [
-        (5, [], "a net of L=10, k=4", ["--limit"]),  # not even the data
+        (5, [], "a net of L=10, k=2", ["--limit"]),  # not even the data
         (300, ["--growth-rate", "1500"], "a net of L=10, k=1500", ["a smaller net"]),  # the net
         (
             300,
             ["--depth", "100", "--batch-size", "96"],
-            "batches of 96 and a net of L=100, k=4",
+            "batches of 96 and a net of L=100, k=2",
             ["--efficient", "--batch-size"],
         ),
         (
@@ -99,7 +99,7 @@ def test_memory_that_runs_out_in_a_resumed_run_keeps_its_checkpoint(run, call_ma
     (line,) = done.stderr.splitlines()
     assert (done.returncode, "memory ran out" in line, "choose --efficient" in line) == (1, True, False)
     assert (save / "latest.pth").read_bytes() == before
-    assert call_main(train, *flags(save, "--resume"))[0] == 0
+    assert call_main(train, *flags(save, "--no-efficient", "--resume"))[0] == 0
     assert_same_run(tiny_run, save)
 
 
@@ -115,7 +115,7 @@ def test_memory_that_runs_out_on_two_ranks(forked, tmp_path):
     more = ["--depth", "100", "--batch-size", "96"]
     ranks = run_ranks(forked, "-c", LIMITED, "train", 300, *flags(tmp_path / "run", *more))
     assert [done.returncode for done in ranks] == [1, 1]
-    assert "train.py: memory ran out for batches of 96 and a net of L=100, k=4" in "".join(done.stderr for done in ranks)
+    assert "train.py: memory ran out for batches of 96 and a net of L=100, k=2" in "".join(done.stderr for done in ranks)
     for done in ranks:
         (last,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
         assert "memory ran out" in last or "another process of this run has ended" in last
@@ -224,15 +224,16 @@ def unequal_lengths(*arguments, **options):
 BUGS = [value_error, type_error, unequal_lengths]
 PLACES = {  # what each program calls, by the names it calls it by
     "train": """densenet.DenseNet.__init__ densenet.block_channels densenet.init_weights flags.make_net train.choose_device
-        train.make_repeatable train.initial_net data.load data.hold_out data.mean_and_std
-        distributed.check_batches run_folder.refuse_to_replace run_folder.git_commit run_folder.begin""",
+        train.make_repeatable train.initial_net data.load data.hold_out distributed.check_batches
+        run_folder.refuse_to_replace run_folder.git_commit run_folder.begin""",
     "train, begun": """step.TrainingStep.__init__ step.TrainingStep.__call__ step.make_optimizer densenet.DenseNet.forward
         data.training_batches data.normalize train.EpochLog.write train.EpochLog.mean train.restore train.make_card
         train.predict train.loss_and_error_sums run_folder.append_rows run_folder.end_epoch run_folder.flush_to_disk
         run_folder.encoded run_folder.Plots.redraw run_folder.Plots.wait train.print_epoch""",
     "train --resume": "run_folder.resume run_folder.compare_rates run_folder.fits run_folder.rows_until",
     "train --init": "train.read_init train.load_checkpoint train.build_net train.refuse_another_net train.load_weights",
-    "train on pictures": "folder.list_classes folder.check_classes folder.read_pictures pictures.to_rgb pictures.num_cpus",
+    "train on pictures": """folder.list_classes folder.check_classes folder.read_pictures pictures.to_rgb pictures.num_cpus
+        data.mean_and_std""",
     "evaluate": """evaluate.load_checkpoint evaluate.build_net checkpoint.fits densenet.DenseNet.__init__
         densenet.DenseNet.forward data.read_part evaluate.predict evaluate.confusion_matrix evaluate.mean_class_error
         evaluate.class_lines evaluate.write_text evaluate.draw drawing.as_text drawing.save""",

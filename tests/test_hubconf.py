@@ -1,5 +1,6 @@
 """The weights that ship, loaded as a user would."""
 
+import os
 import subprocess
 import sys
 import types
@@ -81,13 +82,19 @@ def test_another_module_called_densenet_is_named(monkeypatch, file):
 
 
 def test_the_nets_need_torch_alone(tmp_path):
+    """Without a GPU also the efficient ones, whose kernels are not imported then."""
     code = f"""
 import sys
-sys.modules |= dict.fromkeys(["PIL", "numpy", "torchvision", "tqdm"])
+sys.modules |= dict.fromkeys(["PIL", "numpy", "torchvision", "tqdm", "triton"])
 import torch
-torch.hub.load({str(ROOT)!r}, "densenet_bc_40_12", source="local", pretrained=True)
+net = torch.hub.load({str(ROOT)!r}, "densenet_bc_40_12", source="local", pretrained=True, efficient=True)
+net(torch.zeros(2, 3, 8, 8)).sum().backward()
+print(sys.modules["dense_block"].load_kernels.cache_info().currsize)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    environment = os.environ | {"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
-from forked import Forked
+from forked import Server
 from test_dense_block import distance
 
 import dense_block
@@ -38,7 +38,7 @@ def interpreter():
     if version(triton) < (3, 8) and version(numpy) >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.8 needs NumPy before 2.4")
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        server = Forked(["test_kernels", "hubconf"])
+        server = Server(["test_kernels", "hubconf"])
     yield server.start
     server.stop()
 

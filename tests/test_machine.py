@@ -1,11 +1,8 @@
 import ctypes
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import distributed
 import machine
@@ -26,25 +23,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults(start, device, **settings):
-    """Starts Python by `start`; what malloc reads when a process begins, it does not read in one that is forked."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | settings
-    return int(start(["-c", FAULTS.format(device=device)], env=environment).stdout)
-
-
-def begun(command, env):
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the allocator is not glibc's")
 def test_freed_memory_is_kept_on_a_cpu_unless_a_person_says_otherwise(forked):
-    def fork(command, env):
-        return forked(command, env=env).wait()
+    """Settings are those of malloc's defaults, since malloc reads none in a process that is forked."""
 
-    assert page_faults(fork, "cpu") < 10
-    assert page_faults(fork, "cuda") > 30  # huge pages have 2 MB
-    assert page_faults(begun, "cpu", MALLOC_TRIM_THRESHOLD_="131072") > 30
-    assert page_faults(begun, "cpu", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072") > 30
+    def page_faults(device, **settings):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | settings
+        return int(forked(["-c", FAULTS.format(device=device)], env=environment).wait().stdout)
+
+    assert page_faults("cpu") < 10
+    assert page_faults("cuda") > 30  # huge pages have 2 MB
+    assert page_faults("cpu", MALLOC_TRIM_THRESHOLD_="131072") > 30
+    assert page_faults("cpu", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072") > 30
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

@@ -300,7 +300,7 @@ def test_a_run_writes_its_files(tiny_run):
 
 def test_a_run_says_what_it_is_how_far_it_is_and_what_there_is(tiny_run):
     what, how, *epochs, error, files = (tiny_run / "stdout").read_text().splitlines()
-    assert what == "DenseNet-BC, L=10, k=4, 2,666 parameters"
+    assert what == "DenseNet-BC, L=10, k=2, 786 parameters"
     assert how.startswith("digits (96 training, 360 test images), cpu (")
     assert how.endswith(f"fp32, {tiny_run}")
     assert [line.split("  ")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
@@ -527,10 +527,10 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "differences"),
     [
-        (["--growth-rate", 8], "growth rate 4 and not 8, init channels 8 and not 16"),
+        (["--growth-rate", 8], "growth rate 2 and not 8, init channels 4 and not 16"),
         (["--depth", 16, "--reduction", 0.6], "depth 10 and not 16, reduction 0.5 and not 0.6"),
-        (["--no-bottleneck"], "bottleneck True and not False, reduction 0.5 and not 1.0, init channels 8 and not 16"),
-        (["--init-channels", 5], "init channels 8 and not 5"),
+        (["--no-bottleneck"], "bottleneck True and not False, reduction 0.5 and not 1.0, init channels 4 and not 16"),
+        (["--init-channels", 5], "init channels 4 and not 5"),
     ],
 )
 def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_run, tmp_path, flags, differences):
@@ -543,7 +543,7 @@ def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_ru
     assert (run / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
 
 
-@pytest.mark.parametrize("flags", [["--reduction", 0.5, "--init-channels", 8], ["--drop-rate", 0.1, "--efficient"]])
+@pytest.mark.parametrize("flags", [["--reduction", 0.5, "--init-channels", 4], ["--drop-rate", 0.1, "--efficient"]])
 def test_init_takes_what_stands_for_the_same_shapes(tiny_run, flags):
     args = parse(*TINY, "--init", str(tiny_run / "latest.pth"), *map(str, flags))
     weights, _ = train.read_init(args, fresh=True)
@@ -558,7 +558,7 @@ def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictur
     assert status == 0, errors
     told = f"--init {weights}: a new classifier for 2 classes instead of 10; the rest is loaded"
     assert out.splitlines().count(told) == 1
-    new = train.initial_net(parse("--depth", "10", "--growth-rate", "4", "--seed", "2"), 2, None)
+    new = train.initial_net(parse(*TINY, "--seed", "2"), 2, None)
     begun, ended = (build_net(load_checkpoint(path)) for path in (weights, run / "latest.pth"))
     expected = {**dict(begun.named_parameters()), "fc.weight": new.fc.weight, "fc.bias": new.fc.bias}
     assert all(torch.equal(parameter, expected[name]) for name, parameter in ended.named_parameters())
