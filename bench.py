@@ -185,9 +185,8 @@ def measured(step, steps, device):
 
 def table(results, args, device):
     """Yields a heading and the lines of a Markdown table; the ratio is to the first row."""
-    net, rounds = f"L={args.depth}, k={args.growth_rate}", f"{args.rounds} x {args.steps} steps"
-    what = f"{net}, {args.precision}, batch {args.batch_size}, {rounds}"
-    yield f"`{shlex.join(sys.argv)}`: {what}, {describe(device)}, torch {torch.__version__}"
+    run = f"L={args.depth}, k={args.growth_rate}, {args.precision}, batch {args.batch_size}, {args.rounds} x {args.steps} steps"
+    yield f"`{shlex.join(sys.argv)}`: {run}, {describe(device)}, torch {torch.__version__}"
     yield f"\n| | ms a step | images/s | ratio | memory, GB |\n|{' --- |' * 5}"
     base = statistics.median(next(iter(results.values()))["ms_a_step"])
     for name, result in results.items():

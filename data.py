@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import check_integrity
 
@@ -26,8 +25,8 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class Split:
-    images: Tensor  # (M, 3, S, S) uint8; S = 32 except for --dataset folder
-    labels: Tensor  # (M,) int64
+    images: torch.Tensor  # (M, 3, S, S) uint8; S = 32 except for --dataset folder
+    labels: torch.Tensor  # (M,) int64
 
     def __len__(self):
         return len(self.labels)
@@ -47,15 +46,15 @@ class Split:
 
 class Dataset(NamedTuple):
     train: Split
-    val: Split | None  # held-out training images
+    val: Split  # held-out training images, or none
     test: Split
-    mean: Tensor  # (3, 1, 1) float32, of pixels 0..255
-    std: Tensor  # (3, 1, 1) float32
+    mean: torch.Tensor  # (3, 1, 1) float32, of pixels 0..255
+    std: torch.Tensor  # (3, 1, 1) float32
     classes: list[str]
 
     def to(self, device):
         *tensors, classes = self
-        return Dataset(*(each if each is None else each.to(device) for each in tensors), classes)
+        return Dataset(*(each.to(device) for each in tensors), classes)
 
     def digests(self):
         """{part: hash of its pixels and labels}; a run that is continued compares them."""
@@ -69,7 +68,7 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     A folder's pictures become image_size x image_size, with a bar unless quiet. Refused if the data is missing or damaged.
     """
     shown = not quiet and name != "folder"  # which shows each picture
-    parts = progress(("train", "test"), shown, desc=f"reading {name}", unit=" parts", leave=False)
+    parts = progress(("train", "test"), shown, desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
     moments = SOURCES[name][1] or mean_and_std(train.images)
     mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in moments)
@@ -84,16 +83,14 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False):
 
 
 def hold_out(split, val, limit):
-    """(training split of at most `limit` images, held-out split of `val` images or None); independent of the seed."""
+    """(training split of at most `limit` images, held-out split of `val` images); independent of the seed."""
     if (limit or 1) > len(split) - val:
         left = f"--val {val} leaves {max(0, len(split) - val):,} of" if val else f"--limit {limit} is more than"
         fewer = f", fewer than --limit {limit}" if val and limit else ""
         raise Refused(f"{left} the {len(split):,} training images{fewer}: choose less")
-    if not val and limit is None:
-        return split, None  # avoids a copy
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
-    return split.take(kept), split.take(held_out) if val else None
+    return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # all without a copy
 
 
 def read_cifar(dataset_class, root, part):
@@ -159,10 +156,8 @@ def read_or_download(dataset_class, root, archive, **kwargs):
         with contextlib.suppress(OSError):
             for path in new_folders:  # a name mistyped leaves none
                 path.rmdir()
-        raise Refused(
-            f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error}): "
-            f"put {archive} into {root}, or name the right folder with --data"
-        ) from error
+        reason = f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error})"
+        raise Refused(f"{reason}: put {archive} into {root}, or name the right folder with --data") from error
 
 
 def mean_and_std(images, values=2**28):

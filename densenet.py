@@ -107,10 +107,8 @@ class DenseNet(nn.Module):
         efficient=False,
     ):
         super().__init__()
-        if reduction is None:
-            reduction = 0.5 if bottleneck else 1.0
-        if init_channels is None:
-            init_channels = 2 * growth_rate if bottleneck else 16
+        reduction = (0.5 if bottleneck else 1.0) if reduction is None else reduction
+        init_channels = (2 * growth_rate if bottleneck else 16) if init_channels is None else init_channels
         check_arguments(growth_rate, reduction, num_classes, drop_rate, init_channels)
         num_layers = layers_per_block(depth, bottleneck)
         layer = Bottleneck if bottleneck else SingleLayer

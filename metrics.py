@@ -14,7 +14,7 @@ GPU_NUMBERS = 2**28  # in the widest layer's input at a time, on a GPU: large ba
 def predict(net, images, mean, std, title=None):
     """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a bar is shown."""
     net.eval()
-    batches = progress(images.split(batch_size(net, images)), shown=bool(title), desc=title, unit=" batches", leave=False)
+    batches = progress(images.split(batch_size(net, images)), shown=bool(title), desc=title, unit=" batches")
     return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
 
 

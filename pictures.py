@@ -31,7 +31,7 @@ def read_pictures(paths, size, title=None):
     """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
-    bar = progress(shown=bool(title), desc=title, total=len(paths), unit="", leave=False)
+    bar = progress(shown=bool(title), desc=title, total=len(paths), unit="")
     if title and not on_terminal():
         say(title)
     with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well

@@ -37,9 +37,9 @@ class Bar(tqdm):
 
 
 def progress(iterable=None, shown=True, **options):
-    """tqdm with its options."""
+    """tqdm with its options; what it shows on a terminal is gone in the end."""
     if on_terminal():
         options |= {"dynamic_ncols": True}
     else:
         options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
-    return Bar(iterable, disable=not shown, miniters=1, **options)
+    return Bar(iterable, disable=not shown, miniters=1, leave=False, **options)

@@ -184,8 +184,7 @@ def fit(net, dataset, args, world, checkpoint):
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
     extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
-    shown = world.rank == 0 and first_epoch < args.epochs
-    with progress(shown=shown, **extent, unit=" images", unit_scale=True, leave=False) as bar:
+    with progress(shown=world.rank == 0 and first_epoch < args.epochs, **extent, unit=" images", unit_scale=True) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])

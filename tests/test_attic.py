@@ -168,9 +168,8 @@ def test_kernels_are_not_compiled_without_triton(call_main, monkeypatch):
 
 def test_the_rivals_are_measured_in_processes_of_their_own(run_script, tmp_path):
     sizes = ["--depth", 10, "--batch-size", 2, "--image-size", 8, "--rounds", 1, "--steps", 1, "--device", "cpu"]
-    done = run_script(
-        "attic/compare-speed.py", *sizes, "--only", "torchvision-checkpointed", "--json", tmp_path / "report.json"
-    )
+    which = ["--only", "torchvision-checkpointed", "--json", tmp_path / "report.json"]
+    done = run_script("attic/compare-speed.py", *sizes, *which)
     assert done.returncode == 0, done.stderr
     assert "\n| torchvision-checkpointed | " in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
