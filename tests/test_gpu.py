@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT
 from test_kernels import counted
 from test_run_folder import assert_same_run
 
@@ -43,7 +43,8 @@ def on_gpu(*values):
 
 
 DIGITS = ["--dataset", "digits", "--depth", 10, "--growth-rate", 8, "--batch-size", 32, "--drop-rate", 0, "--no-plot"]
-ON_DEVICE = [*TINY[: TINY.index("--device")], "--batch-size", 32, "--drop-rate", 0.2, "--augment", "--no-plot"]
+ON_DEVICE = ["--dataset", "digits", "--depth", 10, "--growth-rate", 4, "--limit", 96, "--batch-size", 32]
+ON_DEVICE += ["--drop-rate", 0.2, "--augment", "--no-plot"]
 
 
 @pytest.fixture
