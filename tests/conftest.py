@@ -30,7 +30,7 @@ def pytest_configure(config):
             pytest.exit("this machine has no GPU that PyTorch can use: nothing is tested", returncode=0)
     elif getattr(config.option, "numprocesses", None):  # for all processes that run tests
         config.server = Server()
-        os.environ["FORKED"] = config.server.address
+        os.environ["FORK_SERVER"] = config.server.address
 
 
 def pytest_unconfigure(config):
@@ -83,8 +83,8 @@ def call_main(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def forked():
     """Starts a process of Python that has imported the programs already, see forked.py."""
-    if "FORKED" in os.environ:
-        yield Forked(os.environ["FORKED"]).start
+    if "FORK_SERVER" in os.environ:
+        yield Forked(os.environ["FORK_SERVER"]).start
         return
     server = Server()
     yield server.start
