@@ -212,9 +212,9 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def say(*lines, write=print):
