@@ -163,7 +163,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x32 = x.to(self.weight.dtype)  # float32 where autocast gives bf16
         count = AllReduce.apply(x32.new_full((), x.numel() // x.shape[1]))
         mean = AllReduce.apply(x32.sum(dim=(0, 2, 3))) / count  #                               (C,)
         centred = x32 - mean.view(1, -1, 1, 1)  #                                               (N, C, H, W)
