@@ -52,7 +52,7 @@ def worded(parser, needs, remedy):
     """Wraps a whole program. Where memory runs out, the message says what `needs` it, and the `remedy`.
 
     Yields a namespace; set its `resume` to the command that resumes, once the run has begun, and `silent` where another
-    process says what all of them refuse.
+    process says why all of them end.
     """
     settle_streams()
     ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False)
@@ -64,7 +64,7 @@ def worded(parser, needs, remedy):
         if status is None:
             error.add_note(f"{parser.prog}: {sentence}")
             raise
-        if ending.silent and isinstance(error, Refused):
+        if ending.silent and isinstance(error, Refused | Stopped):
             parser.exit(status)
         if status == 2:
             parser.error(sentence)

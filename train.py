@@ -234,7 +234,7 @@ class EpochLog:
             signum = self.write(stop.received)
             bar.set_postfix_str(f"loss {self.rows[-1][0]:.3f}, error {self.rows[-1][1]:.1f} %", refresh=False)
             if signum:
-                raise Stopped(signum) if self.world.rank == 0 else SystemExit(128 + signum)
+                raise Stopped(signum)
 
     def write(self, received):
         """Writes the group to train.csv and returns the signal that any rank received, or 0. Waits for the device."""
