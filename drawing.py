@@ -1,6 +1,5 @@
 """What all figures share: no setting of the machine changes them; names are plain text, in fonts that have their letters."""
 
-import contextlib
 import os
 import textwrap
 import warnings
@@ -15,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from endings import Refused, naming
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has is a box
 FORMATS = ("png", "pdf", "svg")
 OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
 
@@ -58,14 +58,6 @@ def font_families(text):
     return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
 
 
-@contextlib.contextmanager
-def boxes_allowed():
-    """No warning of a letter that no font has."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        yield
-
-
 def add_legend(figure, entries, style):
     """One legend of (label, look of a line) below the panels, as wide as they are; the figure grows by its height."""
     letters = int(10 * figure.get_figwidth())  # in a line of a label
@@ -75,8 +67,7 @@ def add_legend(figure, entries, style):
         legend = figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
         for text in legend.get_texts():
             text.set(**style)
-        with boxes_allowed():
-            size = legend.get_window_extent()
+        size = legend.get_window_extent()
         if size.width < figure.bbox.width or columns == 1:
             break
         legend.remove()
@@ -86,5 +77,5 @@ def add_legend(figure, entries, style):
 def save(figure, path):
     """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept."""
     options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
-    with naming(path), matplotlib.rc_context(options), boxes_allowed():
+    with naming(path), matplotlib.rc_context(options):
         figure.savefig(path, dpi=200)
