@@ -21,10 +21,10 @@ OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps"
 
 def picture_format(path):
     """The format of the picture that the path names; None if it names a folder. Refused if it is one that is not written."""
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix in OTHER_FORMATS and not path.is_dir():
+    suffix = "" if path.is_dir() else path.suffix.lower().removeprefix(".")
+    if suffix in OTHER_FORMATS:
         raise Refused(f"{path} is no picture that can be written: name a file in .{', .'.join(FORMATS)}, or a folder")
-    return suffix if suffix in FORMATS and not path.is_dir() else None
+    return suffix if suffix in FORMATS else None
 
 
 def new_figure(width, height):
