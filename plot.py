@@ -51,7 +51,7 @@ def main():
     args = parser.parse_args()
     with endings.worded(parser, "the figures", "a larger --since"):
         folders = name_runs(args.runs)
-        out = args.out or Path(os.path.commonpath([folder.resolve() for folder in args.runs]))
+        out = args.out or Path(os.path.commonpath(folders.values()))
         figures = panels(out, args.format)
         groups = name_settings(folders.values()) if args.average else {label: [folder] for label, folder in folders.items()}
         curves = {label: curve for label, members in groups.items() if (curve := read_curve(members, args.smooth))}
