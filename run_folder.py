@@ -60,9 +60,9 @@ def locked(save):
         lock.release()
 
 
-def continues(save, resume):
-    """Whether --resume is given and there is a checkpoint."""
-    return resume and (save / "latest.pth").exists()
+def is_fresh(save, resume):
+    """Whether a run begins: without --resume, or without a checkpoint."""
+    return not (resume and (save / "latest.pth").exists())
 
 
 def read_arguments(save):

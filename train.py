@@ -54,7 +54,7 @@ def main():
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
-            fresh = not run_folder.continues(args.save, args.resume)
+            fresh = run_folder.is_fresh(args.save, args.resume)
             ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
@@ -133,7 +133,7 @@ def run(net, dataset, args, world, ending, fresh):
 def open_run(net, dataset, args, world, fresh):
     """Begins the run, or continues it with --resume. Returns its checkpoint, or None."""
     run_folder.refuse_to_replace(args.save, args.resume, args.force)  # again: another process may have had the folder
-    if fresh != (not run_folder.continues(args.save, args.resume)):
+    if fresh != run_folder.is_fresh(args.save, args.resume):
         raise Refused(f"another process has changed {args.save} in the meantime: start again")
     args.digests = dataset.digests()
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}

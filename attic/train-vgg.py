@@ -43,7 +43,7 @@ def main():
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
         run_folder.compare_arguments(begun, flags.plain_arguments(args))
-        fresh = not run_folder.continues(args.save, args.resume)
+        fresh = run_folder.is_fresh(args.save, args.resume)
         ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
         keep_freed_memory(device)
         make_repeatable(args.deterministic)
