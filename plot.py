@@ -88,11 +88,11 @@ def build_parser():
 def panels(out, suffix):
     """{path: columns}: three figures in a folder, or one of both columns if out is a file. Refused for contradictions."""
     kind = drawing.picture_format(out)
-    if kind and suffix not in (None, kind):
+    if not kind:
+        return {out / f"{'-'.join(columns)}.{suffix or 'png'}": columns for columns in (["loss"], ["error"], ["loss", "error"])}
+    if suffix not in (None, kind):
         raise Refused(f"--format {suffix} contradicts --out {out}: leave out --format")
-    if kind:
-        return {out: ["loss", "error"]}
-    return {out / f"{'-'.join(columns)}.{suffix or 'png'}": columns for columns in (["loss"], ["error"], ["loss", "error"])}
+    return {out: ["loss", "error"]}
 
 
 def name_settings(folders):
