@@ -73,4 +73,4 @@ def keep_freed_memory(device):
 
 def num_cpus():
     """The CPUs that this process may use; a cluster gives it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
