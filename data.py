@@ -100,10 +100,9 @@ def read_cifar(dataset_class, root, part):
         root = root.resolve().parent  # --data named the folder of the batches itself
     paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in files]
     refuse_damaged(paths)
-    incomplete = not all(path.exists() for path, _ in paths)
-    if incomplete:  # they will be extracted from the archive
+    if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
         refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
-    data = read_or_download(one_part, root, dataset_class.filename, download=incomplete, train=part == "train")
+    data = read_or_download(one_part, root, dataset_class.filename, train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
@@ -112,7 +111,7 @@ def read_svhn(root, part):
     splits = ["train", "extra"] if part == "train" else ["test"]
     files = {split: SVHN.split_list[split][1:] for split in splits}
     refuse_damaged([(root / name, md5) for name, md5 in files.values()])
-    parts = [read_or_download(SVHN, root, files[split][0], download=True, split=split) for split in splits]
+    parts = [read_or_download(SVHN, root, files[split][0], split=split) for split in splits]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
     return images, labels.long(), [*map(str, range(10))]
 
@@ -151,7 +150,7 @@ def read_or_download(dataset_class, root, archive, **kwargs):
     """torchvision's data set; to download is to make the folder root, too, or to extract the archive if that is there."""
     new_folders = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        return dataset_class(root, **kwargs)
+        return dataset_class(root, download=True, **kwargs)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             for path in new_folders:  # a name mistyped leaves none
