@@ -70,8 +70,7 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     shown = not quiet and name != "folder"  # which shows each picture
     parts = progress(("train", "test"), shown, desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
-    moments = SOURCES[name][1] or mean_and_std(train.images)
-    mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in moments)
+    mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
     return Dataset(*hold_out(train, val, limit), test, mean, std, classes)
 
 
