@@ -53,8 +53,7 @@ class Dataset(NamedTuple):
     classes: list[str]
 
     def to(self, device):
-        *tensors, classes = self
-        return Dataset(*(each.to(device) for each in tensors), classes)
+        return Dataset(*(each.to(device) for each in self[:-1]), self.classes)
 
     def digests(self):
         """{part: hash of its pixels and labels}; a run that is continued compares them."""
