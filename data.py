@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
@@ -120,7 +119,7 @@ def read_digits(root, part):
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, test = train_test_split([*range(len(labels))], test_size=360, stratify=labels, random_state=0)
     indices = train if part == "train" else test
     images = torch.from_numpy(pixels[indices]).float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
