@@ -115,11 +115,10 @@ def read_svhn(root, part):
 
 def read_digits(root, part):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32 in three channels; 360 of them are the test set."""
-    from sklearn.datasets import load_digits  # slow to import, and needed here only
-    from sklearn.model_selection import train_test_split
+    from sklearn import datasets, model_selection  # slow to import, and needed here only
 
-    pixels, labels = load_digits(return_X_y=True)
-    train, test = train_test_split([*range(len(labels))], test_size=360, stratify=labels, random_state=0)
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    train, test = model_selection.train_test_split([*range(len(labels))], test_size=360, stratify=labels, random_state=0)
     indices = train if part == "train" else test
     images = torch.from_numpy(pixels[indices]).float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
