@@ -151,8 +151,7 @@ def read_or_download(dataset_class, root, archive, **kwargs):
         with contextlib.suppress(OSError):
             for path in new_folders:  # a name mistyped leaves none
                 path.rmdir()
-        reason = f"{dataset_class.__name__} is not complete in {root} and cannot be downloaded ({error})"
-        raise Refused(f"{reason}: put {archive} into {root}, or name the right folder with --data") from error
+        raise Refused(f"{root} is incomplete, downloads fail ({error}): put {archive} there or name another --data") from error
 
 
 def mean_and_std(images, values=2**28):

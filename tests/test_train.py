@@ -628,7 +628,7 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--limit", 2000], "--limit 2000 is more than the 1,437 training images"),
         (["--val", 1437, "--limit", 1], "--val 1437 leaves 0 of the 1,437 training images, fewer than --limit 1: choose"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["--dataset", "cifar100"], "put cifar-100-python.tar.gz into"),
+        (["--dataset", "cifar100"], "put cifar-100-python.tar.gz there"),
         (["--dataset", "folder"], "train is not a folder"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
         (["--init", "missing.pth"], "missing.pth does not exist"),
