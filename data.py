@@ -63,10 +63,9 @@ class Dataset(NamedTuple):
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     """The data set `name` from the folder `root`; `val` training images are held out, `limit` of the others kept.
 
-    A folder's pictures become image_size x image_size, with a bar unless quiet. Refused if the data is missing or damaged.
+    A folder's pictures become image_size x image_size, with bars of their own. Refused if the data is missing or damaged.
     """
-    shown = not quiet and name != "folder"  # which shows each picture
-    parts = progress(("train", "test"), shown, desc=f"reading {name}", unit=" parts")
+    parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
     mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
     return Dataset(*hold_out(train, val, limit), test, mean, std, classes)
