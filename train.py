@@ -240,12 +240,11 @@ class EpochLog:
         """Writes the group to train.csv and returns the signal that any rank received, or 0. Waits for the device."""
         table = torch.stack([*self.group, torch.full_like(self.group[0], received)])
         *rows, (signals, _) = distributed.sum_over_ranks(table, self.world).tolist()
-        first = len(self.rows) + 1
+        steps = [*enumerate(rows, start=len(self.rows) + 1)]
         if self.world.rank == 0:
-            epochs = [self.epoch + i / len(self.sizes) for i in range(first, first + len(rows))]
-            run_folder.append_rows(self.path, [(epoch, *row) for epoch, row in zip(epochs, rows, strict=True)])
-        for number, (loss, _) in enumerate(rows, start=first):
-            check_loss(loss, f"at step {number} of epoch {self.epoch + 1}")
+            run_folder.append_rows(self.path, [(self.epoch + step / len(self.sizes), *row) for step, row in steps])
+        for step, (loss, _) in steps:
+            check_loss(loss, f"at step {step} of epoch {self.epoch + 1}")
         self.rows += rows
         self.group = []
         return signals and (received or signal.SIGTERM)
