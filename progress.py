@@ -21,9 +21,6 @@ class Log:
         if text.strip():
             say(text.strip())
 
-    def flush(self):
-        pass
-
 
 def on_terminal():
     """Whether there is a terminal that can show a bar: some have a height or a width of 0."""
