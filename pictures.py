@@ -45,16 +45,16 @@ def read_pictures(paths, size, title=None):
     return images
 
 
-class NoMeaning(ValueError):
-    """A picture whose values cannot be brought to 8 bits with certainty."""
+class Unreadable(ValueError):
+    """A picture that Pillow cannot read, or whose values cannot be brought to 8 bits with certainty."""
 
 
 def read_picture(path, size):
     """One picture file as to_tensor gives it. Refused if it cannot be read."""
     try:
         return to_tensor(open_picture(path, size), size)
-    except NoMeaning as error:
-        raise Refused(f"{path} cannot be read as an image ({error}): save it as 8-bit RGB or remove it") from error
+    except Unreadable as error:
+        raise Refused(f"{path} cannot be read as an image ({error}): repair it, save it as 8-bit RGB, or remove it") from error
 
 
 def to_tensor(picture, size):
@@ -68,9 +68,9 @@ def to_tensor(picture, size):
 
 
 def open_picture(path, size):
-    """The picture, decoded. Refused if Pillow cannot read it."""
+    """The picture, decoded. Unreadable if Pillow cannot do that."""
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise Refused(f"{path} cannot be read as an image (there is no file of this name): repair or remove it")
+        raise Unreadable("there is no file of this name")
     try:
         with Image.open(path) as picture:
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more
@@ -78,30 +78,27 @@ def open_picture(path, size):
             picture.draft(None, (2 * size, 2 * size))
             decode(picture)
             return picture
-    except NoMeaning:
-        raise
     except Exception as error:  # Pillow raises nearly anything for a broken file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Refused(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
+        raise Unreadable((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 def decode(picture):
-    """Loads the pixels. Pillow scales them to 8 bits, but not a PNG's transparent colour: done here, or NoMeaning."""
+    """Loads the pixels. Pillow scales them to 8 bits, but not a PNG's transparent colour: done here, or Unreadable."""
     key = picture.info.get("transparency")
     raw_mode = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
     if key is not None and raw_mode == "RGB;16B":
-        raise NoMeaning("its transparent colour has 16 bits")
+        raise Unreadable("its transparent colour has 16 bits")
     if key is not None and raw_mode in TRANSPARENT_GREY_STEP:
         picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[raw_mode]
     picture.load()
 
 
 def to_rgb(picture):
-    """The first frame in RGB, on white where it is transparent. NoMeaning if the range of its values is unknown."""
+    """The first frame in RGB, on white where it is transparent. Unreadable if the range of its values is unknown."""
     if picture.mode in SIXTEEN_BITS or (picture.mode, picture.format) == ("I", "PPM"):
         picture = to_8_bits(picture)
     if picture.mode not in MODES or signed(picture):
-        raise NoMeaning(f"its pixels are of type {picture.mode}, whose range of values is unknown")
+        raise Unreadable(f"its pixels are of type {picture.mode}, whose range of values is unknown")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
