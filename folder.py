@@ -53,10 +53,8 @@ def check_classes(root, train, image_size):
     number = sum(map(len, [*train.values(), *test.values()]))
     needed, free = 3 * number * image_size**2, free_memory()
     if needed > free:
-        raise Refused(
-            f"{root} holds {number:,} pictures, which are {needed / 1e9:.1f} GB at {image_size} x {image_size}, and "
-            f"{free / 1e9:.1f} GB of memory are free: choose a smaller --image-size, or put fewer pictures there"
-        )
+        images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB"
+        raise Refused(f"{root}: {images}, {free / 1e9:.1f} GB are free: choose a smaller --image-size, or put fewer there")
 
 
 def spelling(name):

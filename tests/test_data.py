@@ -329,7 +329,7 @@ def test_folder_that_is_wrong_is_named(pictures, spoil, message):
 
 def test_a_set_that_does_not_fit_the_memory_is_refused_before_it_is_read(pictures):
     break_picture(pictures)  # nothing is read
-    with pytest.raises(Refused, match=r"14 pictures, which are 420\.0 GB at 100000 x 100000, and [\d.]+ GB of memory are free"):
+    with pytest.raises(Refused, match=r"14 pictures of 100000 x 100000 need 420\.0 GB, [\d.]+ GB are free: choose"):
         data.load("folder", pictures, image_size=100_000)
 
 

@@ -90,7 +90,7 @@ def test_another_size_is_another_run(run, tmp_path):
         (["--image-size", "large"], "--image-size: invalid"),
         (["--image-size", 64, "--dataset", "digits"], "--image-size is for --dataset folder: the images of digits are 32 x 32"),
         (["--image-size", 28, "--dataset", "cifar10"], "--image-size is for --dataset folder"),
-        (["--image-size", 40_000], "GB of memory are free: choose a smaller --image-size"),
+        (["--image-size", 40_000], "GB are free: choose a smaller --image-size"),
     ],
 )
 def test_bad_sizes_are_one_sentence_and_nothing_is_written(run, tmp_path, flags, message):
