@@ -119,8 +119,5 @@ def describe_classes(names, train_labels, test_labels):
     few, many = min(train), max(train)
     if many > 10 * few:
         most, fewest = names[train.index(many)], names[train.index(few)]
-        lines.append(
-            f"  unbalanced: {most} has {many:,} training images, more than ten times the {few:,} of {fewest}: "
-            "look at the error of each class, which evaluate.py prints"
-        )
+        lines.append(f"  unbalanced, {most} has {many:,} training images, {fewest} {few:,}: evaluate.py has each class's error")
     return lines

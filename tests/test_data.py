@@ -231,7 +231,7 @@ def test_what_the_classes_hold(pictures):
     dataset = data.load("folder", pictures)
     lines = folder.describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels)
     assert lines[:2] == ["  blue        6 training       1 test images", "  red        71 training       1 test images"]
-    assert "red has 71 training images, more than ten times the 6 of blue" in lines[2]
+    assert "unbalanced, red has 71 training images, blue 6: evaluate.py" in lines[2]
     assert len(lines) == 3
 
 
