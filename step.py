@@ -113,15 +113,14 @@ class CapturedGradients:
     def capture(self, images, labels):
         """Captures a step, without computing it. A failure ends the run: PyTorch does not recover from it."""
         self.images, self.labels = images.clone(), labels.clone()
-        graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         try:  # thread_local: other threads may use the GPU meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.eager(self.images, self.labels, 1.0)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise Refused(f"a step of this net cannot be captured ({reason}): choose --no-capture", status=1) from error
         self.fixed = [parameter.grad for parameter in self.parameters]
-        self.graph = graph
 
 
 @contextlib.contextmanager
