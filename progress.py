@@ -35,8 +35,6 @@ class Bar(tqdm):
 
 def progress(iterable=None, shown=True, **options):
     """tqdm with its options; what it shows on a terminal is gone in the end."""
-    if on_terminal():
-        options |= {"dynamic_ncols": True}
-    else:
+    if not on_terminal():
         options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
-    return Bar(iterable, disable=not shown, miniters=1, leave=False, **options)
+    return Bar(iterable, disable=not shown, miniters=1, leave=False, dynamic_ncols=True, **options)
