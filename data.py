@@ -56,8 +56,7 @@ class Dataset(NamedTuple):
 
     def digests(self):
         """{part: hash of its pixels and labels}; a run that is continued compares them."""
-        parts = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split.digest() for name, split in parts.items() if split}
+        return {part: split.digest() for part, split in zip(self._fields[:3], self[:3], strict=True) if split}
 
 
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
@@ -80,12 +79,11 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False):
 
 def hold_out(split, val, limit):
     """(training split of at most `limit` images, held-out split of `val` images); independent of the seed."""
-    if (limit or 1) > len(split) - val:
-        left = f"--val {val} leaves {max(0, len(split) - val):,} of" if val else f"--limit {limit} is more than"
-        fewer = f", fewer than --limit {limit}" if val and limit else ""
-        raise Refused(f"{left} the {len(split):,} training images{fewer}: choose less")
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
+    if len(kept) < (limit or 1):
+        needed = f"--limit {limit}" if limit else "one"
+        raise Refused(f"--val {val} leaves {len(kept):,} of {len(split):,} training images, fewer than {needed}: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # all without a copy
 
 
@@ -98,7 +96,7 @@ def read_cifar(dataset_class, root, part):
     refuse_damaged(paths)
     if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
         refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
-    data = read_or_download(one_part, root, dataset_class.filename, train=part == "train")
+    data = download(one_part, root, dataset_class.filename, train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
@@ -107,7 +105,7 @@ def read_svhn(root, part):
     splits = ["train", "extra"] if part == "train" else ["test"]
     files = {split: SVHN.split_list[split][1:] for split in splits}
     refuse_damaged([(root / name, md5) for name, md5 in files.values()])
-    parts = [read_or_download(SVHN, root, files[split][0], split=split) for split in splits]
+    parts = [download(SVHN, root, files[split][0], split=split) for split in splits]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
     return images, labels.long(), [*map(str, range(10))]
 
@@ -141,14 +139,14 @@ def refuse_damaged(files):
             raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
 
 
-def read_or_download(dataset_class, root, archive, **kwargs):
-    """torchvision's data set; to download is to make the folder root, too, or to extract the archive if that is there."""
-    new_folders = [path for path in (root, *root.parents) if not path.exists()]
+def download(dataset_class, root, archive, **kwargs):
+    """torchvision's data set; missing files are downloaded, or extracted from the archive in root, which may be made for it."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
         return dataset_class(root, download=True, **kwargs)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
-            for path in new_folders:  # a name mistyped leaves none
+            for path in missing:  # a name mistyped leaves no folder
                 path.rmdir()
         raise Refused(f"{root} is incomplete, downloads fail ({error}): put {archive} there or name another --data") from error
 

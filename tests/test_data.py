@@ -102,9 +102,9 @@ def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
     assert torch.equal(whole.train.images[:100], part.train.images)
     rows = {image.numpy().tobytes() for image in torch.cat([whole.train.images, whole.val.images])}
     assert rows == {image.numpy().tobytes() for image in data.load("digits", ".").train.images}
-    with pytest.raises(Refused, match="--val 1437 leaves 0 of the 1,437 training images: choose less"):
+    with pytest.raises(Refused, match="--val 1437 leaves 0 of 1,437 training images, fewer than one: choose less"):
         data.load("digits", ".", val=1437)
-    with pytest.raises(Refused, match="--val 1000 leaves 437 of the 1,437 training images, fewer than --limit 438"):
+    with pytest.raises(Refused, match="--val 1000 leaves 437 of 1,437 training images, fewer than --limit 438"):
         data.load("digits", ".", val=1000, limit=438)
 
 
