@@ -178,10 +178,10 @@ def crop_and_flip(images, top, left, flip):
     return torch.where(flip.view(n, 1, 1, 1), crops.flip(3), crops)
 
 
-def random_windows(n, generator, device, size=IMAGE_SIZE):
-    """Random (top, left, flip) of n images for crop_and_flip."""
-    top, left = torch.randint(0, 2 * (size // 8) + 1, (2, n), generator=generator, device=device)
-    return top, left, torch.rand(n, generator=generator, device=device) < 0.5
+def random_windows(n, size, generator):
+    """Random (top, left, flip) of n images of this size for crop_and_flip, on the generator's device."""
+    top, left = torch.randint(0, 2 * (size // 8) + 1, (2, n), generator=generator, device=generator.device)
+    return top, left, torch.rand(n, generator=generator, device=generator.device) < 0.5
 
 
 def training_batches(dataset, batch_size, augment, generator, rank=0, world_size=1):
@@ -190,12 +190,10 @@ def training_batches(dataset, batch_size, augment, generator, rank=0, world_size
     The last batch may be smaller. Each rank gets its slice of every batch, if all have generators in the same state; share is
     the slice's part of the batch, 1 for a single process. The generator is on the data set's device.
     """
-    split, device = dataset.train, dataset.train.labels.device
-    order = torch.randperm(len(split), generator=generator, device=device)
+    split = dataset.train
+    order = torch.randperm(len(split), generator=generator, device=generator.device)
     for indices in order.split(batch_size):
-        windows = random_windows(len(indices), generator, device, split.images.shape[-1]) if augment else ()
+        windows = random_windows(len(indices), split.images.shape[-1], generator) if augment else ()
         mine, *windows = (part.tensor_split(world_size)[rank] for part in (indices, *windows))
         images = normalize(split.images[mine], dataset.mean, dataset.std)
-        if augment:
-            images = crop_and_flip(images, *windows)
-        yield images, split.labels[mine], len(mine) / len(indices)
+        yield crop_and_flip(images, *windows) if augment else images, split.labels[mine], len(mine) / len(indices)
