@@ -84,15 +84,16 @@ def hold_out(split, val, limit):
     if len(kept) < (limit or 1):
         needed = f"--limit {limit}" if limit else "one"
         raise Refused(f"--val {val} leaves {len(kept):,} of {len(split):,} training images, fewer than {needed}: choose less")
-    return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # all without a copy
+    return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
 
 
 def read_cifar(dataset_class, root, part):
-    files = getattr(dataset_class, f"{part}_list")
-    one_part = type(dataset_class.__name__, (dataset_class,), {"train_list": [], "test_list": [], f"{part}_list": files})
+    files, meta = getattr(dataset_class, f"{part}_list"), [dataset_class.meta["filename"], dataset_class.meta["md5"]]
+    lists = {"train_list": [meta], "test_list": [meta], f"{part}_list": files}  # torchvision checks both, and reads one
+    one_part = type(dataset_class.__name__, (dataset_class,), lists)
     if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
         root = root.resolve().parent  # --data named the folder of the batches itself
-    paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in files]
+    paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in [*files, meta]]
     refuse_damaged(paths)
     if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
         refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
@@ -155,7 +156,7 @@ def mean_and_std(images, values=2**28):
     """Per channel, of pixels 0..255, computed `values` at a time; a constant channel gets std 1."""
     parts = images.split(max(1, values // images[0].numel()))
     moments = [torch.stack(torch.std_mean(part.float(), dim=(0, 2, 3), correction=0)) for part in parts]
-    stds, means = torch.stack(moments, dim=1).double()  # (parts, 3) each; of one part, they are the result
+    stds, means = torch.stack(moments, dim=1).double()  # (parts, 3) each; those of a single part come out as they are
     share = torch.tensor([len(part) / len(images) for part in parts], dtype=torch.float64).view(-1, 1)
     mean = (share * means).sum(dim=0)
     std = (share * (stds.square() + (means - mean).square())).sum(dim=0).sqrt()
@@ -187,8 +188,7 @@ def random_windows(n, size, generator):
 def training_batches(dataset, batch_size, augment, generator, rank=0, world_size=1):
     """One epoch, every image once, shuffled by the generator: yields (images (N, 3, H, W) float32, labels (N,), share).
 
-    The last batch may be smaller. Each rank gets its slice of every batch, if all have generators in the same state; share is
-    the slice's part of the batch, 1 for a single process. The generator is on the data set's device.
+    Each rank gets a slice of every batch; share is its part of it. The generators of all ranks are alike, on the data's device.
     """
     split = dataset.train
     order = torch.randperm(len(split), generator=generator, device=generator.device)

@@ -95,7 +95,7 @@ def joinable(x, layers, transition):
 
 
 def halves(module):
-    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition the side, which is 1, is not asked for."""
+    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition only the first two count."""
     if hasattr(module, "bn2"):
         return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
     return [(module.bn1, module.conv1, 3)]
@@ -108,7 +108,7 @@ def untouched(module, kind, training):
 
 
 def plain(bn, conv, side, training):
-    """Whether the batch norm has weights and running statistics, by a momentum; the convolution zero padding and no bias."""
+    """Whether the batch norm has weights and running statistics with a momentum, and the convolution zero padding and no bias."""
     made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
     if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
         return False
@@ -264,7 +264,7 @@ def forward(maps, mean, rstd, var, layers, weights):
 
 
 def update_running_statistics(norms, mean, var):
-    """As the batch norms do it, each with its own momentum and for the first channels, which it reads; var is unbiased."""
+    """As each batch norm does it: with its own momentum, for the first channels, those that it reads. var is unbiased."""
     weights = [bn.momentum for bn in norms]
     for name, values in [("running_mean", mean), ("running_var", var)]:
         running = [getattr(bn, name) for bn in norms]
@@ -345,7 +345,8 @@ def backward_layers(grad, buffer, statistics, block, weights, kept):
     """The gradient of the block's input (N, C, H, W), and those of block.parameters()."""
     passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
     moments = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope of the derivation
-    grads, grads_of_transition = torch.empty_like(buffer)[..., : maps.shape[-1]], []  # the former is G of the derivation
+    grads = torch.empty_like(buffer)[..., : maps.shape[-1]]  # G of the derivation
+    grads_of_transition = []
     if block.transition:
         grads_of_transition = passes.transition_backward(grad, grads, maps, *statistics, moments, block.transition)
     else:

@@ -59,7 +59,7 @@ def joined(world, device):
 def own_device(world, device):
     """The rank's own GPU, or the CPU."""
     if device.index is not None:
-        raise Refused(f"--device {device} is one for all processes, and each has its own: choose --device {device.type}")
+        raise Refused(f"all processes would share --device {device}: choose --device {device.type}, and each gets its own")
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
         if world.local_rank >= gpus:

@@ -21,8 +21,8 @@ import data
 import drawing
 import endings
 from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, say, write_text
-from flags import add_device_flag, named
+from endings import Refused, named, say, write_text
+from flags import add_device_flag
 from folder import list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
@@ -66,7 +66,7 @@ def build_parser():
 
 
 def refuse_contradictions(args):
-    """Refused for arguments that do not fit each other, and for a file that would be overwritten."""
+    """Refused for arguments that do not fit each other, and if --predictions names a file that exists."""
     if args.export and (args.image or args.val or args.predictions):
         raise Refused("--export writes the weights and evaluates nothing: leave out --image, --val and --predictions")
     if args.image and (args.val or args.data or args.out):

@@ -143,7 +143,7 @@ def make_net(args, num_classes=10):
 
 
 def fill_in(args, device, processes=1, begun=None):
-    """Sets --precision, --capture and --efficient where they are not given: together the fastest measured on the device.
+    """Sets --precision, --capture and --efficient where they are not given, to what was measured to be fastest on the device.
 
     A run that is continued, begun on a device of the same kind (CPU or GPU), keeps what it had.
     """

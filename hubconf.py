@@ -37,7 +37,7 @@ def preprocess(size=None):
     """The function that makes of a Pillow picture, or of a list of them, a batch (N, 3, size, size) for the nets.
 
     As evaluate.py --image reads a file: upright RGB, white where transparent, its shorter side resized to `size` and the middle
-    cut out; then normalised as CIFAR-10 was. The size None is that of the nets' own images, 32.
+    cut out; then normalised as CIFAR-10 was. Without a size, 32, which is CIFAR-10's.
     """
     from pictures import to_tensor
 

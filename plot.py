@@ -160,7 +160,7 @@ def check_since(curves, since):
     """Refused if --since is after the last epoch."""
     last = max(table.index.max() for curve in curves.values() for table in curve.tables.values() if not table.empty)
     if since > last:
-        raise Refused(f"--since {since:g} is behind the last epoch that there is, {last:g}: choose less")
+        raise Refused(f"--since {since:g} is after the last epoch, {last:g}: choose less")
 
 
 def draw(curves, columns, path, title, since, logarithmic):

@@ -28,7 +28,7 @@ def on_terminal():
 
 
 class Bar(tqdm):
-    """Looks at the clock in each update, and so needs no thread that does."""
+    """Looks at the clock in each update, so that no thread has to."""
 
     monitor_interval = 0
 

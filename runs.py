@@ -10,9 +10,9 @@ import pandas as pd
 from endings import Refused, read_json, say
 
 COLUMNS = ["epoch", "loss", "error"]
-# Entries of args.json that are no setting: where a run lies and how it was started; what changes no result beyond rounding.
-STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}
-MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}
+# Entries of args.json that are no setting.
+STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
+MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # rounding at most
 
 
 def name_runs(folders):

@@ -71,7 +71,7 @@ class CapturedGradients:
     """The gradients of whole batches by a CUDA graph, captured once and then replayed: one launch in place of thousands.
 
     The first steps are eager ones, on the stream that will capture. What is captured has fixed addresses: batch, result and
-    gradients. A smaller batch is taken eagerly; its gradients are its own, and give way to the fixed ones behind a replay.
+    gradients. A smaller batch is taken eagerly, with gradients of its own; the next replay puts the fixed ones back.
     """
 
     def __init__(self, eager, parameters, batch_size):
@@ -125,7 +125,7 @@ class CapturedGradients:
 
 @contextlib.contextmanager
 def noted_waits():
-    """Yields a list that has, in the end, a warning for each time that the host waited for the GPU inside."""
+    """Yields a list; at the end it holds a warning for each time that the host waited for the GPU."""
     waits = []
     with warnings.catch_warnings(record=True, action="always") as noted:
         before = torch.cuda.get_sync_debug_mode()

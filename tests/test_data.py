@@ -142,6 +142,15 @@ def test_a_damaged_archive_beside_whole_files_does_not_matter(cifar, tmp_path):
     assert len(data.load("cifar10", tmp_path).train) == 50_000
 
 
+def test_the_archive_is_read_where_only_the_names_of_the_classes_are_missing(cifar, tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for path in (cifar / "cifar-10-batches-py").glob("*_batch*"):
+        (tmp_path / "cifar-10-batches-py" / path.name).symlink_to(path)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(Refused, match="gz is damaged"):
+        data.load("cifar10", tmp_path)
+
+
 def test_the_test_part_needs_no_training_file(cifar, tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     for name in ("test_batch", "batches.meta"):

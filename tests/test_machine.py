@@ -80,7 +80,7 @@ def test_one_cpu_has_the_number_0(call_main, tmp_path):
 
 
 def test_under_torchrun_a_number_is_refused():
-    with pytest.raises(Refused, match="--device cuda:1 is one for all processes, and each has its own: choose --device cuda"):
+    with pytest.raises(Refused, match="all processes would share --device cuda:1: choose --device cuda, and each gets its own"):
         distributed.own_device(World(rank=0, size=2), torch.device("cuda", 1))
 
 

@@ -310,7 +310,7 @@ def test_an_installed_font_that_has_the_letters_is_used(chinese_font, call_main,
 def test_since_an_epoch_that_is_not_there_yet(call_main, tmp_path, since):
     run = write_run(tmp_path / "run")
     status, _, errors = call_main(plot, run, "--since", since)
-    assert (status, f"--since {since} is behind the last epoch that there is, 4: choose less" in errors) == (2, True)
+    assert (status, f"--since {since} is after the last epoch, 4: choose less" in errors) == (2, True)
     assert not list(run.glob("*.png"))
     assert call_main(plot, run, "--since", 4)[0] == 0
 
