@@ -179,10 +179,10 @@ def crop_and_flip(images, top, left, flip):
     return torch.where(flip.view(n, 1, 1, 1), crops.flip(3), crops)
 
 
-def random_windows(n, size, generator):
-    """Random (top, left, flip) of n images of this size for crop_and_flip, on the generator's device."""
-    top, left = torch.randint(0, 2 * (size // 8) + 1, (2, n), generator=generator, device=generator.device)
-    return top, left, torch.rand(n, generator=generator, device=generator.device) < 0.5
+def random_windows(n, size, generator, device):
+    """Random (top, left, flip) of n images of this size for crop_and_flip."""
+    top, left = torch.randint(0, 2 * (size // 8) + 1, (2, n), generator=generator, device=device)
+    return top, left, torch.rand(n, generator=generator, device=device) < 0.5
 
 
 def training_batches(dataset, batch_size, augment, generator, rank=0, world_size=1):
@@ -190,10 +190,10 @@ def training_batches(dataset, batch_size, augment, generator, rank=0, world_size
 
     Each rank gets a slice of every batch; share is its part of it. The generators of all ranks are alike, on the data's device.
     """
-    split = dataset.train
-    order = torch.randperm(len(split), generator=generator, device=generator.device)
+    split, device = dataset.train, dataset.train.labels.device
+    order = torch.randperm(len(split), generator=generator, device=device)
     for indices in order.split(batch_size):
-        windows = random_windows(len(indices), split.images.shape[-1], generator) if augment else ()
+        windows = random_windows(len(indices), split.images.shape[-1], generator, device) if augment else ()
         mine, *windows = (part.tensor_split(world_size)[rank] for part in (indices, *windows))
         images = normalize(split.images[mine], dataset.mean, dataset.std)
         yield crop_and_flip(images, *windows) if augment else images, split.labels[mine], len(mine) / len(indices)

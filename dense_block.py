@@ -108,7 +108,7 @@ def untouched(module, kind, training):
 
 
 def plain(bn, conv, side, training):
-    """Whether the batch norm has weights and running statistics with a momentum, and the convolution zero padding and no bias."""
+    """Whether the batch norm has weights and running statistics with a momentum; the convolution zero padding and no bias."""
     made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
     if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
         return False

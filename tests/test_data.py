@@ -25,7 +25,7 @@ def as_dataset(split, mean=torch.zeros(3, 1, 1), std=torch.ones(3, 1, 1)):  # no
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1)])
 def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
     images = torch.randn(200, 3, size, size)
-    top, left, flip = data.random_windows(200, size, generator())
+    top, left, flip = data.random_windows(200, size, generator(), "cpu")
     assert {*top.tolist()} == {*left.tolist()} == set(range(2 * padding + 1))
     assert 70 < flip.sum() < 130
     result = data.crop_and_flip(images, top, left, flip)
@@ -37,7 +37,7 @@ def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
 
 
 def test_batches_of_32_draw_what_they_always_drew():
-    top, left, _ = data.random_windows(50, 32, generator())
+    top, left, _ = data.random_windows(50, 32, generator(), "cpu")
     assert torch.equal(torch.stack([top, left]), torch.randint(0, 9, (2, 50), generator=generator()))
 
 
