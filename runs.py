@@ -88,8 +88,15 @@ def settings(folders):
         if twins := same_seed(members, runs):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
     names = dict.fromkeys(name for common, _ in groups for name in common if name != "train_images")  # it follows from others
-    names = [name for name in names if len({json.dumps(common.get(name)) for common, _ in groups}) > 1]
-    return [({name: common.get(name) for name in names}, common, members) for common, members in groups]
+    values = {name: [shared(name, [runs[folder] for folder in members]) for _, members in groups] for name in names}
+    differing = {name: each for name, each in values.items() if len({*map(json.dumps, each)}) > 1}
+    return [({name: each[i] for name, each in differing.items()}, *setting) for i, setting in enumerate(groups)]
+
+
+def shared(name, runs):
+    """The value of an argument that the runs have in common."""
+    values = [arguments.get(name) for arguments in runs]
+    return values[0] if all(value == values[0] for value in values) else "various"
 
 
 def group(runs, ignored):

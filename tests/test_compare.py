@@ -241,6 +241,16 @@ def test_a_run_named_twice_and_one_with_the_seed_of_another(call_main, tmp_path)
     assert (status, f"{run} and {twin} have the same arguments and the same seed: name one of them" in errors) == (2, True)
 
 
+def test_what_a_setting_has_is_told_also_where_it_was_not_asked_for_to_tell_it_from_others(tables, tmp_path):
+    """The commit tells the twins apart; the third run has one, too, and those of a fourth setting have several."""
+    folders = [write_run(tmp_path / commit, 5, commit=commit) for commit in ("12", "34")]
+    folders += [write_run(tmp_path / "third", 5, commit="56", opt="adam")]
+    folders += [write_run(tmp_path / str(seed), 5, commit=str(seed), opt="rmsprop", seed=seed) for seed in (1, 2)]
+    shown, _, _ = tables(*folders)
+    assert [row["commit"] for row in shown] == ["12", "34", "56", "various"]
+    assert [row["opt"] for row in shown] == ["sgd", "sgd", "adam", "rmsprop"]
+
+
 def test_a_table_that_cannot_be_written(call_main, tmp_path):
     run = write_run(tmp_path / "run", 5)
     before = contents(run)
