@@ -9,7 +9,7 @@ os.environ["MPLBACKEND"] = "agg"  # figures are only written, and Matplotlib doe
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 
 from endings import Refused, naming
 
@@ -35,11 +35,13 @@ def new_figure(width, height):
 
 
 def make_logarithmic(axes):
-    """Makes the y axis logarithmic, with numbers at 1, 2 and 5 of each decade, unless no value is above 0."""
+    """Makes the y axis logarithmic, with numbers at 1, 2 and 5 of each decade or denser, unless no value is above 0."""
     if axes.dataLim.ymax <= 0:
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    (low, high), locator = axes.get_ylim(), LogLocator(subs=(1, 2, 5))
+    few = sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 3
+    axes.yaxis.set_major_locator(AutoLocator() if few else locator)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.12f}".rstrip("0").rstrip("."))
     axes.yaxis.set_minor_locator(NullLocator())
 

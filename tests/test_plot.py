@@ -504,10 +504,11 @@ def test_the_numbers_of_a_logarithmic_axis_are_plain_decimals(call_main, saved, 
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_short_logarithmic_axis_has_numbers_and_one_without_values_is_linear(call_main, saved, tmp_path):
+@pytest.mark.parametrize(("low", "high"), [(0.41, 0.45), (0.54, 1.01), (1.05, 2.9), (0.9, 1.8)])
+def test_a_short_logarithmic_axis_has_numbers_and_one_without_values_is_linear(call_main, saved, tmp_path, low, high):
     run = write_run(tmp_path / "run")
-    (run / "train.csv").write_text("epoch,loss,error\n1,0.42,0\n2,0.45,0\n")
-    (run / "test.csv").write_text("epoch,loss,error\n1,0.41,0\n2,0.43,0\n")
+    (run / "train.csv").write_text(f"epoch,loss,error\n1,{high},0\n2,{low},0\n")
+    (run / "test.csv").write_text(f"epoch,loss,error\n1,{high},0\n2,{low},0\n")
     assert call_main(plot, run, "--out", tmp_path / "one.png", "--log-error")[0] == 0
     assert len(numbers(saved[0].axes[0])) >= 3
     assert [axes.get_yscale() for axes in saved[0].axes] == ["log", "linear"]
