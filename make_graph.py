@@ -16,8 +16,8 @@ import torch
 import torchviz
 
 import endings
-from endings import naming
-from flags import USAGE, add_model_flags, make_net, named
+from endings import named, naming, say
+from flags import USAGE, add_model_flags, make_net
 
 
 def main():
@@ -27,15 +27,12 @@ def main():
     with endings.worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         if args.efficient:
             raise endings.Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
-        print(write_dot(make_net(args), args.out))
+        say(write_dot(make_net(args), args.out))
         try:
             for kind in ("png", "svg"):
-                print(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
+                say(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
         except graphviz.ExecutableNotFound:
-            print(
-                "The program dot, which makes pictures of it, is not installed: "
-                "get Graphviz, for instance by apt install graphviz."
-            )
+            say("dot, which makes pictures of it, is not installed: get Graphviz, for instance by apt install graphviz")
 
 
 def build_parser():
@@ -54,7 +51,7 @@ def build_parser():
 def write_dot(net, name):
     """Runs the net once on a batch of two images and writes the graph behind its logits to NAME.dot."""
     logits = net(torch.zeros(2, 3, 32, 32))
-    graph = torchviz.make_dot(logits, params=dict(net.named_parameters()))
+    graph = torchviz.make_dot(logits, params={**dict(net.named_parameters()), "logits": logits})
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     with naming(f"{name}.dot"):
         return graph.save(f"{name}.dot")

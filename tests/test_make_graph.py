@@ -15,6 +15,7 @@ def test_every_parameter_stands_in_the_graph_by_name(call_main, tmp_path, flags)
     net = DenseNet(depth=7, growth_rate=5, bottleneck=False) if flags else DenseNet(depth=10)
     for name, parameter in net.named_parameters():
         assert f"{name}\n ({', '.join(map(str, parameter.shape))})" in text
+    assert "logits\n (2, 10)" in text
     assert str(tmp_path / "sub" / "graph.dot") in out
 
 
