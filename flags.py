@@ -73,10 +73,10 @@ def add_device_flag(group):
 
 
 def add_run_flags(group):
-    add = group.add_argument
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--save", metavar="DIR", type=named(Path), help="the run's folder (work/<dataset>.base)")
-    add("--resume", action="store_true", help="continue the run in the folder, by its args.json; begin it if there is none")
-    add("--force", action="store_true", help="replace the run that the folder holds")
+    either("--resume", action="store_true", help="continue the run in the folder, by its args.json; begin it if there is none")
+    either("--force", action="store_true", help="replace the run that the folder holds")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw figures after each epoch")
 
 
@@ -112,13 +112,7 @@ def parse_args(parser, argv=None, begun=None):
 
 def words_of(begun, names, parser, save):
     """The named arguments of args.json, but null ones, as a command line. Refused if the parser does not accept it."""
-    words = []
-    for name in sorted(names & begun.keys()):
-        value, flag = begun[name], name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words.append(f"--{flag}={value}")
+    words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
     parser.exit_on_error = False
     try:
         parser.parse_known_args(words)
@@ -126,6 +120,14 @@ def words_of(begun, names, parser, save):
         raise Refused(f"{save / 'args.json'} is damaged ({error}): {REMEDY}") from error
     parser.exit_on_error = True
     return words
+
+
+def flag_of(name, value):
+    """The word of a command line that gives an argument this value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
 
 
 def model_arguments(args):

@@ -93,10 +93,9 @@ def refuse_another_net(args, init):
     trained = build_net(init).architecture
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
-    names = [name for name in ours if trained[name] != ours[name]]
-    if names:
-        differences = ", ".join(f"{name.replace('_', ' ')} {trained[name]} and not {ours[name]}" for name in names)
-        raise Refused(f"--init {args.init} has {differences}: give its model flags")
+    words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
+    if words:
+        raise Refused(f"--init {args.init} holds another net than the model flags make: add {' '.join(words)}")
 
 
 def load_data(args, device, world):

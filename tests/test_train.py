@@ -530,21 +530,22 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "differences"),
+    ("flags", "lacking"),
     [
-        (["--growth-rate", 8], "growth rate 2 and not 8, init channels 4 and not 16"),
-        (["--depth", 16, "--reduction", 0.6], "depth 10 and not 16, reduction 0.5 and not 0.6"),
-        (["--no-bottleneck"], "bottleneck True and not False, reduction 0.5 and not 1.0, init channels 4 and not 16"),
-        (["--init-channels", 5], "init channels 4 and not 5"),
+        (["--growth-rate", 8], "--growth-rate=2 --init-channels=4"),
+        (["--depth", 16, "--reduction", 0.6], "--depth=10 --reduction=0.5"),
+        (["--no-bottleneck"], "--bottleneck --reduction=0.5 --init-channels=4"),
+        (["--init-channels", 5], "--init-channels=4"),
     ],
 )
-def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_run, tmp_path, flags, differences):
+def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_run, tmp_path, flags, lacking):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     flags = ["--dataset", "folder", "--data", "missing", *flags]  # which is not read
     status, _, errors = call_main(train, *TINY, *flags, "--init", tiny_run / "latest.pth", "--save", run, "--force")
     assert status == 2
-    expected = f"train.py: error: --init {tiny_run / 'latest.pth'} has {differences}: give its model flags"
-    assert errors.splitlines()[1:] == [expected]
+    told = f"train.py: error: --init {tiny_run / 'latest.pth'} holds another net than the model flags make: add {lacking}"
+    assert errors.splitlines()[1:] == [told]
+    assert train.read_init(parse(*TINY, *map(str, flags), *lacking.split(), "--init", str(tiny_run / "latest.pth")), fresh=True)
     assert (run / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
 
 
