@@ -164,7 +164,11 @@ def export(checkpoint, path):
 
 
 def replace_file(path, content):
-    """Writes a file atomically."""
+    """Writes a file atomically. A device or a pipe, such as /dev/stdout, is written to and stays what it is."""
+    if path.exists() and not path.is_file():
+        with naming(path):
+            path.write_bytes(content)
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with naming(path):

@@ -192,10 +192,12 @@ def read_json(path, remedy):
 
 
 def refuse_existing(*paths):
-    """Refused if one of the files exists; None stands for no file."""
+    """Refused if one of the files exists, or two are the same; None stands for no file."""
     for path in filter(None, paths):
         if path.is_file() or path.is_dir():  # and not /dev/stdout
             raise Refused(f"{path} exists already: name another file, or remove it")
+        if paths.count(path) > 1 and not path.exists():
+            raise Refused(f"{path} is named for two files: name another for one of them")
 
 
 def write_text(path, text):

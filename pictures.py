@@ -83,7 +83,7 @@ def open_picture(path, size):
 
 
 def decode(picture):
-    """Loads the pixels, scaled to 8 bits as Pillow does it; it leaves out a PNG's transparent colour. Unreadable if 16 bits."""
+    """Loads the pixels. Pillow scales them to 8 bits; a PNG's transparent colour is scaled here. Unreadable if that has 16."""
     key = picture.info.get("transparency")
     raw_mode = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
     if key is not None and raw_mode == "RGB;16B":

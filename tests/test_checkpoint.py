@@ -91,6 +91,16 @@ def test_a_file_is_on_the_disk_before_its_name_and_then_its_name_is(disk, tmp_pa
     assert contents(tmp_path) == {"file": b"new"}
 
 
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    """Nor does /dev/null become a file, where root names it."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(tmp_path / "pipe", b"content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert [(path.name, path.is_fifo()) for path in tmp_path.iterdir()] == [("pipe", True)]
+
+
 def test_a_checkpoint_brings_back_the_net_the_optimizer_and_the_scaler():
     """In others that began differently, as a run of fp16 with Adam has them."""
     parts = []
