@@ -102,7 +102,7 @@ def random_batches(args, device):
     """Batches without end, as train.py draws them, of random images and labels."""
     shape = (16 * args.batch_size, 3, args.image_size, args.image_size)
     split = data.Split(torch.randint(256, shape, dtype=torch.uint8, device=device), torch.randint(10, shape[:1], device=device))
-    dataset = data.Dataset(split, None, split, *torch.full((2, 3, 1, 1), 127.5, device=device), classes=[*"0123456789"])
+    dataset = data.Dataset(split, split, split, *torch.full((2, 3, 1, 1), 127.5, device=device), classes=[*"0123456789"])
     generator = torch.Generator(device).manual_seed(args.seed)
     while True:
         yield from data.training_batches(dataset, args.batch_size, args.augment, generator)

@@ -88,13 +88,13 @@ def settings(folders):
         if twins := same_seed(members, runs):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
     names = dict.fromkeys(name for common, _ in groups for name in common if name != "train_images")  # it follows from others
-    values = {name: [shared(name, [runs[folder] for folder in members]) for _, members in groups] for name in names}
-    differing = {name: each for name, each in values.items() if len({*map(json.dumps, each)}) > 1}
-    return [({name: each[i] for name, each in differing.items()}, *setting) for i, setting in enumerate(groups)]
+    rows = [{name: shared(name, [runs[folder] for folder in members]) for name in names} for _, members in groups]
+    names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
+    return [({name: row[name] for name in names}, *setting) for row, setting in zip(rows, groups, strict=True)]
 
 
 def shared(name, runs):
-    """The value of an argument that the runs have in common."""
+    """The value that an argument has in all of the runs, or "various"."""
     values = [arguments.get(name) for arguments in runs]
     return values[0] if all(value == values[0] for value in values) else "various"
 

@@ -25,7 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the allocator is not glibc's")
 def test_freed_memory_is_kept_on_a_cpu_unless_a_person_says_otherwise(forked):
-    """Settings are those of malloc's defaults, since malloc reads none in a process that is forked."""
+    """malloc does not read settings in a process that is forked: where a person has set some, its defaults hold there."""
 
     def page_faults(device, **settings):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | settings
