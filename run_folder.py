@@ -128,7 +128,7 @@ def last_row(path):
 def refuse_lost_checkpoint(save):
     """Refused if the CSVs go beyond the first epoch: then a checkpoint has been lost."""
     for path in (save / "train.csv", save / "test.csv"):
-        if path.exists() and re.search(rb"^(1\.|[2-9]|\d\d)", path.read_bytes(), re.MULTILINE):
+        if path.exists() and re.search(rb"^(1\.|[2-9])", path.read_bytes(), re.MULTILINE):
             raise Refused(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 
 

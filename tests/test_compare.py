@@ -278,3 +278,9 @@ def test_a_run_of_train_py(run_script, tiny_run):
     assert row.split()[:2] == ["2", "1"]
     with (tiny_run / "test.csv").open() as file:
         assert row.split()[2] == f"{float([*csv.DictReader(file)][-1]['error']):.2f}"
+
+
+def test_an_error_is_that_of_the_last_epoch_and_not_of_the_best(tables, tmp_path):
+    run = write_run(tmp_path / "run", 5.5, val=10)
+    (run / "test.csv").write_text("epoch,loss,error,val_loss,val_error\n1,1,4,1,6\n2,1.5,5.5,1,7\n")
+    assert [(row["test error, %"], row["val error, %"]) for row in tables(run)[0]] == [("5.50", "7.00")]

@@ -183,17 +183,19 @@ def test_svhn_is_train_and_extra_divided_by_255(tmp_path, monkeypatch):
     svhn = torchvision.datasets.SVHN
     split_list = {}
     for i, (split, size) in enumerate([("train", 20), ("extra", 30), ("test", 10)]):
-        pixels = np.full((32, 32, 3, size), 100 + i, dtype=np.uint8)
-        scipy.io.savemat(tmp_path / f"{split}.mat", {"X": pixels, "y": np.arange(1, size + 1)[:, None] % 10 + 1})
+        digits = np.arange(i, size + i) % 10 + 1  # 10 is the digit 0
+        pixels = np.broadcast_to(100 + 20 * i + digits, (32, 32, 3, size)).astype(np.uint8)
+        scipy.io.savemat(tmp_path / f"{split}.mat", {"X": pixels, "y": digits[:, None]})
         md5 = torchvision.datasets.utils.calculate_md5(tmp_path / f"{split}.mat")
         split_list[split] = ["http://127.0.0.1:9/", f"{split}.mat", md5]
     monkeypatch.setattr(svhn, "split_list", split_list)
     dataset = data.load("svhn", tmp_path)
-    assert dataset.train.images.flatten(1).float().mean(1).tolist() == [100.0] * 20 + [101.0] * 30
+    shades = dataset.train.images[:, 0, 0, 0] - 100 - torch.tensor([0] * 20 + [20] * 30)
+    assert shades.tolist() == [label or 10 for label in dataset.train.labels.tolist()]
     assert sorted({*dataset.train.labels.tolist()}) == list(range(10))
     assert len(dataset.test) == 10
     torch.testing.assert_close(
-        data.normalize(dataset.test.images, dataset.mean, dataset.std)[0, 0, 0, 0], torch.tensor(102 / 255)
+        data.normalize(dataset.test.images, dataset.mean, dataset.std)[0, 0, 0, 0], torch.tensor(143 / 255)
     )
 
 
@@ -225,6 +227,11 @@ def test_mean_and_std_in_parts(values):
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
 
 
+def test_the_permutation_is_the_one_that_it_always_was():
+    """Another one would hold out images that the nets of earlier versions were trained on."""
+    assert folder.fixed_permutation(10).tolist() == [4, 1, 7, 5, 3, 9, 0, 8, 6, 2]
+
+
 def test_a_set_without_limit_and_held_out_images_is_not_copied():
     split = Split(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.arange(9))
     assert data.hold_out(split, 0, None)[0].images.data_ptr() == split.images.data_ptr()
@@ -238,6 +245,12 @@ def test_what_the_classes_hold(pictures):
     assert lines[:2] == ["  blue        6 training       1 test images", "  red        71 training       1 test images"]
     assert "unbalanced, red has 71 training images, blue 6: evaluate.py" in lines[2]
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("many", "told"), [(60, False), (61, True)])
+def test_over_ten_times_as_many_is_unbalanced(many, told):
+    lines = folder.describe_classes(["a", "b"], torch.tensor([0] * many + [1] * 6), torch.tensor([0, 1]))
+    assert ("unbalanced" in lines[-1]) == told
 
 
 def test_of_many_classes_one_line():
@@ -355,3 +368,11 @@ def test_classes_that_look_alike_are_told_of():
     names = ["caf\u00e9", "cafe\u0301", "cat", "cat ", "dog"]
     lines = describe_classes(names, torch.arange(5), torch.arange(5))
     assert lines[5:] == [r"  'caf\xe9' and 'cafe\u0301' differ in spelling only", "  'cat' and 'cat ' differ in spelling only"]
+
+
+def test_mean_and_std_are_those_of_the_official_code():
+    """Of fb.resnet.torch's datasets/cifar10.lua and cifar100.lua, red, green, blue; SVHN's are divisions by 255."""
+    moments = {name: source[1] for name, source in data.SOURCES.items()}
+    assert moments["cifar10"] == ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+    assert moments["cifar100"] == ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))
+    assert moments["svhn"] == ((0, 0, 0), (255, 255, 255))

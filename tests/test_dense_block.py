@@ -360,3 +360,27 @@ def test_what_was_not_changed_is_efficient(monkeypatch, arguments):
 def test_a_single_value_per_channel_is_an_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         DenseBlock(Bottleneck, 1, 4, 2, 0.0, efficient=True)(torch.zeros(1, 4, 1, 1))
+
+
+def test_gradients_of_many_slices_are_added_up_in_float32(monkeypatch):
+    """Under autocast: of a thousand positive parts, added up in bf16, the last ones would change nothing."""
+    torch.manual_seed(0)
+    block = DenseBlock(SingleLayer, 1, 10, 5, 0.0, efficient=True).to(memory_format=torch.channels_last)
+    images, target = torch.randn(1024, 10, 2, 2), torch.rand(1024, 15, 2, 2)
+    exact = block_pass(copy.deepcopy(block).double(), images.double(), target)[-1:]
+    monkeypatch.setattr(dense_block, "SLICE_PIXELS", 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = block_pass(block, images.bfloat16(), target)[-1:]
+    assert distance(rounded, exact) < 0.01
+
+
+def test_sums_over_pixels_are_float32():
+    """Under autocast, with weights and gradients that bf16 has exactly: beta's gradient has more digits than bf16."""
+    torch.manual_seed(0)
+    block = DenseBlock(SingleLayer, 1, 10, 5, 0.0, efficient=True).to(memory_format=torch.channels_last)
+    block[0].conv1.weight.data = block[0].conv1.weight.data.bfloat16().float()
+    images, target = torch.randn(64, 10, 8, 8).bfloat16(), torch.rand(64, 15, 8, 8).bfloat16()
+    exact = block_pass(copy.deepcopy(block).double(), images.double(), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = block_pass(block, images, target)
+    assert relative_error(rounded[3], exact[3]) < 5e-4

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import sys
 from datetime import timedelta
@@ -251,3 +252,40 @@ def test_half_an_environment_is_a_sentence():
     for name in ("RANK", "LOCAL_RANK"):
         with pytest.raises(Refused, match=f"describes no process of torchrun .*{name}=[,)]"):
             distributed.read_world({other: value for other, value in second_attempt.items() if other != name})
+
+
+SIGNALLED = """
+import os, signal, sys, step, train
+sys.argv[0] = train.__file__
+taken = []
+def take(*arguments, real=step.TrainingStep.__call__):
+    taken.append(1)
+    if len(taken) == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return real(*arguments)
+step.TrainingStep.__call__ = take
+train.main()
+"""
+
+
+def test_a_signal_to_one_rank_ends_all_of_them_at_the_same_step(forked, tmp_path):
+    """In the fifth of six steps, of three an epoch; the ranks hear of it when they write their rows, at the epoch's end."""
+    flags = [*FLAGS, "--batch-size", 40, "--epochs", 2, "--save", tmp_path / "run"]
+    first, second = run_ranks(forked, "-c", SIGNALLED, *flags)
+    assert (first.returncode, second.returncode) == (128 + signal.SIGTERM, 128 + signal.SIGUSR1), first.stderr + second.stderr
+    assert "stopped by SIGTERM; this continues the run: the same torchrun command with --resume" in first.stderr
+    assert second.stderr == ""
+    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 6
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 1
+
+
+def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):
+    """Of a world of one, whose sums over the ranks are its own; the mean is large against the deviation."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: None)
+    norms = torch.nn.BatchNorm2d(3), distributed.SyncBatchNorm(3)
+    maps = (10 + torch.randn(8, 3, 16, 16)).bfloat16()
+    plain, ours = norms[0](maps.float()), norms[1](maps)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), plain, rtol=0, atol=0.02)
+    for name, values in norms[0].state_dict().items():
+        torch.testing.assert_close(norms[1].state_dict()[name], values, rtol=1e-5, atol=1e-6)

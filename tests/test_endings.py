@@ -1,6 +1,7 @@
 """Programs that cannot go on: their last sentence, their exit status, and what they leave behind."""
 
 import argparse
+import errno
 import os
 import shlex
 import shutil
@@ -463,3 +464,11 @@ def test_training_that_diverges_ends(call_main, tmp_path):
     losses = pd.read_csv(save / "train.csv")["loss"]
     assert losses.max() > train.MAX_LOSS
     assert (save / "args.json").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [("ENOSPC", 1), ("EDQUOT", 1), ("EIO", 1), ("EACCES", 2), ("ENOENT", 2)])
+def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status):
+    """Also where the run has not begun; a quota that is used up is a full disk."""
+    ending = argparse.Namespace(needs="", remedy="", resume=None)
+    error = OSError(getattr(errno, number), "why", "file")
+    assert endings.last_words(error, ending) == (status, "file: why")

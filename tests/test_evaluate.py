@@ -196,3 +196,15 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
 def test_flags_that_contradict_each_other(call_main, tiny_run, flags, message):
     status, out, errors = call_main(evaluate, tiny_run / "latest.pth", *flags)
     assert (status, out, message in errors) == (2, "", True)
+
+
+def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(evaluate.drawing, "save", lambda figure, path: figures.append(figure))
+    evaluate.draw(np.array([[1, 3, 0], [2, 3, 0], [0, 0, 0]]), ["a", "b", "c"], "test images", tmp_path / "x.png")
+    axes = figures[0].axes[0]
+    counts = {text.get_position(): text.get_text() for text in axes.texts if text.get_text()}
+    assert counts == {(0, 0): "1", (1, 0): "3", (0, 1): "2", (1, 1): "3"}  # (column, row)
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[25, 75, 0], [40, 60, 0], [0, 0, 0]]
+    assert image.get_clim() == (0, 100)

@@ -207,3 +207,9 @@ def test_the_largest_seed_trains(call_main, tiny_run, tmp_path):
     status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--save", save, "--force", "--seed", 2**64 - 1)
     assert status == 0, errors
     assert str(2**64 - 1) in contents(save)["args.json"].decode()
+
+
+def test_a_run_that_is_continued_takes_its_arguments_to_their_last_digit(tmp_path):
+    begun = {"epochs": 7, "lr": 1 / 3, "weight_decay": 1e-4 / 3, "seed": 2**64 - 1, "momentum": 0.1 + 0.2, "augment": False}
+    args = parse_args(train.build_parser(), ["--save", str(tmp_path), "--resume"], begun)
+    assert {name: getattr(args, name) for name in begun} == begun

@@ -129,3 +129,22 @@ def test_ctrl_c_while_pictures_are_read(forked, tmp_path):
         process.wait(timeout=60)
         assert (process.returncode, out.read(), process.stderr) == (130, "", "train.py: stopped\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_predictions_of_a_folder_are_of_its_pictures_one_by_one(call_main, pictures, tmp_path):
+    """As --image has them; the names of the classes are sorted otherwise than the paths below them."""
+    for part in ("train", "test"):
+        for old, new in [("dark", "a"), ("light", "a-b")]:
+            shutil.copytree(pictures / part / old, tmp_path / "set" / part / new)
+    flags = ["--data", tmp_path / "set", "--epochs", 3, "--lr", 0.01, "--save", tmp_path / "run"]
+    assert call_main(train, *FLAGS, *flags)[0] == 0
+    tables = {name: tmp_path / f"{name}.csv" for name in ("set", "pictures")}
+    named = ["--image", tmp_path / "set" / "test" / "a", tmp_path / "set" / "test" / "a-b"]
+    for table, more in zip(tables.values(), ([], named), strict=True):
+        status, _, errors = call_main(evaluate, tmp_path / "run" / "latest.pth", "--predictions", table, *more)
+        assert status == 0, errors
+    ours, theirs = (pd.read_csv(table) for table in tables.values())
+    assert ours["picture"].tolist() == theirs["picture"].tolist()
+    assert ours["class"].tolist() == theirs["class"].tolist()
+    np.testing.assert_allclose(ours["probability"], theirs["probability"], atol=1e-5)
+    assert ours["probability"].nunique() > 1

@@ -344,6 +344,7 @@ def check_unfit():
     block, images, _ = block_and_batch(4, 6, (2, 4, 4))
     assert kernels_of(block, images)
     assert kernels_of(block, images.half())
+    assert kernels_of(copy.deepcopy(block).half(), images.half()) is None  # weights, statistics and sums are float32
     for name, other in unfit_blocks().items():
         dtype = next(other.parameters()).dtype
         images = torch.randn(2, 6, 4, 4, dtype=dtype)
@@ -362,9 +363,18 @@ def unfit_blocks():
         "dropout": DenseBlock(Bottleneck, 2, 6, 4, 0.3, efficient=False),
         "a plain net": DenseBlock(SingleLayer, 2, 6, 4, 0.0, efficient=False),
         "a growth rate too large": DenseBlock(Bottleneck, 2, 6, 57, 0.0, efficient=False),
+        "a wider bottleneck": wider(DenseBlock(Bottleneck, 2, 6, 4, 0.0, efficient=False)),
         "float64": DenseBlock(Bottleneck, 2, 6, 4, 0.0, efficient=False).double(),
     }
     return {name: randomize(block, seed=0).to(memory_format=torch.channels_last) for name, block in blocks.items()}
+
+
+def wider(block):
+    """The block with 20 maps in its second layer's bottleneck, not 16."""
+    layer = block[1]
+    layer.conv1, layer.bn2 = nn.Conv2d(10, 20, 1, bias=False), nn.BatchNorm2d(20)
+    layer.conv2 = nn.Conv2d(20, 4, 3, padding=1, bias=False)
+    return block
 
 
 def test_a_changed_transition_is_a_module_of_its_own(interpreted):
@@ -478,3 +488,25 @@ def check_nan():
         plain, ours = (block_pass(each, images, target) for each in (copy.deepcopy(block), efficient_twin(block)))
         assert torch.equal(plain["new maps"].isnan(), ours["new maps"].isnan()), name
         assert plain["new maps"].isnan().any()
+
+
+def test_batch_norms_with_settings_of_their_own(interpreted):
+    interpreted(check_settings)
+
+
+def check_settings():
+    """Of each batch norm another momentum, and another epsilon where the maps are not shared; in training and in evaluation."""
+    block, images, target = block_and_batch(8, 10, (3, 7, 5))
+    for i, layer in enumerate(block):
+        layer.bn1.momentum, layer.bn2.momentum, layer.bn2.eps = 0.3 + 0.2 * i, 0.05 + 0.3 * i, 0.1 + 0.5 * i
+        layer.bn1.eps = 0.03
+    with counted(kernels_of(block, images)) as calls:
+        exact, ours = exact_pass(block, images, target), block_pass(efficient_twin(block), images, target)
+        expected, answer = (
+            inferred(each, images.to(t))
+            for each, t in ((copy.deepcopy(block).double(), torch.float64), (efficient_twin(block), torch.float32))
+        )
+    assert (calls["forward"], calls["infer"]) == (1, 1)
+    assert relative_error(answer, expected) < 3e-6
+    for name, values in exact.items():
+        assert relative_error(ours[name], values) < 3e-6, name

@@ -9,7 +9,7 @@ import machine
 import train
 from distributed import World
 from endings import Refused
-from machine import DTYPES, choose_device, default_precision, set_precision
+from machine import DTYPES, choose_device, default_precision, make_repeatable, set_precision
 
 # Pages that the kernel must give for a tensor of 64 MB, when a slightly larger one was freed just before.
 FAULTS = """
@@ -107,3 +107,26 @@ def test_a_precision_holds_for_all_kernels_and_every_way_to_ask_for_it(put_back,
 
 def test_this_machine_has_cpus():
     assert 1 <= machine.num_cpus() <= os.cpu_count()
+
+
+def test_under_torchrun_each_process_of_a_machine_has_a_gpu_of_its_own(four_gpus):
+    """By its number on this machine, not among all: here it is the third of the second machine."""
+    assert distributed.own_device(World(rank=6, local_rank=2, size=8), torch.device("cuda")) == torch.device("cuda", 2)
+    assert four_gpus == [torch.device("cuda", 2)]
+    with pytest.raises(Refused, match="no GPU is left for process 4: --nproc-per-node 4 at most"):
+        distributed.own_device(World(rank=4, local_rank=4, size=8), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_are_deterministic_or_the_fastest(monkeypatch, deterministic):
+    """On a GPU cuBLAS is deterministic with a workspace of its own only."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        make_repeatable(deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert os.environ == ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {})
+    finally:
+        torch.use_deterministic_algorithms(before)

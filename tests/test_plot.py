@@ -581,3 +581,14 @@ def test_a_run_without_rows_is_left_out_and_a_shorter_one_told_of(call_main, tmp
         status, out, errors = call_main(plot, one, short, empty, "--out", tmp_path / "x.png", *more)
         assert (status, errors, f"{empty} has no row yet and is not drawn" in out) == (0, "", True)
         assert (f"{short} ends at epoch" in out) == bool(more)
+
+
+def test_the_legend_names_each_curve_by_its_colour(call_main, saved, tmp_path):
+    """In the order in which runs were named, not of the alphabet."""
+    folders = [write_run(tmp_path / name, level=level) for name, level in [("b", 1), ("c", 3), ("a", 9)]]
+    assert call_main(plot, *folders, "--smooth", 0, "--out", tmp_path / "one.png")[0] == 0
+    (legend,) = saved[0].legends
+    named = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    losses = {look[0]: y for look, (_, y) in curves(saved[0].axes[0]).items() if look[2] == plot.PARTS["train"]["linewidth"]}
+    for folder in folders:
+        np.testing.assert_allclose(losses[named[folder.name]], pd.read_csv(folder / "train.csv")["loss"])

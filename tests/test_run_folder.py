@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -722,3 +723,34 @@ def test_digests_that_are_none_are_a_sentence(call_main, tiny_run, tmp_path):
         torch.save({**checkpoint, "args": checkpoint["args"] | wrong}, save / "latest.pth")
         told, _, errors = call_main(evaluate, save / "latest.pth")
         assert (told, "is no checkpoint of train.py" in errors) == (2, True)
+
+
+def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_folder, "HERE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run_folder.git_commit() is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "step.py").write_text("one")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert run_folder.git_commit() == commit
+    (tmp_path / "step.py").write_text("two")
+    assert run_folder.git_commit() == f"{commit}-dirty"
+
+
+def test_every_flag_is_refused_that_the_readme_does_not_let_change():
+    """Of --resume: the flags that are named in README.md, where a run lies, and how it is started."""
+    (sentence,) = re.findall(
+        r"are refused, except what does not\nchange the result beyond rounding: (.*?)\.\n",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )
+    free = {flag.removeprefix("no-").replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", sentence)}
+    assert {"device", "epochs", "plot", "data"} <= free
+    for action in train.build_parser()._actions[1:]:  # behind --help
+        if action.dest in free | {"save", "resume", "force"}:
+            run_folder.compare_arguments({action.dest: 1}, {action.dest: 2})
+        else:
+            with pytest.raises(Refused, match=f"the run was begun with {action.dest} 1 and not 2"):
+                run_folder.compare_arguments({action.dest: 1}, {action.dest: 2})

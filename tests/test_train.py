@@ -702,3 +702,51 @@ def test_a_net_that_is_not_finite_is_not_saved(call_main, tmp_path):
     status, _, errors = call_main(train, *TINY, *flags)
     assert (status, "on the test images after epoch 1" in errors) == (1, True)
     assert not (tmp_path / "run" / "latest.pth").exists()
+
+
+def test_in_fp16_a_step_that_overflows_is_left_out_and_the_scale_is_halved():
+    torch.manual_seed(0)
+    net = DenseNet(depth=10, growth_rate=4)
+    take = TrainingStep(net, parse("--precision", "fp16"), torch.device("cpu"), World())
+    before, scale = [p.clone() for p in net.parameters()], take.scaler.get_scale()
+    take(torch.full((4, 3, 8, 8), math.inf), torch.zeros(4, dtype=torch.int64), 1.0)
+    assert all(torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
+    assert take.scaler.get_scale() == scale / 2
+
+
+def test_seconds_are_of_an_epochs_steps_and_the_time_left_is_of_whole_epochs(call_main, monkeypatch, tmp_path):
+    """By a clock on which a step lasts a second and a test 100."""
+    now = [0]
+
+    def lasting(seconds, real):
+        return lambda *arguments: [now.append(now[-1] + seconds), real(*arguments)][1]
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
+    monkeypatch.setattr(train, "test", lasting(100, train.test))
+    monkeypatch.setattr(TrainingStep, "__call__", lasting(1, TrainingStep.__call__))
+    flags = [*TINY, "--batch-size", 40, "--epochs", 2, "--no-plot", "--save", tmp_path / "run"]
+    status, out, errors = call_main(train, *flags)
+    assert status == 0, errors
+    assert [line.split("  ")[-2:] for line in out.splitlines()[2:4]] == [
+        ["32 images/s", "0:01:43 left"],
+        ["32 images/s", "0:00:00 left"],
+    ]
+    assert pd.read_csv(tmp_path / "run" / "test.csv")["seconds"].tolist() == [3, 3]
+
+
+def test_sgd_without_momentum_has_none_of_nesterovs():
+    """Which PyTorch refuses without momentum."""
+    (group,) = step.make_optimizer(torch.nn.Linear(2, 2), parse("--momentum", "0")).param_groups
+    assert (group["momentum"], group["nesterov"]) == (0, False)
+
+
+def test_the_loss_of_a_step_in_bf16_is_that_of_its_logits_in_float32():
+    torch.manual_seed(0)
+    net, outputs = DenseNet(depth=10, growth_rate=4), []
+    net.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    labels = torch.randint(10, (4,))
+    loss, _ = TrainingStep(net, parse("--precision", "bf16"), torch.device("cpu"), World())(
+        torch.randn(4, 3, 8, 8), labels, 1.0
+    )
+    assert outputs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(outputs[0].float(), labels), rtol=1e-6, atol=0)
