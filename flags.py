@@ -12,7 +12,6 @@ from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
 from endings import Refused, at_least, named
 from machine import DTYPES, default_precision
-from run_folder import REMEDY
 
 USAGE = "%(prog)s [options], which --help lists"
 NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # of a run that is continued
@@ -30,7 +29,7 @@ def add_data_flags(group):
     add("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
     add("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
     sizes = f"N x N, N a multiple of 4 from 8 ({IMAGE_SIZE}, or what the net of --init has)"
-    add("--image-size", metavar="N", type=image_size, help=f"a folder's pictures become {sizes}")
+    add("--image-size", metavar="N", type=image_size, default=IMAGE_SIZE, help=f"a folder's pictures become {sizes}")
 
 
 def add_model_flags(group, depth=100):
@@ -89,13 +88,13 @@ def image_size(text):
     return size
 
 
-def parse_args(parser, argv=None, begun=None):
+def parse_args(parser, argv=None, begun=None, source=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in.
 
-    What is not given is taken from `begun`, the args.json of the run that is continued, except NOT_TAKEN_OVER.
+    What is not given is taken from `begun`, arguments that the file `source` holds, except NOT_TAKEN_OVER.
     """
     given = parser.parse_args(argv)
-    words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, given.save) if begun else []
+    words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, source) if begun else []
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_known_args(words)[0].dataset, {}))
     args, _ = parser.parse_known_args(words)
@@ -110,14 +109,14 @@ def parse_args(parser, argv=None, begun=None):
     return args
 
 
-def words_of(begun, names, parser, save):
-    """The named arguments of args.json, but null ones, as a command line. Refused if the parser does not accept it."""
+def words_of(begun, names, parser, source):
+    """The named arguments, but null ones, as a command line. Refused if the parser does not accept it."""
     words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
     parser.exit_on_error = False
     try:
         parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise Refused(f"{save / 'args.json'} is damaged ({error}): {REMEDY}") from error
+        raise Refused(f"{source} is damaged ({error}): put back a whole one, or choose another") from error
     parser.exit_on_error = True
     return words
 
@@ -164,7 +163,7 @@ def fill_in(args, device, processes=1, begun=None):
 
 def refuse_contradictions(args, device, processes=1):
     """Refused if the arguments, filled in, contradict each other or the machine; before anything is downloaded or written."""
-    if args.image_size not in (None, IMAGE_SIZE) and args.dataset != "folder":
+    if args.image_size != IMAGE_SIZE and args.dataset != "folder":
         raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} are {IMAGE_SIZE} x {IMAGE_SIZE}")
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):

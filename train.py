@@ -29,7 +29,7 @@ import distributed
 import endings
 import flags
 import run_folder
-from checkpoint import build_net, load_checkpoint, load_weights, make_card, make_checkpoint, restore
+from checkpoint import build_net, image_size_of, load_checkpoint, load_weights, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
@@ -48,19 +48,22 @@ def main():
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun)
+        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json")
+        fresh = run_folder.is_fresh(args.save, args.resume)
+        init = load_checkpoint(args.init) if args.init and fresh and world.rank == 0 else None  # one that continues needs none
+        if init and not begun:
+            args = flags.parse_args(parser, begun=init_arguments(init, args.dataset), source=args.init)
         with distributed.joined(world, choose_device(args.device)) as device:
-            args, begun = distributed.share_object((args, begun), world)  # another machine may lack the folder
+            args, begun, init = distributed.share_object((args, begun, init), world)  # another machine may lack the files
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
+            refuse_another_net(args, init)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
-            fresh = run_folder.is_fresh(args.save, args.resume)
             ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
-            init, args.image_size = distributed.share_object(read_init(args, fresh) if world.rank == 0 else None, world)
             dataset = load_data(args, device, world)
-            net = initial_net(args, len(dataset.classes), init, quiet=world.rank > 0)
+            net = initial_net(args, len(dataset.classes), init and init["net"], quiet=world.rank > 0)
             net = net.to(device, memory_format=torch.channels_last)
             run(net, dataset, args, world, ending, fresh)
 
@@ -71,7 +74,7 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    text = "start from these weights, with a new classifier for other classes: a latest.pth, or a file of evaluate.py --export"
+    text = "start from this net, with a new classifier for other classes: a latest.pth, or a file of evaluate.py --export"
     model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
@@ -79,23 +82,25 @@ def build_parser():
     return parser
 
 
-def read_init(args, fresh):
-    """(weights of --init or None, image size); a run that continues ignores --init."""
-    init = load_checkpoint(args.init) if args.init and fresh else None
-    if init:
-        refuse_another_net(args, init)
-    init_size = init["args"].get("image_size") if init and args.dataset == "folder" else None
-    return init and init["net"], args.image_size or init_size or data.IMAGE_SIZE
+def init_arguments(init, dataset):
+    """What stands in for model flags that are not given: those of the net of --init; of a folder also its pictures' size."""
+    names = build_net(init).architecture
+    size = {"image_size": image_size_of(init)} if dataset == "folder" else {}
+    return {name: init["model"][name] for name in names} | size
 
 
 def refuse_another_net(args, init):
-    """Refused where the net of --init has other shapes than that of the model flags, but for the classifier's."""
+    """Refused where the model flags make other shapes than those of the net of --init, but for the classifier's."""
+    if init is None:
+        return
     trained = build_net(init).architecture
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
     words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
     if words:
-        raise Refused(f"--init {args.init} holds another net than the model flags make: add {' '.join(words)}")
+        raise Refused(
+            f"--init {args.init} holds another net than the model flags make: add {' '.join(words)}, or leave them out"
+        )
 
 
 def load_data(args, device, world):

@@ -18,7 +18,6 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
 import endings
 import flags
 import run_folder
@@ -38,7 +37,7 @@ def main():
     with endings.worded(parser, "the net and its images", "a machine that has more") as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun)
+        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json")
         device = choose_device(args.device)
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
@@ -47,7 +46,6 @@ def main():
         ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
         keep_freed_memory(device)
         make_repeatable(args.deterministic)
-        args.image_size = args.image_size or data.IMAGE_SIZE
         dataset = train.load_data(args, device, World())
         torch.manual_seed(args.seed)
         net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)

@@ -681,13 +681,16 @@ def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, had
         *({"limit": 9.6}, {"opt": "sge"}, {"dataset": "digitt"}, {"depth": 10**6}, {"val": True}),
     ],
 )
-def test_arguments_that_no_flag_takes_are_a_sentence(call_main, tiny_run, tmp_path, damage):
-    save = shutil.copytree(tiny_run, tmp_path / "run")
+def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tiny_run, tmp_path, damage):
+    """In a folder of --save, or in that of no --save."""
+    save = shutil.copytree(tiny_run, tmp_path / "work" / "digits.base")
     facts = json.loads((save / "args.json").read_text())
     (save / "args.json").write_text(json.dumps(facts | damage))
-    status, _, errors = call_main(train, "--save", save, "--resume")
-    assert (status, len(errors.splitlines())) == (2, 2)
-    assert f"{save / 'args.json'} is damaged" in errors
+    monkeypatch.chdir(tmp_path)
+    for folder, flags in [(save, ["--save", save]), (save.relative_to(tmp_path), ["--dataset", "digits"])]:
+        status, _, errors = call_main(train, *flags, "--resume")
+        assert (status, len(errors.splitlines())) == (2, 2)
+        assert f" {folder / 'args.json'} is damaged" in errors
 
 
 def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):

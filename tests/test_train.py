@@ -544,16 +544,31 @@ def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_ru
     status, _, errors = call_main(train, *TINY, *flags, "--init", tiny_run / "latest.pth", "--save", run, "--force")
     assert status == 2
     told = f"train.py: error: --init {tiny_run / 'latest.pth'} holds another net than the model flags make: add {lacking}"
+    told += ", or leave them out"
     assert errors.splitlines()[1:] == [told]
-    assert train.read_init(parse(*TINY, *map(str, flags), *lacking.split(), "--init", str(tiny_run / "latest.pth")), fresh=True)
+    weights = load_checkpoint(tiny_run / "latest.pth")
+    train.refuse_another_net(parse(*TINY, *map(str, flags), *lacking.split()), weights)  # not refused
     assert (run / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
 
 
 @pytest.mark.parametrize("flags", [["--reduction", 0.5, "--init-channels", 4], ["--drop-rate", 0.1, "--efficient"]])
 def test_init_takes_what_stands_for_the_same_shapes(tiny_run, flags):
-    args = parse(*TINY, "--init", str(tiny_run / "latest.pth"), *map(str, flags))
-    weights, _ = train.read_init(args, fresh=True)
+    args, init = parse(*TINY, *map(str, flags)), load_checkpoint(tiny_run / "latest.pth")
+    train.refuse_another_net(args, init)
+    weights = init["net"]
     assert torch.equal(train.initial_net(args, 10, weights, quiet=False).fc.weight, weights["fc.weight"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-bottleneck"], ["--reduction", 0.6, "--init-channels", 5, "--drop-rate", 0.1]])
+def test_init_makes_its_net_where_no_model_flags_are_given(call_main, tmp_path, flags):
+    """Its shapes only: dropout is the run's own, 0.2 without augmentation."""
+    more = ["--dataset", "digits", "--limit", 16, "--epochs", 1, "--no-plot"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for net, save in [(["--depth", 16, "--growth-rate", 2, *flags], first), (["--init", first / "latest.pth"], second)]:
+        status, _, errors = call_main(train, *more, *net, "--save", save)
+        assert status == 0, errors
+    before, after = (load_checkpoint(run / "latest.pth")["model"] for run in (first, second))
+    assert (after, after["depth"]) == (before | {"drop_rate": 0.2}, 16)
 
 
 def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictures, tmp_path):
