@@ -82,8 +82,8 @@ def hold_out(split, val, limit):
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     if len(kept) < (limit or 1):
-        needed = f"--limit {limit}" if limit else "one"
-        raise Refused(f"--val {val} leaves {len(kept):,} of {len(split):,} training images, fewer than {needed}: choose less")
+        asked = " and ".join([f"--val {val}"] * bool(val) + [f"--limit {limit}"] * bool(limit))
+        raise Refused(f"{asked} would take {val + (limit or 1):,} training images, and there are {len(split):,}: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
 
 

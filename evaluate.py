@@ -11,6 +11,7 @@ beside it, or into --out DIR (with --val, confusion-val): a row for each true cl
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ def refuse_contradictions(args):
         raise Refused("--export writes the weights and evaluates nothing: leave out --image, --val and --predictions")
     if args.image and (args.val or args.data or args.out):
         raise Refused("--image is of your own pictures, not of a data set: leave out --val, --data and --out")
+    out = args.out or args.checkpoint.parent
+    if not (args.export or args.image) and out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
+        raise Refused(f"{out} is no folder that can be written to: name another by --out")
     endings.refuse_existing(args.predictions)
 
 
@@ -92,7 +96,7 @@ def evaluate(net, checkpoint, args, device):
     if args.predictions:  # test images of a folder are in the order of its files, others have but a number
         folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
         pictures = [str(file) for files in folders for file in files] or range(len(split))
-        write_text(args.predictions, predictions(pictures, logits, classes))
+        write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
 
 
 def read_split(checkpoint, root, part):
@@ -134,12 +138,12 @@ def class_lines(confusion, classes):
         yield f"  {name:{width}}  {error}  ({total - right} of {total} wrong)"
 
 
-def predictions(pictures, logits, classes):
-    """The most likely class of each picture, and its probability, as CSV."""
+def predictions(pictures, logits, classes, labels=None):
+    """The true class of each picture, if known, its most likely class, and the probability of that, as CSV."""
     best = logits.softmax(dim=1).max(dim=1)
-    names = [classes[i] for i in best.indices.tolist()]
-    table = {"picture": pictures, "class": names, "probability": best.values.numpy().round(6)}
-    return pd.DataFrame(table).to_csv(index=False)
+    columns = {"true": labels, "class": best.indices}
+    names = {name: [classes[i] for i in indices.tolist()] for name, indices in columns.items() if indices is not None}
+    return pd.DataFrame({"picture": pictures, **names, "probability": best.values.numpy().round(6)}).to_csv(index=False)
 
 
 def draw(confusion, classes, images, path):
@@ -166,6 +170,9 @@ def draw(confusion, classes, images, path):
 
 def classify(net, checkpoint, args, device):
     """Prints the three most likely classes of each picture; a folder stands for the pictures in it."""
+    for path in args.image:
+        if not path.exists():
+            raise Refused(f"--image {path} does not exist: name a picture, or a folder with pictures")
     paths = [picture for path in args.image for picture in (pictures_in(path) if path.is_dir() else [path])]
     images = read_pictures(paths, image_size_of(checkpoint))
     logits = predict(net, images.to(device), *normalization(checkpoint, device))

@@ -6,11 +6,12 @@
 import math
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from endings import Refused
+from endings import Refused, say
 from pictures import EXTENSIONS, read_pictures
 
 MANY_CLASSES = 20  # more are not listed one by one
@@ -24,7 +25,10 @@ def read_part(root, part, image_size, quiet=False):
     """
     classes = list_classes(root / part)
     if part == "train":
-        check_classes(root, classes, image_size)
+        test = list_classes(root / "test")
+        check_classes(root, classes, test, image_size)
+        if not quiet:
+            say(*left_out(root, {file for part in (classes, test) for files in part.values() for file in files}))
     files = [file for files in classes.values() for file in files]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
@@ -38,9 +42,8 @@ def fixed_permutation(n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
-def check_classes(root, train, image_size):
+def check_classes(root, train, test, image_size):
     """Refused unless train and test have the same classes, two or more, and their images fit the memory."""
-    test = list_classes(root / "test")
     if list(train) != list(test):
         name = min(set(train) ^ set(test))
         lacking, its_classes = (root / "test", test) if name in train else (root / "train", train)
@@ -101,6 +104,16 @@ def list_pictures(folder, above=()):
 def visible(folder):
     """What is in the folder, without hidden files and folders."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def left_out(root, read):
+    """A line that counts the files in train and test that are not read, if there are any; hidden ones are not meant."""
+    below = (path for part in ("train", "test") for path in (root / part).rglob("*") if path not in read)
+    seen = (path for path in below if not any(name.startswith(".") for name in path.relative_to(root).parts) and path.is_file())
+    kinds = Counter(path.suffix.lower() or "without extension" for path in seen)
+    counts = (f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common())
+    if kinds:
+        yield f"{root}: files that are not read: {', '.join(counts)}"
 
 
 def describe_classes(names, train_labels, test_labels):

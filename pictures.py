@@ -19,6 +19,7 @@ from machine import num_cpus
 from progress import on_terminal, progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+MANY_UNREADABLE = 10  # pictures, after which no more are looked for
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
 
 # Modes of Pillow's that it converts to RGB rightly, or to RGBA where something is transparent.
@@ -28,8 +29,11 @@ SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def read_pictures(paths, size, title=None):
-    """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is.
+
+    Refused, with the names of up to MANY_UNREADABLE, if some cannot be read.
+    """
+    images, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), []
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     bar = progress(shown=bool(title), desc=title, total=len(paths), unit="")
     if title and not on_terminal():
@@ -38,10 +42,17 @@ def read_pictures(paths, size, title=None):
         try:
             pictures = pool.map(partial(read_picture, size=size), paths)
             for i, picture in enumerate(pictures):
-                images[i] = picture
+                if isinstance(picture, Unreadable):
+                    unreadable.append(f"{paths[i]} ({picture})")
+                else:
+                    images[i] = picture
+                if len(unreadable) == MANY_UNREADABLE:
+                    break
                 bar.update()
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
+    if unreadable:
+        raise Refused(f"not readable as a picture: {', '.join(unreadable)}: save it anew as 8-bit RGB, or remove it")
     return images
 
 
@@ -50,11 +61,11 @@ class Unreadable(ValueError):
 
 
 def read_picture(path, size):
-    """One picture file as to_tensor gives it. Refused if it cannot be read."""
+    """One picture file as to_tensor gives it, or the reason why it cannot be read."""
     try:
         return to_tensor(open_picture(path, size), size)
     except Unreadable as error:
-        raise Refused(f"{path} cannot be read as an image ({error}): repair it, save it as 8-bit RGB, or remove it") from error
+        return error
 
 
 def to_tensor(picture, size):
@@ -70,7 +81,7 @@ def to_tensor(picture, size):
 def open_picture(path, size):
     """The picture, decoded. Unreadable if Pillow cannot do that."""
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise Unreadable("there is no file of this name")
+        raise Unreadable("it is no file")
     try:
         with Image.open(path) as picture:
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more

@@ -133,15 +133,15 @@ def refuse_lost_checkpoint(save):
 
 
 def compare_arguments(old, new):
-    """Refused if the data differ, or an argument that changes the result."""
-    for name in old:
-        if name in new and name not in MAY_CHANGE and old[name] != new[name]:
-            if name == "digests":
-                parts = " and ".join(part for part in new[name] if old[name].get(part) != new[name][part])
-                change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"
-                raise Refused(f"{change}, or another version reads them otherwise: put those back, or choose another --save")
-            change = f"the run was begun with {name} {old[name]} and not {new[name]}"
-            raise Refused(f"{change}: resume it as it was begun, or choose another --save")
+    """Refused if the data differ, or arguments that change the result."""
+    changed = [name for name in old if name in new and name not in MAY_CHANGE and old[name] != new[name]]
+    if "digests" in changed:
+        parts = " and ".join(part for part, digest in new["digests"].items() if old["digests"].get(part) != digest)
+        change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"
+        raise Refused(f"{change}, or another version reads them otherwise: put those back, or choose another --save")
+    if changed:
+        changes = ", ".join(f"{name} {old[name]} and not {new[name]}" for name in changed)
+        raise Refused(f"the run was begun with {changes}: resume it as it was begun, or choose another --save")
 
 
 def compare_rates(old, new, epochs_done):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_run_folder import damage
 
+import data
 import evaluate
 from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused
@@ -68,8 +69,20 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
 
 def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
-    status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", tmp_path / "broken.png")
-    assert (status, "broken.png cannot be read as an image" in errors) == (2, True)
+    for name, told in [
+        ("broken", "not readable as a picture: {} (cannot identify"),
+        ("lost", "--image {} does not exist: name a"),
+    ]:
+        picture = tmp_path / f"{name}.png"
+        status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", picture)
+        assert (status, told.format(picture) in errors) == (2, True)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_evaluated(call_main, tiny_run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", "--out", tmp_path / "file")
+    told = f"{tmp_path / 'file'} is no folder that can be written to: name another by --out"
+    assert (status, out, told in errors, (tmp_path / "file").read_text()) == (2, "", True, "mine")
 
 
 @pytest.mark.filterwarnings("error", "ignore:Glyph .* missing")  # as drawing.py does
@@ -170,7 +183,8 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
     status, out, errors = call_main(*command, "--out", tmp_path)
     assert status == 0, errors
     read = pd.read_csv(table)
-    assert (list(read.columns), read["picture"].tolist()) == (["picture", "class", "probability"], [*range(360)])
+    assert (list(read.columns), read["picture"].tolist()) == (["picture", "true", "class", "probability"], [*range(360)])
+    assert read["true"].tolist() == data.load("digits", ".").test.labels.tolist()
     confusion = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
     assert read["class"].value_counts().reindex(range(10), fill_value=0).tolist() == confusion.sum().tolist()
     assert read["probability"].between(0.1, 1).all()

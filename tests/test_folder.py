@@ -101,12 +101,37 @@ def test_bad_sizes_are_one_sentence_and_nothing_is_written(run, tmp_path, flags,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_before_it_begins(call_main, pictures, tmp_path):
+def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path):
+    """Of other extensions, or beside the classes; neither hidden ones nor what is beside train and test."""
+    root = shutil.copytree(pictures, tmp_path / "set")
+    names = [
+        "train/dark/a.HEIC",
+        "train/dark/deep/b.heic",
+        "test/light/c.avif",
+        "train/d.png",
+        "test/README",
+        "train/dark/.e.heic",
+    ]
+    for name in [*names, "train/.hidden/f.heic", "g.heic"]:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"")
+    status, out, errors = run(tmp_path / "run", "--data", root)
+    assert status == 0, errors
+    told = [line for line in out.splitlines() if "not read" in line]
+    start = f"{root}: files that are not read: 2 .heic, "
+    assert (len(told), told[0].startswith(start)) == (1, True)
+    assert {*told[0].removeprefix(start).split(", ")} == {"1 .avif", "1 .png beside the classes", "1 without extension"}
+
+
+def test_pictures_that_cannot_be_read_stop_the_run_before_it_begins(call_main, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "set")
-    Image.new("F", (40, 40), 0.5).save(tmp_path / "set" / "train" / "dark" / "depth.tif")
+    for name in ("depth.tif", "more.tif"):
+        Image.new("F", (40, 40), 0.5).save(tmp_path / "set" / "train" / "dark" / name)
     status, _, errors = call_main(train, *FLAGS, "--data", tmp_path / "set", "--save", tmp_path / "run")
     assert status == 2
-    assert "train/dark/depth.tif cannot be read as an image" in errors.splitlines()[1]
+    which = [f"{tmp_path / 'set' / 'train' / 'dark' / name} (its pixels are of type F, " for name in ("depth.tif", "more.tif")]
+    assert f"not readable as a picture: {which[0]}" in errors
+    assert f", {which[1]}" in errors
     assert len(errors.splitlines()) == 2
     assert not (tmp_path / "run").exists()
 

@@ -258,7 +258,7 @@ def test_pictures_that_are_small_or_thin(tmp_path, shape):
 # --------------------------------------------------------------------------------------------------------------- refusals
 
 
-RANGE, NO_FORMAT, NO_FILE = "its pixels are of type", "cannot identify image file", "there is no file of this name"
+RANGE, NO_FORMAT, NO_FILE = "its pixels are of type", "cannot identify image file", "it is no file"
 BOMB = "Image size (200000000 pixels) exceeds limit"
 REFUSED = {  # how to make the file, why it is refused
     "16 bits, signed": (lambda p: tiff(p, 16, struct.pack("<hh", -5, 300), 2, sample_format=2), RANGE),
@@ -287,10 +287,10 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     make, why = REFUSED[kind]
     path = tmp_path / "picture.png"
     make(path)
-    with pytest.raises(Refused, match="cannot be read as an image") as refusal:
+    with pytest.raises(Refused, match="not readable as a picture") as refusal:
         read(path)
-    assert str(refusal.value).startswith(f"{path} cannot be read as an image ({why}")
-    assert str(refusal.value).endswith("): repair it, save it as 8-bit RGB, or remove it")
+    assert str(refusal.value).startswith(f"not readable as a picture: {path} ({why}")
+    assert str(refusal.value).endswith("): save it anew as 8-bit RGB, or remove it")
     assert "\n" not in str(refusal.value)
     assert not recwarn.list
 
@@ -331,14 +331,22 @@ def test_the_number_of_threads_changes_nothing(twenty, monkeypatch):
     assert torch.equal(results[0], torch.stack([read(path, 16) for path in twenty]))
 
 
-def test_of_several_broken_files_the_first_is_named(twenty, monkeypatch):
+def test_all_broken_files_are_named(twenty, monkeypatch):
     monkeypatch.setattr(pictures, "num_cpus", lambda: 7)
     twenty[5].write_bytes(twenty[5].read_bytes()[:-20])  # found out late
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
     for _ in range(5):
-        with pytest.raises(Refused, match=r"/5.jpg cannot be read"):
+        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(it is no file\), \S*/9.jpg \(.*\): save it"):
             pictures.read_pictures(twenty, 16)
+
+
+def test_of_many_broken_files_ten_are_named(twenty):
+    for path in twenty[4:]:
+        path.write_bytes(b"")
+    with pytest.raises(Refused) as refusal:
+        pictures.read_pictures(twenty, 16)
+    assert [str(path) in str(refusal.value) for path in twenty] == [False] * 4 + [True] * 10 + [False] * 6
 
 
 def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):

@@ -687,8 +687,8 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tin
     facts = json.loads((save / "args.json").read_text())
     (save / "args.json").write_text(json.dumps(facts | damage))
     monkeypatch.chdir(tmp_path)
-    for folder, flags in [(save, ["--save", save]), (save.relative_to(tmp_path), ["--dataset", "digits"])]:
-        status, _, errors = call_main(train, *flags, "--resume")
+    for folder, named in [(save, ["--save", save]), (save.relative_to(tmp_path), ["--dataset", "digits"])]:
+        status, _, errors = call_main(train, *named, "--resume")
         assert (status, len(errors.splitlines())) == (2, 2)
         assert f" {folder / 'args.json'} is damaged" in errors
 

@@ -641,8 +641,11 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--reduction", 1.5], "reduction 1.5 is out of range"),
         (["--drop-rate", 1], "drop_rate 1.0 is out of range"),
         (["--lr", "nan"], "nan is out of range"),
-        (["--limit", 2000], "--val 0 leaves 1,437 of 1,437 training images, fewer than --limit 2000: choose less"),
-        (["--val", 1437, "--limit", 1], "--val 1437 leaves 0 of 1,437 training images, fewer than --limit 1: choose"),
+        (["--limit", 2000], "--limit 2000 would take 2,000 training images, and there are 1,437: choose less"),
+        (
+            ["--val", 1437, "--limit", 1],
+            "--val 1437 and --limit 1 would take 1,438 training images, and there are 1,437: choose",
+        ),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz there"),
         (["--dataset", "folder"], "train is not a folder"),
