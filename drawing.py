@@ -39,9 +39,10 @@ def make_logarithmic(axes):
     if axes.dataLim.ymax <= 0:
         return
     axes.set_yscale("log")
-    (low, high), locator = axes.get_ylim(), LogLocator(subs=(1, 2, 5))
-    few = sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 3
-    axes.yaxis.set_major_locator(AutoLocator() if few else locator)
+    low, high = axes.get_ylim()
+    locators = (LogLocator(subs=(1, 2, 5)), LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    enough = (each for each in locators if sum(low <= tick <= high for tick in each.tick_values(low, high)) >= 3)
+    axes.yaxis.set_major_locator(next(enough, AutoLocator()))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.12f}".rstrip("0").rstrip("."))
     axes.yaxis.set_minor_locator(NullLocator())
 

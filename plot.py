@@ -188,13 +188,13 @@ def draw(curves, columns, path, title, since, logarithmic):
 
 
 def draw_curve(axes, column, curve, since, color, marker):
-    """The mean of each part, and a band from the lowest to the highest run. A few points are marked: one alone is no line."""
+    """The mean of each part, and of the test a band over the runs. A few of its points are marked: one alone is no line."""
     for part, look in PARTS.items():
         table = curve.tables[part][column]
         table = table[table.index >= since]
-        if curve.runs > 1:
-            axes.fill_between(table.index, table["min"], table["max"], color=color, **BAND)
         if part == "test":
+            if curve.runs > 1:  # more bands of one colour could not be told apart
+                axes.fill_between(table.index, table["min"], table["max"], color=color, **BAND)
             look = look | {"marker": marker or ("o" if len(table) <= 20 else None), "markevery": max(1, len(table) // 12)}
         axes.plot(table.index, table["mean"], color=color, **look)
 
@@ -202,7 +202,7 @@ def draw_curve(axes, column, curve, since, color, marker):
 def meanings(curves, changes):
     """(what means the same of all curves, its look), where there is any of it."""
     drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
-    band = [("lowest to highest run", BAND | {"linewidth": 6})] if any(curve.runs > 1 for curve in curves) else []
+    band = [("test, lowest to highest run", BAND | {"linewidth": 6})] if any(curve.runs > 1 for curve in curves) else []
     entries = [(part, PARTS[part]) for part in drawn] + band
     return [(word, {"color": "black", **look}) for word, look in entries] + [("learning rate changed", CHANGE)] * bool(changes)
 
