@@ -257,6 +257,7 @@ def test_the_comparison_finds_faults(fault, group):
 @functools.cache
 def jax_case(bottleneck):
     """A net in float64, its batch, and what JAX computes of them; JAX takes a second to compile each layer."""
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     net = small_net(dict(depth=10 if bottleneck else 7, growth_rate=4, bottleneck=bottleneck)).double()
     images, labels = random_batch(3, num_classes=10, seed=1)
     return net, images.double(), labels, script("compare-implementations").jax_pass(net, images.double(), labels)
@@ -275,7 +276,7 @@ def errors_against_torchvision(bottleneck, depth=16):
     return relative_errors(ours, {name: theirs[name] for name in ours})
 
 
-# JAX is imported by one process
+# JAX is imported by one process, and compiles without the optimisation that takes longest.
 OTHERS = pytest.mark.parametrize(
     "errors", [pytest.param(errors_against_jax, marks=pytest.mark.xdist_group("jax")), errors_against_torchvision]
 )

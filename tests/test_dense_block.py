@@ -209,6 +209,7 @@ def test_evaluation_and_training_without_gradient():
     assert torch.equal(twin.load_state_dict(net.state_dict()) and twin.eval()(images), net.eval()(images))
 
 
+@pytest.mark.xdist_group("compiler")  # imported by one process
 def test_inside_torch_compile():
     net = random_net(BC)
     images, labels = batch(3, 16)

@@ -371,6 +371,7 @@ def test_test_csv_holds_exact_figures(tiny_run):
     assert last["error"] == pytest.approx(100 * wrong.item() / 360, rel=1e-5)
 
 
+@pytest.mark.xdist_group("compiler")  # imported by one process
 def test_checkpoint_is_the_bare_net_even_if_a_compiled_one_was_trained(call_main, monkeypatch, tiny_run, tmp_path):
     """Compiled without the slow last stage; the run that was not compiled has the same losses, and goes on from it.
 
