@@ -11,6 +11,7 @@ beside it, or into --out DIR (with --val, confusion-val): a row for each true cl
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from folder import list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
 from pictures import read_pictures
+from run_folder import read_arguments
 
 
 def main():
@@ -81,7 +83,7 @@ def refuse_contradictions(args):
 def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
     part, classes = "val" if args.val else "test", checkpoint["classes"]
-    root = Path(args.data or checkpoint["args"]["data"])
+    root = data_folder(args, checkpoint)
     split = read_split(checkpoint, root, part)
     say(f"{checkpoint['args']['dataset']}, {len(split):,} {part} images, epoch {checkpoint['epoch']}")
     logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title=f"{part} images")
@@ -97,6 +99,15 @@ def evaluate(net, checkpoint, args, device):
         folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
         pictures = [str(file) for files in folders for file in files] or range(len(split))
         write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
+
+
+def data_folder(args, checkpoint):
+    """--data, or the folder that the run was given: from another working directory, its absolute path in args.json."""
+    root = Path(args.data or checkpoint["args"]["data"])
+    if not args.data and not root.exists():
+        with contextlib.suppress(Refused):
+            return Path(read_arguments(args.checkpoint.parent).get("data", root))
+    return root
 
 
 def read_split(checkpoint, root, part):

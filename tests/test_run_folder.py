@@ -702,13 +702,16 @@ def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):
 
 
 def test_a_run_goes_on_from_another_working_directory(forked, pictures, tmp_path):
-    """--data was relative to the folder that it was begun in; refused are changes before anything is read."""
+    """And is evaluated: --data was relative to the folder that it was begun in. Changes are refused before anything is read."""
     flags = ["--dataset", "folder", "--data", pictures.name, *TINY[2:6], "--drop-rate", 0, "--no-plot", "--device", "cpu"]
     command = [ROOT / "train.py", *map(str, flags), "--epochs", "1", "--save", tmp_path / "run"]
     assert forked(command, cwd=pictures.parent).wait().returncode == 0
     again = [ROOT / "train.py", "--save", tmp_path / "run", "--resume", "--epochs", "2"]
     done = forked(again, cwd="/").wait()
     assert (done.returncode, done.stderr) == (0, "")
+    done = forked([ROOT / "evaluate.py", tmp_path / "run" / "latest.pth"], cwd="/").wait()
+    error = float(run_folder.last_row(tmp_path / "run" / "test.csv")["error"])
+    assert (done.returncode, f"test error {error:.2f} %" in done.stdout) == (0, True), done.stderr
     done = forked([*again, "--dataset", "svhn"], cwd="/").wait()
     assert (done.returncode, done.stdout) == (2, "")
     assert "the run was begun with dataset folder and not svhn: resume it as it was begun, or choose another" in done.stderr
