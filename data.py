@@ -83,7 +83,7 @@ def hold_out(split, val, limit):
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     if len(kept) < (limit or 1):
         asked = " and ".join([f"--val {val}"] * bool(val) + [f"--limit {limit}"] * bool(limit))
-        raise Refused(f"{asked} would take {val + (limit or 1):,} training images, and there are {len(split):,}: choose less")
+        raise Refused(f"there are {len(split):,} training images, too few for {asked}: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
 
 

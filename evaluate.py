@@ -42,6 +42,7 @@ def main():
         if args.export:
             say(f"wrote {args.export} and {export(checkpoint, args.export)}")
             return
+        refuse_unwritable(args)
         device = choose_device(args.device)
         keep_freed_memory(device)
         net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
@@ -61,7 +62,12 @@ def build_parser():
     add("--data", metavar="DIR", type=named(str), help="folder of the data set (the one the run was trained on)")
     add("--val", action="store_true", help="the images that the run held out, in place of the test set")
     add("--out", metavar="DIR", type=named(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
-    add("--predictions", metavar="FILE", type=named(Path), help="write the class of each picture, and its probability, as CSV")
+    add(
+        "--predictions",
+        metavar="FILE",
+        type=named(Path),
+        help="write each picture's class, its probability, and the true class if known, as CSV",
+    )
     text = "name the most likely classes of these pictures, or of those in a folder, instead"
     add("--image", nargs="+", metavar="FILE|DIR", type=named(Path), help=text)
     add("--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json")
@@ -74,10 +80,18 @@ def refuse_contradictions(args):
         raise Refused("--export writes the weights and evaluates nothing: leave out --image, --val and --predictions")
     if args.image and (args.val or args.data or args.out):
         raise Refused("--image is of your own pictures, not of a data set: leave out --val, --data and --out")
-    out = args.out or args.checkpoint.parent
-    if not (args.export or args.image) and out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise Refused(f"{out} is no folder that can be written to: name another by --out")
     endings.refuse_existing(args.predictions)
+
+
+def refuse_unwritable(args):
+    """Refused if --out or the folder of --predictions cannot be written to, or made."""
+    folders = {} if args.image else {"--out": args.out or args.checkpoint.parent}
+    if args.predictions and not args.predictions.exists():  # unlike /dev/stdout
+        folders["--predictions"] = args.predictions.parent
+    for flag, folder in folders.items():
+        nearest = next(each for each in (folder, *folder.parents) if each.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise Refused(f"{folder} is no folder that can be written to: name another by {flag}")
 
 
 def evaluate(net, checkpoint, args, device):

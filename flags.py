@@ -88,13 +88,13 @@ def image_size(text):
     return size
 
 
-def parse_args(parser, argv=None, begun=None, source=None):
+def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in.
 
-    What is not given is taken from `begun`, arguments that the file `source` holds, except NOT_TAKEN_OVER.
+    What is not given is taken from `begun`, except NOT_TAKEN_OVER: arguments that the file `source` holds.
     """
     given = parser.parse_args(argv)
-    words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, source) if begun else []
+    words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, source, remedy) if begun else []
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_known_args(words)[0].dataset, {}))
     args, _ = parser.parse_known_args(words)
@@ -109,14 +109,14 @@ def parse_args(parser, argv=None, begun=None, source=None):
     return args
 
 
-def words_of(begun, names, parser, source):
+def words_of(begun, names, parser, source, remedy):
     """The named arguments, but null ones, as a command line. Refused if the parser does not accept it."""
     words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
     parser.exit_on_error = False
     try:
         parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise Refused(f"{source} is damaged ({error}): put back a whole one, or choose another") from error
+        raise Refused(f"{source} is damaged ({error}): {remedy}") from error
     parser.exit_on_error = True
     return words
 

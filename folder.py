@@ -14,7 +14,7 @@ import torch
 from endings import Refused, say
 from pictures import EXTENSIONS, read_pictures
 
-MANY_CLASSES = 20  # more are not listed one by one
+MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
 
 
 def read_part(root, part, image_size, quiet=False):
@@ -28,7 +28,7 @@ def read_part(root, part, image_size, quiet=False):
         test = list_classes(root / "test")
         check_classes(root, classes, test, image_size)
         if not quiet:
-            say(*left_out(root, {file for part in (classes, test) for files in part.values() for file in files}))
+            say(*left_out(root, {file for each in (classes, test) for files in each.values() for file in files}))
     files = [file for files in classes.values() for file in files]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
@@ -85,19 +85,20 @@ def list_classes(folder):
 
 def pictures_in(folder):
     """The picture files in the folder and below it, sorted. Refused if there is none."""
-    files = sorted(list_pictures(folder), key=lambda file: (str(file.parent), file.name))
+    pictures = (file for file in list_files(folder) if file.suffix.lower() in EXTENSIONS)
+    files = sorted(pictures, key=lambda file: (str(file.parent), file.name))
     if not files:
         raise Refused(f"{folder} holds no picture ({', '.join(EXTENSIONS)}): put some there, or remove it")
     return files
 
 
-def list_pictures(folder, above=()):
-    """The picture files in the folder and below it; a link that leads back to a folder above it is not followed."""
+def list_files(folder, above=()):
+    """The files in the folder and below it; a link that leads back to a folder above it is not followed."""
     here = folder.resolve()
     for path in visible(folder) if here not in above else []:
         if path.is_dir():
-            yield from list_pictures(path, (*above, here))
-        elif path.suffix.lower() in EXTENSIONS:
+            yield from list_files(path, (*above, here))
+        else:
             yield path
 
 
@@ -107,13 +108,12 @@ def visible(folder):
 
 
 def left_out(root, read):
-    """A line that counts the files in train and test that are not read, if there are any; hidden ones are not meant."""
-    below = (path for part in ("train", "test") for path in (root / part).rglob("*") if path not in read)
-    seen = (path for path in below if not any(name.startswith(".") for name in path.relative_to(root).parts) and path.is_file())
-    kinds = Counter(path.suffix.lower() or "without extension" for path in seen)
-    counts = (f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common())
+    """A line that counts the files in train and test that are not read, by extension, if there are any but hidden ones."""
+    others = (path for part in ("train", "test") for path in list_files(root / part) if path not in read)
+    kinds = Counter(path.suffix.lower() or "without extension" for path in others)
+    counts = [f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common(MANY_KINDS)]
     if kinds:
-        yield f"{root}: files that are not read: {', '.join(counts)}"
+        yield f"{root}: files that are not read: {', '.join(counts)}{', …' * (len(kinds) > MANY_KINDS)}"
 
 
 def describe_classes(names, train_labels, test_labels):

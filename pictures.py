@@ -52,7 +52,8 @@ def read_pictures(paths, size, title=None):
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
     if unreadable:
-        raise Refused(f"not readable as a picture: {', '.join(unreadable)}: save it anew as 8-bit RGB, or remove it")
+        more = ", perhaps more" * (len(unreadable) == MANY_UNREADABLE)
+        raise Refused(f"cannot be read as pictures: {', '.join(unreadable)}{more}: save them anew as 8-bit RGB, or remove them")
     return images
 
 
@@ -81,7 +82,7 @@ def to_tensor(picture, size):
 def open_picture(path, size):
     """The picture, decoded. Unreadable if Pillow cannot do that."""
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise Unreadable("it is no file")
+        raise Unreadable("there is no such file")
     try:
         with Image.open(path) as picture:
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more
@@ -90,7 +91,7 @@ def open_picture(path, size):
             decode(picture)
             return picture
     except Exception as error:  # Pillow raises nearly anything for a broken file
-        raise Unreadable((str(error) or type(error).__name__).splitlines()[0]) from error
+        raise Unreadable((str(error).replace(f" {str(path)!r}", "") or type(error).__name__).splitlines()[0]) from error
 
 
 def decode(picture):

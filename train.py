@@ -48,22 +48,20 @@ def main():
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json")
-        fresh = run_folder.is_fresh(args.save, args.resume)
-        init = load_checkpoint(args.init) if args.init and fresh and world.rank == 0 else None  # one that continues needs none
-        if init and not begun:
-            args = flags.parse_args(parser, begun=init_arguments(init, args.dataset), source=args.init)
+        args = flags.parse_args(parser, begun=begun, source=f"{args.save / 'args.json'}", remedy=run_folder.REMEDY)
         with distributed.joined(world, choose_device(args.device)) as device:
-            args, begun, init = distributed.share_object((args, begun, init), world)  # another machine may lack the files
+            fresh = run_folder.is_fresh(args.save, args.resume)
+            reads = args.init and fresh and world.rank == 0  # a run that continues needs no --init
+            args, weights = read_init(parser, args, begun) if reads else (args, None)
+            args, begun, weights = distributed.share_object((args, begun, weights), world)  # another machine may lack the files
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
-            refuse_another_net(args, init)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
             ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
             dataset = load_data(args, device, world)
-            net = initial_net(args, len(dataset.classes), init and init["net"], quiet=world.rank > 0)
+            net = initial_net(args, len(dataset.classes), weights, quiet=world.rank > 0)
             net = net.to(device, memory_format=torch.channels_last)
             run(net, dataset, args, world, ending, fresh)
 
@@ -74,7 +72,7 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    text = "start from this net, with a new classifier for other classes: a latest.pth, or a file of evaluate.py --export"
+    text = "start from this net, which sets the model flags, too: a latest.pth, or a file of evaluate.py --export"
     model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
@@ -82,24 +80,26 @@ def build_parser():
     return parser
 
 
-def init_arguments(init, dataset):
-    """What stands in for model flags that are not given: those of the net of --init; of a folder also its pictures' size."""
-    names = build_net(init).architecture
-    size = {"image_size": image_size_of(init)} if dataset == "folder" else {}
-    return {name: init["model"][name] for name in names} | size
-
-
-def refuse_another_net(args, init):
-    """Refused where the model flags make other shapes than those of the net of --init, but for the classifier's."""
-    if init is None:
-        return
+def read_init(parser, args, begun):
+    """(args with the model flags, and a folder's image size, of the net of --init where they are not given; its weights)."""
+    init = load_checkpoint(args.init)
     trained = build_net(init).architecture
+    known = {name: init["model"][name] for name in trained}
+    if args.dataset == "folder":
+        known["image_size"] = image_size_of(init)
+    args = flags.parse_args(parser, begun=known | begun, source=f"--init {args.init}", remedy="name another")
+    refuse_another_net(args, trained)
+    return args, init["net"]
+
+
+def refuse_another_net(args, trained):
+    """Refused where the model flags make other shapes than those of the net of --init, but for the classifier's."""
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
     words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
     if words:
         raise Refused(
-            f"--init {args.init} holds another net than the model flags make: add {' '.join(words)}, or leave them out"
+            f"--init {args.init} holds another net than the model flags make: leave those out, or say {' '.join(words)}"
         )
 
 

@@ -37,7 +37,7 @@ def main():
     with endings.worded(parser, "the net and its images", "a machine that has more") as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json")
+        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
         device = choose_device(args.device)
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)

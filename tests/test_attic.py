@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -257,10 +258,10 @@ def test_the_comparison_finds_faults(fault, group):
 @functools.cache
 def jax_case(bottleneck):
     """A net in float64, its batch, and what JAX computes of them; JAX takes a second to compile each layer."""
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     net = small_net(dict(depth=10 if bottleneck else 7, growth_rate=4, bottleneck=bottleneck)).double()
     images, labels = random_batch(3, num_classes=10, seed=1)
-    return net, images.double(), labels, script("compare-implementations").jax_pass(net, images.double(), labels)
+    with mock.patch.dict(os.environ, XLA_FLAGS="--xla_backend_optimization_level=0"):
+        return net, images.double(), labels, script("compare-implementations").jax_pass(net, images.double(), labels)
 
 
 def errors_against_jax(bottleneck):

@@ -98,9 +98,9 @@ def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
     assert torch.equal(whole.train.images[:100], part.train.images)
     rows = {image.numpy().tobytes() for image in torch.cat([whole.train.images, whole.val.images])}
     assert rows == {image.numpy().tobytes() for image in data.load("digits", ".").train.images}
-    with pytest.raises(Refused, match="--val 1437 would take 1,438 training images, and there are 1,437: choose less"):
+    with pytest.raises(Refused, match="there are 1,437 training images, too few for --val 1437: choose less"):
         data.load("digits", ".", val=1437)
-    with pytest.raises(Refused, match="--val 1000 and --limit 438 would take 1,438 training images, and there are 1,437"):
+    with pytest.raises(Refused, match="there are 1,437 training images, too few for --val 1000 and --limit 438: choose less"):
         data.load("digits", ".", val=1000, limit=438)
 
 
@@ -321,8 +321,8 @@ def no_test(root):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (break_picture, "not readable as a picture: .*red/3.png .cannot identify"),
-        (cut_picture, "not readable as a picture: .*blue/2.jpg ."),
+        (break_picture, "cannot be read as pictures: .*red/3.png .cannot identify"),
+        (cut_picture, "cannot be read as pictures: .*blue/2.jpg ."),
         (empty_class, "train/red holds no picture"),
         (one_class, r"one class only \(blue\)"),
         (class_without_test, "train lacks the class 'green': give it a folder in both"),
@@ -335,8 +335,8 @@ def no_test(root):
         (class_with_hidden_files_only, r"train/red holds no picture \(.jpg, .*: put some there, or remove it"),
         (only_hidden_folders, "test holds no folder: make one for each class"),
         (class_that_is_hidden_in_test, "test lacks the class 'red': give it a folder in both train and test"),
-        (vanished_picture, "not readable as a picture: .*red/lost.png .it is no file"),
-        (picture_of_floats, "not readable as a picture: .*red/depth.tif .*: save it anew as 8-bit RGB"),
+        (vanished_picture, "cannot be read as pictures: .*red/lost.png .there is no such file"),
+        (picture_of_floats, "cannot be read as pictures: .*red/depth.tif .*: save them anew as 8-bit RGB"),
     ],
 )
 def test_folder_that_is_wrong_is_named(pictures, spoil, message):

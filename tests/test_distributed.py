@@ -281,6 +281,7 @@ def test_a_signal_to_one_rank_ends_all_of_them_at_the_same_step(forked, tmp_path
 
 def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):
     """Of a world of one, whose sums over the ranks are its own; the mean is large against the deviation."""
+    torch.manual_seed(0)
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: None)
     norms = torch.nn.BatchNorm2d(3), distributed.SyncBatchNorm(3)
     maps = (10 + torch.randn(8, 3, 16, 16)).bfloat16()

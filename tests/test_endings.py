@@ -237,7 +237,7 @@ PLACES = {  # what each program calls, by the names it calls it by
         train.predict train.loss_and_error_sums run_folder.append_rows run_folder.end_epoch run_folder.flush_to_disk
         run_folder.encoded run_folder.Plots.redraw run_folder.Plots.wait train.print_epoch""",
     "train --resume": "run_folder.resume run_folder.compare_rates run_folder.fits run_folder.rows_until",
-    "train --init": "train.load_checkpoint train.build_net train.init_arguments train.refuse_another_net train.load_weights",
+    "train --init": "train.load_checkpoint train.build_net train.read_init train.refuse_another_net train.load_weights",
     "train on pictures": """folder.list_classes folder.check_classes folder.read_pictures pictures.to_rgb pictures.num_cpus
         data.mean_and_std""",
     "evaluate": """evaluate.load_checkpoint evaluate.build_net checkpoint.fits densenet.DenseNet.__init__

@@ -70,7 +70,7 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
 def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     for name, told in [
-        ("broken", "not readable as a picture: {} (cannot identify"),
+        ("broken", "cannot be read as pictures: {} (cannot identify"),
         ("lost", "--image {} does not exist: name a"),
     ]:
         picture = tmp_path / f"{name}.png"
@@ -78,10 +78,16 @@ def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
         assert (status, told.format(picture) in errors) == (2, True)
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_evaluated(call_main, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "place", "folder"),
+    [("--out", "file", "file"), ("--out", "file/new", "file/new"), ("--predictions", "file/new/p.csv", "file/new")],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_evaluated(
+    call_main, tiny_run, tmp_path, flag, place, folder
+):
     (tmp_path / "file").write_text("mine")
-    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", "--out", tmp_path / "file")
-    told = f"{tmp_path / 'file'} is no folder that can be written to: name another by --out"
+    status, out, errors = call_main(evaluate, tiny_run / "latest.pth", flag, tmp_path / place)
+    told = f"{tmp_path / folder} is no folder that can be written to: name another by {flag}"
     assert (status, out, told in errors, (tmp_path / "file").read_text()) == (2, "", True, "mine")
 
 

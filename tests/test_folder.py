@@ -121,6 +121,13 @@ def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path)
     start = f"{root}: files that are not read: 2 .heic, "
     assert (len(told), told[0].startswith(start)) == (1, True)
     assert {*told[0].removeprefix(start).split(", ")} == {"1 .avif", "1 .png beside the classes", "1 without extension"}
+    (root / "train" / "dark").rename(tmp_path / "dark")
+    (root / "train" / "dark").symlink_to(tmp_path / "dark")
+    for number in range(9):
+        (root / "train" / f"scan.{number}").write_bytes(b"")
+    status, out, errors = run(tmp_path / "more", "--data", root)
+    (told,) = (line for line in out.splitlines() if "not read" in line)
+    assert (told.startswith(start), told.endswith(", …"), told.count(", ")) == (True, True, 5)
 
 
 def test_pictures_that_cannot_be_read_stop_the_run_before_it_begins(call_main, pictures, tmp_path):
@@ -130,7 +137,7 @@ def test_pictures_that_cannot_be_read_stop_the_run_before_it_begins(call_main, p
     status, _, errors = call_main(train, *FLAGS, "--data", tmp_path / "set", "--save", tmp_path / "run")
     assert status == 2
     which = [f"{tmp_path / 'set' / 'train' / 'dark' / name} (its pixels are of type F, " for name in ("depth.tif", "more.tif")]
-    assert f"not readable as a picture: {which[0]}" in errors
+    assert f"cannot be read as pictures: {which[0]}" in errors
     assert f", {which[1]}" in errors
     assert len(errors.splitlines()) == 2
     assert not (tmp_path / "run").exists()

@@ -258,7 +258,7 @@ def test_pictures_that_are_small_or_thin(tmp_path, shape):
 # --------------------------------------------------------------------------------------------------------------- refusals
 
 
-RANGE, NO_FORMAT, NO_FILE = "its pixels are of type", "cannot identify image file", "it is no file"
+RANGE, NO_FORMAT, NO_FILE = "its pixels are of type", "cannot identify image file", "there is no such file"
 BOMB = "Image size (200000000 pixels) exceeds limit"
 REFUSED = {  # how to make the file, why it is refused
     "16 bits, signed": (lambda p: tiff(p, 16, struct.pack("<hh", -5, 300), 2, sample_format=2), RANGE),
@@ -287,10 +287,10 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     make, why = REFUSED[kind]
     path = tmp_path / "picture.png"
     make(path)
-    with pytest.raises(Refused, match="not readable as a picture") as refusal:
+    with pytest.raises(Refused, match="cannot be read as pictures") as refusal:
         read(path)
-    assert str(refusal.value).startswith(f"not readable as a picture: {path} ({why}")
-    assert str(refusal.value).endswith("): save it anew as 8-bit RGB, or remove it")
+    assert str(refusal.value).startswith(f"cannot be read as pictures: {path} ({why}")
+    assert str(refusal.value).endswith("): save them anew as 8-bit RGB, or remove them")
     assert "\n" not in str(refusal.value)
     assert not recwarn.list
 
@@ -337,7 +337,7 @@ def test_all_broken_files_are_named(twenty, monkeypatch):
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
     for _ in range(5):
-        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(it is no file\), \S*/9.jpg \(.*\): save it"):
+        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): save"):
             pictures.read_pictures(twenty, 16)
 
 

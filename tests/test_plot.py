@@ -358,6 +358,8 @@ def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp
     labels = ["depth 100, 3 runs", "depth 40, 2 runs", "train", "test", "test, lowest to highest run"]
     assert [*texts(saved[0])][:5] == labels
     assert [line.get_color() for line in saved[0].legends[0].get_lines()][:2] == plot.COLORS[:2]
+    assert call_main(plot, *flat, "--average", "--out", tmp_path / "two.png")[0] == 0
+    assert [*texts(saved[1])][:3] == ["2 runs", "train", "learning rate changed"]
 
 
 def test_runs_without_a_common_row_have_no_average_yet(call_main, tmp_path):

@@ -691,6 +691,7 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tin
         status, _, errors = call_main(train, *named, "--resume")
         assert (status, len(errors.splitlines())) == (2, 2)
         assert f" {folder / 'args.json'} is damaged" in errors
+        assert f": {run_folder.REMEDY}\n" in errors
 
 
 def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):
@@ -734,6 +735,9 @@ def test_digests_that_are_none_are_a_sentence(call_main, tiny_run, tmp_path):
 def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "HERE", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # as in git's hooks
+        monkeypatch.delenv(name, raising=False)
     assert run_folder.git_commit() is None
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "step.py").write_text("one")
