@@ -134,5 +134,5 @@ def to_8_bits(picture):
 
 
 def signed(picture):
-    """Whether the file says that its values are signed, or floats: a TIFF of 8 bits can."""
-    return bool({*getattr(picture, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ())} & {2, 3})
+    """Whether the file says that its values are signed: a TIFF of 8 bits can."""
+    return 2 in getattr(picture, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ())

@@ -1,7 +1,10 @@
 import argparse
+import contextlib
 import json
 import os
+import resource
 import signal
+import sys
 
 import pytest
 import torch
@@ -133,6 +136,34 @@ def test_a_bug_in_a_worker_is_a_bug_and_a_killed_one_is_named():
                 endings.Refused, match=r"^the process of efficient was killed: if memory ran out, choose a smaller"
             ):
                 bench.take_steps([worker], 1)
+
+
+def test_a_number_is_of_one_step_and_memory_is_in_bytes(monkeypatch):
+    """Of four steps that take a quarter of a second each, by a clock that they move."""
+    now = [0.0]
+    monkeypatch.setattr(bench, "time", argparse.Namespace(perf_counter=lambda: now[0]))
+    ms, gigabytes = bench.measured(lambda: now.append(now.pop() + 0.25), 4, CPU)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert ms == 250
+    assert gigabytes == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "warm_ups"), [("cpu", [["a"], ["b"]]), ("cuda", [["a", "b"]])])
+def test_variants_warm_up_and_then_take_turns(monkeypatch, kind, warm_ups):
+    """What is measured first is in no number: kernels are compiled and graphs captured in it."""
+    asked = []
+
+    def take_steps(workers, steps):
+        asked.append((workers, steps))
+        return [(len(asked), len(asked) / 8)] * len(workers)
+
+    monkeypatch.setattr(bench, "worker", lambda name, factory, device: contextlib.nullcontext(name))
+    monkeypatch.setattr(bench, "take_steps", take_steps)
+    results = bench.measure({"a": None, "b": None}, argparse.Namespace(rounds=2, steps=30), torch.device(kind))
+    assert asked == [(names, 5) for names in warm_ups] + [(["a"], 30), (["b"], 30)] * 2
+    first = len(warm_ups) + 1
+    for i, name in enumerate("ab", start=first):
+        assert results[name] == {"ms_a_step": [i, i + 2], "memory_gb": (i + 2) / 8}
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -232,6 +232,13 @@ def test_the_permutation_is_the_one_that_it_always_was():
     assert folder.fixed_permutation(10).tolist() == [4, 1, 7, 5, 3, 9, 0, 8, 6, 2]
 
 
+def test_the_first_images_are_kept_and_all_stay_in_their_order():
+    """Of ten, by the permutation above, 4, 1 and 7 are held out."""
+    split = Split(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), torch.arange(10))
+    kept, held_out = data.hold_out(split, 3, 4)
+    assert (kept.labels.tolist(), held_out.labels.tolist()) == ([0, 2, 3, 5], [1, 4, 7])
+
+
 def test_a_set_without_limit_and_held_out_images_is_not_copied():
     split = Split(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.arange(9))
     assert data.hold_out(split, 0, None)[0].images.data_ptr() == split.images.data_ptr()

@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import drawing
+
 
 @pytest.fixture
 def script(run_script, tmp_path):
@@ -54,6 +56,15 @@ def test_a_report_is_read_as_it_was_measured(tmp_path):
     growth_rate, curves = read_curves(tmp_path / "memory.json")
     assert (growth_rate, [*curves]) == (12, ["plain modules", "--efficient"])
     assert curves["--efficient"] == ([40, 100, 250], [3, 7, 18], [7 / 8, 7 / 8, 7 / 8])
+
+
+def test_the_exponents_are_those_between_the_second_and_the_last_of_four_depths(monkeypatch, tmp_path):
+    """Of the README: between L=100 and L=250."""
+    draw, saved = runpy.run_path(str(ROOT / "images" / "draw_memory.py"))["draw"], []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure))
+    draw(12, {"a net": ([40, 100, 160, 250], [9, 4, 9, 4 * 2.5**1.5], [9, 2, 9, 2 * 2.5**2])}, tmp_path / "memory.png")
+    labels = [axes.get_legend().get_texts()[0].get_text() for axes in saved[0].axes]
+    assert labels == ["a net: $L^{1.50}$", "a net: $L^{2.00}$"]
 
 
 @pytest.mark.parametrize(

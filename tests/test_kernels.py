@@ -133,6 +133,63 @@ def check_float32(growth_rate, channels, shape, reduction):
         assert relative_error(ours[name], values) < 3e-6, (name, relative_error(ours[name], values))
 
 
+def test_a_transition_in_which_programs_take_several_turns(interpreted):
+    interpreted(check_turns)
+
+
+def check_turns():
+    """Three turns of four pixels each, which it takes over 4,096 pixels to get; the last program has six pixels of 30."""
+    kernels = dense_block.load_kernels()
+    kernels.triton = mock.Mock(cdiv=lambda n, each: 3 if each == 2048 else triton.cdiv(n, each))
+    torch.manual_seed(0)
+    transition = steady(randomize(Transition(8, 4), seed=0))
+    x, target = torch.randn(1, 8, 12, 10).requires_grad_(), torch.randn(1, 4, 6, 5)
+    (transition(x) * target).sum().backward()
+    maps = dense_block.nhwc(x.detach()).contiguous()
+    var, mean = torch.var_mean(maps, dim=(0, 1, 2), correction=0)
+    statistics, moments = (mean, (var + transition.bn1.eps).rsqrt()), torch.zeros(2, 8)
+    grads = torch.full_like(maps, float("nan"))
+    ours = kernels.transition_backward(dense_block.nhwc(target), grads, maps, *statistics, moments, transition)
+    grad_x = kernels.through_statistics(grads, maps, *statistics, moments, slice(0, 8))
+    expected = transition.bn1.weight.grad, transition.bn1.bias.grad, transition.conv1.weight.grad
+    for result, values in zip((*ours, dense_block.nchw(grad_x)), (*expected, x.grad), strict=True):
+        assert relative_error(result, values) < 3e-6
+
+
+def test_what_many_programs_leave_is_joined(interpreted):
+    interpreted(check_joining)
+
+
+def check_joining():
+    """Of nine programs with eight pixels each, the last with six: in the interpreter four are read at a time."""
+    kernels = dense_block.load_kernels()
+    torch.manual_seed(0)
+    pixels = 100 + torch.randn(70, 5)
+    tiles = pixels.split(8)
+    part = torch.stack([torch.stack([tile.mean(dim=0), (tile - tile.mean(dim=0)).square().sum(dim=0)]) for tile in tiles])
+    statistics = torch.zeros(3, 8)
+    kernels.join(part, tuple(statistics), 70, 8, 2, 0.1)
+    var, mean = torch.var_mean(pixels.double(), dim=0)
+    expected = torch.stack([mean, (var * 69 / 70 + 0.1).rsqrt(), var])
+    torch.testing.assert_close(statistics[:, 2:7].double(), expected, rtol=1e-5, atol=0)
+    assert (statistics[:, [0, 1, 7]] == 0).all()
+    part, bn, none = torch.randn(9, 7), nn.BatchNorm2d(1), torch.zeros(1)
+    sums = kernels.added_up(part, 0, bn, none, none, 70, 1, MOMENTS=False)
+    torch.testing.assert_close(sums, part.sum(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_rounded_to_tf32_and_not_cut_off(monkeypatch):
+    import kernels
+
+    monkeypatch.setattr(kernels, "products", lambda maps: "tf32")
+    conv = nn.Conv2d(20, 30, 3)
+    (rounded,) = kernels.cast([conv], torch.empty(1))
+    bits = conv.weight.detach().view(torch.int32)
+    expected = (bits + 0x1000 & -0x2000).view(torch.float32)
+    assert torch.equal(rounded, torch.where(bits & 0x1FFF == 0x1000, rounded, expected))  # but for ties
+    assert (rounded.contiguous().view(torch.int32) & 0x1FFF == 0).all()
+
+
 def test_a_mean_large_against_the_deviation(interpreted):
     interpreted(check_large_mean)
 

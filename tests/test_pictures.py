@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import folder
 import pictures
 from endings import Refused
 
@@ -208,6 +209,13 @@ def test_the_first_frame_of_an_animation(tmp_path, kind):
     assert colours(tmp_path / f"frames.{kind}") == {(255, 0, 0)}
 
 
+@pytest.mark.parametrize("kind", ["jpg", "jpeg", "JPG", "png", "gif", "bmp", "webp", "tif", "tiff", "ppm", "pgm"])
+def test_every_kind_of_file_that_readme_names_is_found_and_read(tmp_path, kind):
+    Image.new("L" if kind == "pgm" else "RGB", (40, 40), 0).save(tmp_path / f"black.{kind}")
+    (path,) = folder.pictures_in(tmp_path)
+    assert colours(path) == {(0, 0, 0)}
+
+
 def test_the_content_tells_the_format_not_the_name(tmp_path):
     noise(40, 40).save(tmp_path / "picture.png")
     shutil.copy(tmp_path / "picture.png", tmp_path / "picture.jpg")
@@ -238,6 +246,23 @@ def test_small_details_are_averaged(tmp_path):
     board = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "board.png")
     assert {value for colour in colours(tmp_path / "board.png") for value in colour} <= {126, 127, 128, 129}
+
+
+def test_a_thin_line_is_spread_by_a_triangle():
+    """At half the size over the two nearest pixels, 3/8 and 1/8 of it: a trained net is to see what it was trained on."""
+    picture = Image.new("L", (64, 64), 0)
+    picture.paste(255, (30, 0, 31, 64))
+    row = pictures.to_tensor(picture, 32)[0, 0].tolist()
+    assert row == [0] * 14 + [32, 96] + [0] * 16
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((256, 256), (64, 64)), ((255, 300), (128, 150)), ((512, 300), (128, 75)), ((63, 900), (63, 900))]
+)
+def test_a_photograph_is_decoded_at_twice_the_size_at_least(tmp_path, size, decoded):
+    """The rest is left to the antialiasing."""
+    Image.new("RGB", size).save(tmp_path / "large.jpg")
+    assert pictures.open_picture(tmp_path / "large.jpg", 32).size == decoded
 
 
 def test_a_large_photograph_decoded_at_a_quarter_is_the_same_but_for_rounding(tmp_path):

@@ -182,6 +182,23 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
             run_folder.rows_until(path, {"val": 0}, epochs_done=1, steps=2)
 
 
+def test_each_finished_epoch_has_to_have_had_its_rate():
+    """Also where the last of them has the same with the old and the new number of epochs."""
+    old, new = ([0.1] * 2 + [0.01] + [0.001], [0.1] + [0.01] * 2 + [0.001] * 3)
+    run_folder.compare_rates(old, new, 1)
+    for epochs_done in (2, 3):
+        with pytest.raises(Refused, match=f"with --epochs 6 the {epochs_done} epochs done would have had other learning rates"):
+            run_folder.compare_rates(old, new, epochs_done)
+
+
+def test_rows_of_the_second_epoch_tell_of_a_checkpoint_that_is_lost(tmp_path):
+    (tmp_path / "train.csv").write_text("epoch,loss,error\n0.5,2,3\n1,2,3\n")
+    run_folder.refuse_lost_checkpoint(tmp_path)
+    (tmp_path / "train.csv").write_text("epoch,loss,error\n0.5,2,3\n1,2,3\n1.5,2,3\n")
+    with pytest.raises(Refused, match=r"latest.pth is missing, and .*train.csv has rows of later epochs"):
+        run_folder.refuse_lost_checkpoint(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------- disks, and other processes
 
 
