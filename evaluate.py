@@ -62,12 +62,8 @@ def build_parser():
     add("--data", metavar="DIR", type=named(str), help="folder of the data set (the one the run was trained on)")
     add("--val", action="store_true", help="the images that the run held out, in place of the test set")
     add("--out", metavar="DIR", type=named(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
-    add(
-        "--predictions",
-        metavar="FILE",
-        type=named(Path),
-        help="write each picture's class, its probability, and the true class if known, as CSV",
-    )
+    text = "write each picture's class, its probability, and the true class if known, as CSV"
+    add("--predictions", metavar="FILE", type=named(Path), help=text)
     text = "name the most likely classes of these pictures, or of those in a folder, instead"
     add("--image", nargs="+", metavar="FILE|DIR", type=named(Path), help=text)
     add("--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json")

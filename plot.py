@@ -76,11 +76,7 @@ def build_parser():
     text = "their folder, or the file of one figure (default: the run, or what holds all)"
     add("--out", type=named(Path), metavar="DIR|FILE", help=text)
     add("--format", choices=drawing.FORMATS, help="(that of --out FILE, else png)")
-    add(
-        "--average",
-        action="store_true",
-        help="one curve for runs that differ in --seed only: the mean; of the test also lowest and highest",
-    )
+    add("--average", action="store_true", help="one curve for runs that differ in --seed only, and a band of their tests")
     add("--smooth", type=number, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)")
     add("--since", type=number, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
     add("--linear", action="store_true", help="linear instead of logarithmic loss axis")
@@ -206,12 +202,8 @@ def draw_curve(axes, column, curve, since, color, marker):
 def meanings(curves, changes):
     """(what means the same of all curves, its look), where there is any of it."""
     drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
-    band = (
-        [("test, lowest to highest run", BAND | {"linewidth": 6})]
-        if any(curve.runs > 1 and not curve.tables["test"].empty for curve in curves)
-        else []
-    )
-    entries = [(part, PARTS[part]) for part in drawn] + band
+    banded = any(curve.runs > 1 and not curve.tables["test"].empty for curve in curves)
+    entries = [(part, PARTS[part]) for part in drawn] + [("test, lowest to highest run", BAND | {"linewidth": 6})] * banded
     return [(word, {"color": "black", **look}) for word, look in entries] + [("learning rate changed", CHANGE)] * bool(changes)
 
 

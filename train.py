@@ -48,7 +48,7 @@ def main():
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun, source=f"{args.save / 'args.json'}", remedy=run_folder.REMEDY)
+        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
         with distributed.joined(world, choose_device(args.device)) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             reads = args.init and fresh and world.rank == 0  # a run that continues needs no --init
@@ -98,9 +98,8 @@ def refuse_another_net(args, trained):
         ours = flags.make_net(args).architecture
     words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
     if words:
-        raise Refused(
-            f"--init {args.init} holds another net than the model flags make: leave those out, or say {' '.join(words)}"
-        )
+        ways = f"leave those out, or say {' '.join(words)}"
+        raise Refused(f"--init {args.init} holds another net than the model flags make: {ways}")
 
 
 def load_data(args, device, world):

@@ -747,6 +747,10 @@ def test_digests_that_are_none_are_a_sentence(call_main, tiny_run, tmp_path):
         torch.save({**checkpoint, "args": checkpoint["args"] | wrong}, save / "latest.pth")
         told, _, errors = call_main(evaluate, save / "latest.pth")
         assert (told, "is no checkpoint of train.py" in errors) == (2, True)
+    torch.save({**checkpoint, "args": checkpoint["args"] | {"digests": None}}, save / "latest.pth")
+    (save / "args.json").write_text(json.dumps(facts))
+    status, _, errors = call_main(train, "--save", save, "--resume", "--no-plot")
+    assert (status, "the images or labels of train and test in" in errors) == (2, True), errors
 
 
 def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatch, tmp_path):
