@@ -91,7 +91,8 @@ def image_size(text):
 def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in.
 
-    What is not given is taken from `begun`, except NOT_TAKEN_OVER: arguments that the file `source` holds.
+    What is not given is taken from `begun`, arguments that the file `source` holds, except NOT_TAKEN_OVER. Refused, with the
+    remedy, if that file has values that no flag takes.
     """
     given = parser.parse_args(argv)
     words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, source, remedy) if begun else []

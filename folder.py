@@ -25,10 +25,9 @@ def read_part(root, part, image_size, quiet=False):
     """
     classes = list_classes(root / part)
     if part == "train":
-        test = list_classes(root / "test")
-        check_classes(root, classes, test, image_size)
+        check_classes(root, classes, image_size)
         if not quiet:
-            say(*left_out(root, {file for each in (classes, test) for files in each.values() for file in files}))
+            say(*left_out(root))
     files = [file for files in classes.values() for file in files]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
@@ -42,8 +41,9 @@ def fixed_permutation(n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
-def check_classes(root, train, test, image_size):
+def check_classes(root, train, image_size):
     """Refused unless train and test have the same classes, two or more, and their images fit the memory."""
+    test = list_classes(root / "test")
     if list(train) != list(test):
         name = min(set(train) ^ set(test))
         lacking, its_classes = (root / "test", test) if name in train else (root / "train", train)
@@ -107,10 +107,13 @@ def visible(folder):
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def left_out(root, read):
+def left_out(root):
     """A line that counts the files in train and test that are not read, by extension, if there are any but hidden ones."""
-    others = (path for part in ("train", "test") for path in list_files(root / part) if path not in read)
-    kinds = Counter(path.suffix.lower() or "without extension" for path in others)
+    parts = [root / "train", root / "test"]
+    others = (
+        file for part in parts for file in list_files(part) if file.suffix.lower() not in EXTENSIONS or file.parent == part
+    )
+    kinds = Counter(file.suffix.lower() or "without extension" for file in others)
     counts = [f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common(MANY_KINDS)]
     if kinds:
         yield f"{root}: files that are not read: {', '.join(counts)}{', …' * (len(kinds) > MANY_KINDS)}"
