@@ -46,8 +46,8 @@ def test_from_a_picture_to_the_name_of_a_class(call_main, capsys, tmp_path):
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_training_and_exporting_in_your_own_code(monkeypatch, tmp_path):
-    """Compiled without the slow last stages; the programs are the net, for batches of another size, too."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    """Compiled without the slow last stage; the programs are the net, for batches of another size, too."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     names = run(OWN_CODE, {"depth=40": "depth=10", "net.onnx": str(tmp_path / "net.onnx")}, batches=[(images, labels)] * 20)
