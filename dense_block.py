@@ -26,6 +26,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,6 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 SLICE_PIXELS = 4096  # pixels at a time on a CPU; between 2,048 and 16,384 it makes little difference
 
@@ -60,27 +63,63 @@ def computable(x, layers):
     Asked before each pass, which takes some 20 us a layer: a hook may be added at any time. A replayed CUDA graph does not ask.
     """
     training = layers[0].training
-    lone = x[:, 0].numel() < 2  # of which batch norm cannot take statistics
-    if lone or torch.nn.modules.module._has_any_global_hook() or not (training or may_infer(x, layers)):
+    if transformed(x) or not (training or may_infer(x, layers)) or torch.nn.modules.module._has_any_global_hook():
+        return False
+    if x.dim() != 4 or x[:, 0].numel() < 2:  # of one pixel batch norm cannot take statistics
         return False
     channels = x.shape[1]
     for layer in layers:
         if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
+            return False
+        if layer.dropout.p == 1:  # all is dropped, and what stays is divided by 0
             return False
         if not all(plain(*half, training) for half in halves(layer)):
             return False
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
-    return True
+    return as_defined(type(layers[0]), defined_layer)
+
+
+def transformed(x):
+    """Whether more is asked of an operation than its value and its gradient: by a tracer, functorch or forward-mode AD."""
+    if torch.compiler.is_compiling():  # dense_block is a graph break
+        return False
+    traced = not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or get_proxy_mode() is not None
+    return traced or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
 
 
 def may_infer(x, layers):
-    """Whether kernels.py computes the block in evaluation mode: not under autograd, functorch, a compiler or a tracer."""
-    differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    transformed = type(x) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    return not (differentiated or transformed or traced) and fitting_kernels(x, layers) is not None
+    """Whether kernels.py computes the block in evaluation mode: not under autograd, a compiler or a dispatch mode."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    usual = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return usual and fitting_kernels(x, layers) is not None
+
+
+@torch.compiler.disable
+def as_defined(kind, definition):
+    """Whether a class of layers or transitions gives what is computed here; somebody may have edited its forward."""
+    return gives(kind, kind.forward, definition)
+
+
+@functools.cache
+def gives(kind, forward, definition):
+    """Whether the forward method gives what the definition does, with a warning if not. Tried in float64 on a small module."""
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        module, x = kind(4, 2).double(), torch.randn(2, 4, 4, 4, dtype=torch.float64)
+        same = torch.allclose(definition(x, module), forward(module, x))
+    if not same:
+        warnings.warn(f"{kind.__name__}.forward is not what dense_block.py computes: efficient has no effect", stacklevel=2)
+    return same
+
+
+def defined_layer(x, layer):
+    return dense_block(x, [layer])  # (N, C + k, H, W)
+
+
+def defined_transition(x, transition):
+    return F.avg_pool2d(transition.conv1(F.relu(transition.bn1(x))), kernel_size=2)  # (N, out_channels, H/2, W/2)
 
 
 @torch.compiler.disable
@@ -91,7 +130,8 @@ def joinable(x, layers, transition):
         return False
     kernels = fitting_kernels(x, layers)
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
-    return alike and kernels is not None and kernels.fit_transition(x, transition)
+    fits = alike and kernels is not None and kernels.fit_transition(x, transition)
+    return fits and as_defined(type(transition), defined_transition)
 
 
 def halves(module):
@@ -111,6 +151,8 @@ def plain(bn, conv, side, training):
     """Whether the batch norm has weights and running statistics with a momentum; the convolution zero padding and no bias."""
     made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
     if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
+        return False
+    if any(buffer is None for buffer in bn._buffers.values()):
         return False
     if not all(type(p) is nn.Parameter for p in (bn.weight, bn.bias, conv.weight)):  # as in torch.func.functional_call
         return False
@@ -143,6 +185,9 @@ class Block(NamedTuple):
         """gamma1, beta1, W1 of each module, and of a bottleneck also gamma2, beta2, W2."""
         return [p for module in self.modules for bn, conv, _ in halves(module) for p in (bn.weight, bn.bias, conv.weight)]
 
+    def drop_rates(self):
+        return [module.dropout.p for module in self.modules]
+
 
 class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
@@ -153,7 +198,7 @@ class DenseBlockFunction(torch.autograd.Function):
             maps = buffer[..., : out_channels(block.layers)]
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
-        ctx.block, ctx.weights, ctx.parameters = block, weights, parameters
+        ctx.block, ctx.weights, ctx.parameters, ctx.rates = block, weights, parameters, block.drop_rates()
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
 
@@ -161,8 +206,10 @@ class DenseBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
-        if any(now is not then for now, then in zip(ctx.block.parameters(), ctx.parameters, strict=True)):
-            raise RuntimeError("the parameters of an efficient block were replaced before its backward pass: efficient=False")
+        replaced = any(now is not then for now, then in zip(ctx.block.parameters(), ctx.parameters, strict=True))
+        if replaced or ctx.block.drop_rates() != ctx.rates:
+            what = "the parameters or drop rates of an efficient block"
+            raise RuntimeError(f"{what} were replaced before its backward pass: efficient=False")
         rest = rest[len(ctx.parameters) :]
         each = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
@@ -311,7 +358,7 @@ def activate(x, mean, rstd, bn):
 
 
 def dropout(x, rate):
-    """(x with dropout, the mask of what stays); drawn as F.dropout draws it, so that the same seed gives the same mask."""
+    """(x with dropout, the mask of what stays); drawn as F.dropout draws it of maps that are channels last in memory."""
     if not rate:
         return x, None
     mask = torch.empty_like(nchw(x)).bernoulli_(1 - rate)

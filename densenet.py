@@ -157,10 +157,10 @@ class DenseBlock(nn.Sequential):
 
 def joined(block, transition, x):
     """transition(block(x)), (N, C', H // 2, W // 2); computed as one where dense_block.py can, without the block's output."""
-    layers, mode = list(block), block.training
+    mode = block.training
     as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
-    if as_made and block.takes(x) and joinable(x, layers, transition):
-        return dense_block(x, layers, transition)
+    if as_made and block.takes(x) and joinable(x, list(block), transition):
+        return dense_block(x, list(block), transition)
     return transition(block(x))
 
 

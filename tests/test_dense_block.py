@@ -8,6 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dense_block
 import densenet
@@ -258,6 +260,10 @@ def each_batch_norm(change):
     return lambda net: [change(module) for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+def without(*buffers):
+    return each_batch_norm(lambda bn: [setattr(bn, name, None) for name in buffers])
+
+
 def with_bias(conv):
     conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=conv.weight.dtype))
 
@@ -278,6 +284,9 @@ CHANGES = {  # of a net with bottlenecks
     "a layer in evaluation mode": lambda net: net.dense2[1].eval(),
     "one batch norm in evaluation mode": lambda net: net.dense1[1].bn2.eval(),
     "dropout in evaluation mode": lambda net: net.dense1[0].dropout.eval(),
+    "a dropout of all": lambda net: setattr(net.dense1[0].dropout, "p", 1.0),
+    "no running statistics": without("running_mean", "running_var"),
+    "batches that are not counted": without("num_batches_tracked"),
     "no running statistics used": each_batch_norm(lambda bn: setattr(bn, "track_running_stats", False)),
     "means over all batches": each_batch_norm(lambda bn: setattr(bn, "momentum", None)),
     "no affine batch norm": lambda net: setattr(net.dense1[0], "bn2", nn.BatchNorm2d(20, affine=False)),
@@ -298,6 +307,8 @@ CHANGES = {  # of a net with bottlenecks
     "no batch norm before the 3x3": lambda net: setattr(net.dense2[1], "bn2", nn.Identity()),
     "no dropout": lambda net: setattr(net.dense1[1], "dropout", nn.Identity()),
     "another convolution": lambda net: setattr(net.dense1[0], "conv2", nn.Sequential(net.dense1[0].conv2)),
+    "a wrapped block": lambda net: setattr(net, "dense1", nn.Sequential(net.dense1)),
+    "a compiled block": lambda net: setattr(net, "dense2", torch.compile(net.dense2, backend="eager")),
     "a plain layer in between": lambda net: setattr(net.dense1, "1", SingleLayer(15, 5)),
 }  # fmt: skip
 
@@ -323,6 +334,71 @@ def test_a_changed_layer_goes_through_the_plain_modules(name):
     assert results[0].keys() == results[1].keys()
     for key, value in results[0].items():
         assert (results[1][key] - value).abs().max() <= 1e-11 * max(1, value.abs().max()), key
+
+
+@pytest.mark.parametrize("kind", [Bottleneck, SingleLayer])
+def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeypatch, kind):
+    """Of the class, as in densenet.py by somebody who does not know dense_block.py."""
+    net, as_made = random_net(BC if kind is Bottleneck else PLAIN), kind.forward
+    images, _ = batch(2, 8)
+    expected = net(images)
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * as_made(self, x))
+    state = torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match=f"^{kind.__name__}.forward is not what dense_block.py computes: efficient has no eff"):
+        edited = efficient_twin(net)(images)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(edited, net(images))
+    assert not torch.allclose(edited, expected)
+
+
+def dual(net, images):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(images, torch.ones_like(images)))).tangent
+
+
+def gradient_by_functorch(net, images):
+    def loss(images):  # buffers of its own are updated
+        return torch.func.functional_call(net, {name: each.clone() for name, each in net.named_buffers()}, images).sin().sum()
+
+    return torch.func.grad(loss)(images)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        dual,
+        gradient_by_functorch,
+        lambda net, images: torch.fx.symbolic_trace(net)(images),
+        lambda net, images: make_fx(net)(images)(images),
+        lambda net, images: torch.jit.trace(net, images, check_trace=False)(images),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore:Converting a tensor to a Python")
+def test_what_traces_or_transforms_a_net_meets_the_plain_modules(transform, training):
+    net, (images, _) = random_net(BC).train(training), batch(3, 8)
+    plain, ours = (transform(each, images) for each in (net, efficient_twin(net)))
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.xdist_group("compiler")  # imported by one process
+def test_in_evaluation_mode_it_is_one_graph():
+    torch._dynamo.reset()
+    net, (images, _) = efficient_twin(random_net(BC)).eval(), batch(3, 8)
+    assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(images), net(images))
+
+
+def test_a_drop_rate_that_was_changed_before_the_backward_pass_is_an_error():
+    net = efficient_twin(random_net({**BC, "drop_rate": 0.2}))
+    loss = net(batch(2, 8)[0]).sum()
+    net.dense3[1].dropout.p = 0.5
+    with pytest.raises(RuntimeError, match="drop rates of an efficient block were replaced before its backward pass"):
+        loss.backward()
+
+
+def test_an_image_that_is_no_batch_is_an_error():
+    with pytest.raises(ValueError, match="expected 4D input"):
+        efficient_twin(random_net(BC))(torch.zeros(3, 10, 10, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("where", ["dense1.0", "dense2.1.bn1", "dense3.1.conv2", "dense1.1.dropout"])

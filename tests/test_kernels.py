@@ -454,6 +454,20 @@ def check_changed_transitions():
                 assert relative_error(results[1][tensor], values) < 1e-4, (name, tensor)
 
 
+def test_an_edited_transition_is_a_module_of_its_own(interpreted):
+    interpreted(check_edited_transition)
+
+
+def check_edited_transition():
+    """By somebody who does not know the kernels: the class's forward method, and no attribute of the module."""
+    block, images, _ = block_and_batch(4, 6, (2, 6, 5), layers=1, reduction=0.5)
+    as_made = Transition.forward
+    with mock.patch.object(Transition, "forward", lambda self, x: 2 * as_made(self, x)):
+        plain = block(images)
+        with pytest.warns(UserWarning, match=r"^Transition.forward is not what dense_block.py computes"):
+            assert relative_error(efficient_twin(block)(images), plain) < 1e-4
+
+
 class Doubled(Transition):
     def forward(self, x):
         return 2 * super().forward(x)
