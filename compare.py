@@ -5,8 +5,8 @@
     ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
 
 Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
-(lowest to highest). A run that has not reached its last epoch is told of and not averaged. With images held out by --val,
-the setting with their lowest error comes first.
+(lowest to highest). A run that has not reached its last epoch is reported and left out. With images held out by --val, the
+setting with their lowest error comes first.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main():
         rows = [summary(*setting) for setting in settings(name_runs(args.runs).values())]
         if len(rows) > 1 and any("val_error_mean" in row for row in rows):
             rows.sort(key=lambda row: row.get("val_error_mean", math.inf))
-            say("sorted by the error on the validation images: the test error is not what a setting is chosen by")
+            say("sorted by the error on the validation images: a setting must not be chosen by its test error")
         table = in_short(rows)
         say(table.to_string(index=False))
         numbers = pd.DataFrame(rows, dtype=object).to_csv(index=False)

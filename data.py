@@ -147,9 +147,10 @@ def download(dataset_class, root, archive, **kwargs):
         return dataset_class(root, download=True, **kwargs)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
-            for path in missing:  # a name mistyped leaves no folder
+            for path in missing:  # a mistyped name leaves no folder behind
                 path.rmdir()
-        raise Refused(f"{root} is incomplete, downloads fail ({error}): put {archive} there or name another --data") from error
+        lacks = f"{root} lacks files of {dataset_class.__name__}, and downloads fail ({error})"
+        raise Refused(f"{lacks}: put {archive} there or name another --data") from error
 
 
 def mean_and_std(images, values=2**28):

@@ -14,7 +14,7 @@ shift = beta - scale mean: one pass over the maps. It is not kept but computed a
                The gradient of a batch norm with respect to its input,
                    scale (da - dbeta / P - (x - mean) rstd dgamma / P),   P the number of pixels in the batch,
                is linear in da. Its first term is added to G at once. The other two are summed over the layers that read a map,
-               and subtracted once, when the map's own turn comes:
+               and subtracted once, when the backward pass reaches that map:
                    g = G - offset - (x - mean) rstd slope,   offset = sum of scale dbeta / P,   slope = sum of scale dgamma / P.
     transition It reads the maps x, too. kernels.py computes it together with the block, whose output is then not needed; here
                it is a module of its own.
@@ -200,7 +200,7 @@ class DenseBlockFunction(torch.autograd.Function):
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
         ctx.block, ctx.weights, ctx.parameters, ctx.rates = block, weights, parameters, block.drop_rates()
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
-        return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are aligned; PyTorch wants no gaps
+        return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,7 @@
         ...                                 # Refused("--lr -1 is too small: ...") ends the program with status 2
         ending.resume = resume_command(1)   # from here on every message says how to resume
 
-Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for signal n (SIGPIPE: nobody reads the output).
+Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for signal n (SIGPIPE: the output was closed).
 """
 
 import argparse
@@ -92,9 +92,10 @@ def last_words(error, ending):
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, f"stopped{go_on}"
     if isinstance(error, BrokenPipeError):
-        return 128 + signal.SIGPIPE, f"nobody reads its output{go_on}"
+        return 128 + signal.SIGPIPE, f"its output was closed{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
-        return 1 if ending.resume or error.errno in FAILED_LATER else 2, f"{error.filename}: {error.strerror}{kept}"
+        room = ": make room there, or name another place" * (error.errno in (errno.ENOSPC, errno.EDQUOT))
+        return 1 if ending.resume or error.errno in FAILED_LATER else 2, f"{error.filename}: {error.strerror}{room}{kept}"
     return None, f"this is a bug{go_on}"
 
 
@@ -152,7 +153,7 @@ def memory_advice(args, device, fresh):
         "a smaller --batch-size": fresh and args.batch_size > 1,
         "a smaller net (--depth, --growth-rate)": fresh and densenet,
         "fewer images (--limit)": fresh,
-        "a machine that has more": not fresh,
+        "a machine with more memory": not fresh,
     }
     return needs, " or ".join(remedy for remedy, helps in remedies.items() if helps)
 

@@ -4,7 +4,7 @@
     ./evaluate.py work/cifar10.base/latest.pth --data data
     ./evaluate.py work/cifar10.base/latest.pth --val            the images held out by train.py --val
     ./evaluate.py work/cifar10.base/latest.pth --image cat.png photos --predictions photos.csv
-    ./evaluate.py work/cifar10.base/latest.pth --export net.pth     the bare weights, and net.json with what they are
+    ./evaluate.py work/cifar10.base/latest.pth --export net.pth     the bare weights, and net.json that describes them
 
 The net is rebuilt from the checkpoint alone, or from what --export wrote. confusion.csv and confusion.png are written
 beside it, or into --out DIR (with --val, confusion-val): a row for each true class, a column for each predicted one.
@@ -31,11 +31,13 @@ from metrics import loss_and_error_sums, predict
 from pictures import read_pictures
 from run_folder import read_arguments
 
+MAX_LETTERS = 50  # of a class's name in the figure
+
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine that has more"
+    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine with more memory"
     with endings.worded(parser, "the net and its images", remedy):
         refuse_contradictions(args)
         checkpoint = load_checkpoint(args.checkpoint)
@@ -64,7 +66,7 @@ def build_parser():
     add("--out", metavar="DIR", type=named(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
     text = "write each picture's class, its probability, and the true class if known, as CSV"
     add("--predictions", metavar="FILE", type=named(Path), help=text)
-    text = "name the most likely classes of these pictures, or of those in a folder, instead"
+    text = "classify these pictures, or those in a folder, instead"
     add("--image", nargs="+", metavar="FILE|DIR", type=named(Path), help=text)
     add("--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json")
     return parser
@@ -72,8 +74,8 @@ def build_parser():
 
 def refuse_contradictions(args):
     """Refused for arguments that do not fit each other, and if --predictions names a file that exists."""
-    if args.export and (args.image or args.val or args.predictions):
-        raise Refused("--export writes the weights and evaluates nothing: leave out --image, --val and --predictions")
+    if args.export and (args.image or args.val or args.predictions or args.data or args.out):
+        raise Refused("--export evaluates nothing: leave out --image, --val, --predictions, --data and --out")
     if args.image and (args.val or args.data or args.out):
         raise Refused("--image is of your own pictures, not of a data set: leave out --val, --data and --out")
     endings.refuse_existing(args.predictions)
@@ -105,7 +107,7 @@ def evaluate(net, checkpoint, args, device):
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
     draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
     say(f"wrote {path.with_suffix('.png')}")
-    if args.predictions:  # test images of a folder are in the order of its files, others have but a number
+    if args.predictions:  # test images of a folder are in the order of its files, others have only a number
         folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
         pictures = [str(file) for files in folders for file in files] or range(len(split))
         write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
@@ -170,6 +172,9 @@ def predictions(pictures, logits, classes, labels=None):
 def draw(confusion, classes, images, path):
     """Draws the confusion matrix: coloured by shares of the true class, with counts if there are 20 classes at most."""
     size = max(4.5, min(0.62 * len(classes), 14))
+    classes = [
+        name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2]}…{name[-MAX_LETTERS // 2 :]}" for name in classes
+    ]
     figure = drawing.new_figure(size + 1, size)
     axes = figure.add_subplot()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -180,6 +185,8 @@ def draw(confusion, classes, images, path):
     axes.set_xticks(range(len(classes)), names, rotation=90, **style)
     totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
     axes.set_yticks(range(len(classes)), totals, **style)
+    room = max(label.get_window_extent().width for label in axes.get_yticklabels()) / figure.dpi - 1  # of long names
+    figure.set_size_inches(figure.get_size_inches() + max(0, room))
     axes.set(xlabel="predicted class", ylabel="true class (number of images)", title=f"Confusion matrix, {images}")
     if len(classes) <= 20:
         centred = {"ha": "center", "va": "center", "fontsize": 8}

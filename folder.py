@@ -52,7 +52,7 @@ def check_classes(root, train, image_size):
             raise Refused(f"{lacking} lacks the class {name!a}, and {twin!a} there differs in spelling only: rename one")
         raise Refused(f"{lacking} lacks the class {name!r}: give it a folder in both train and test")
     if len(train) < 2:
-        raise Refused(f"{root / 'train'} holds one class only ({next(iter(train))}): add a folder for each further class")
+        raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each further one")
     number = sum(map(len, [*train.values(), *test.values()]))
     needed, free = 3 * number * image_size**2, free_memory()
     if needed > free:
@@ -97,7 +97,7 @@ def list_files(folder, above=()):
     here = folder.resolve()
     for path in visible(folder) if here not in above else []:
         if path.is_dir():
-            yield from list_files(path, (*above, here))
+            yield from list_files(path, {*above, here, *here.parents})
         else:
             yield path
 
@@ -134,6 +134,6 @@ def describe_classes(names, train_labels, test_labels):
     lines += [f"  {' and '.join(alike)} differ in spelling only" for alike in spelt.values() if len(alike) > 1]
     few, many = min(train), max(train)
     if many > 10 * few:
-        most, fewest = names[train.index(many)], names[train.index(few)]
-        lines.append(f"  unbalanced, {most} has {many:,} training images, {fewest} {few:,}: evaluate.py has each class's error")
+        counts = (f"{names[train.index(n)]} {n:,}" for n in (many, few))
+        lines.append(f"  unbalanced (training images of {' and of '.join(counts)}): evaluate.py prints the error of each class")
     return lines

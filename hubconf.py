@@ -34,7 +34,7 @@ def densenet_bc_40_12_adam(pretrained=False, **arguments):
 
 
 def preprocess(size=None):
-    """The function that makes of a Pillow picture, or of a list of them, a batch (N, 3, size, size) for the nets.
+    """A function that turns a Pillow picture, or a list of them, into a batch (N, 3, size, size) for the nets.
 
     As evaluate.py --image reads a file: upright RGB, white where transparent, its shorter side resized to `size` and the middle
     cut out; then normalised as CIFAR-10 was. Without a size, 32, which is CIFAR-10's.

@@ -15,7 +15,7 @@ order, so the same input gives the same bits.
                 second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
                 first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
                 join_sums             after each that leaves parts: these added up; offset and slope
-    transition  pooled_activation     the mean of relu(bn(x)) over 2 x 2 pixels, before the 1x1 convolution, which is as linear
+    transition  pooled_activation     the mean of relu(bn(x)) over 2 x 2 pixels, before the 1x1 convolution; both are linear
                 pooled_backward       G, which begins with the transition's part; parts of the gradients of beta, gamma
 """
 
@@ -55,7 +55,7 @@ def relu(x):
 
 @triton.jit
 def operand(a, like, PRODUCTS: tl.constexpr):
-    """A tile in the type that matrices are multiplied in; rounded to TF32, since the matrix units would cut its bits off."""
+    """A tile in the type that matrices are multiplied in; rounded to TF32, since the Tensor Cores would truncate it."""
     if PRODUCTS == "tf32" and like.dtype.element_ty == tl.float32:
         return tl.where(a == a, (a.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True), a)
     return a.to(like.dtype.element_ty)
@@ -63,7 +63,7 @@ def operand(a, like, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def finite(a, rows, P, like):
-    """The tile a; in float16 with zeros for pixels from P on, of which a batch norm may make infinities."""
+    """The tile a; in float16 with zeros for pixels from P on, where a batch norm may give infinities."""
     return tl.where((rows < P)[:, None], a, 0.0) if like.dtype.element_ty == tl.float16 else a
 
 
@@ -421,7 +421,8 @@ def fit(x, layers):
     plain = all(map(steady, layers))
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    offsets = pixels * max(8 * triton.cdiv(channels(layers), 8), 4 * growth_rate) < 2**31  # they have 32 bits
+    channels = layers[-1].bn1.num_features + growth_rate  # of the block's output
+    offsets = pixels * max(8 * triton.cdiv(channels, 8), 4 * growth_rate) < 2**31  # they have 32 bits
     return types and plain and widths and offsets and growth_rate <= (16 if exact(x) else 56)  # beyond, registers spill
 
 
@@ -442,14 +443,9 @@ def steady(module):
     return not module.training or module.dropout.p == 0
 
 
-def channels(layers):
-    """Those of the block's output."""
-    return layers[-1].conv2.out_channels + layers[-1].bn1.num_features
-
-
-# By kernel: pixels and channels at a time, warps, pipeline stages, and for a backward kernel how often a program turns. For
-# 2^16 pixels or more, 2^14 or more, and fewer: of some dozens that spill no registers the fastest on an H200, with 48 channels
-# in z. The last column, for more than 64 channels or another GPU, was not timed.
+# By kernel: pixels and channels at a time, warps, pipeline stages, and of a backward kernel the turns, tiles of pixels that a
+# program takes one after the other. For 2^16 pixels or more, 2^14 or more, and fewer: the fastest on an H200 of several dozen
+# that spill no registers, with 48 channels in z. The last column, for more than 64 channels or another GPU, was not timed.
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),

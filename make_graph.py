@@ -27,10 +27,11 @@ def main():
     with endings.worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         if args.efficient:
             raise endings.Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
-        say(write_dot(make_net(args), args.out))
+        name = args.out.with_suffix("") if args.out.suffix in (".dot", ".png", ".svg") else args.out
+        say(write_dot(make_net(args), name))
         try:
             for kind in ("png", "svg"):
-                say(graphviz.render("dot", kind, f"{args.out}.dot", outfile=f"{args.out}.{kind}"))
+                say(graphviz.render("dot", kind, f"{name}.dot", outfile=f"{name}.{kind}"))
         except graphviz.ExecutableNotFound:
             say("dot, which makes pictures of it, is not installed: get Graphviz, for instance by apt install graphviz")
 
@@ -38,13 +39,8 @@ def main():
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
     add_model_flags(parser, depth=10)
-    parser.add_argument(
-        "--out",
-        metavar="NAME",
-        type=named(str),
-        default="graph",
-        help="the files' name, without .dot, .png, .svg (%(default)s)",
-    )
+    text = "the files' name; .dot, .png and .svg are added (%(default)s)"
+    parser.add_argument("--out", metavar="NAME", type=named(Path), default="graph", help=text)
     return parser
 
 

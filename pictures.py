@@ -53,7 +53,7 @@ def read_pictures(paths, size, title=None):
             pool.shutdown(cancel_futures=True)
     if unreadable:
         more = ", perhaps more" * (len(unreadable) == MANY_UNREADABLE)
-        raise Refused(f"cannot be read as pictures: {', '.join(unreadable)}{more}: save them anew as 8-bit RGB, or remove them")
+        raise Refused(f"cannot be read as pictures: {', '.join(unreadable)}{more}: put 8-bit RGB there, or remove them")
     return images
 
 

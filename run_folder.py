@@ -68,6 +68,8 @@ def is_fresh(save, resume):
 def read_arguments(save):
     """args.json of the run in the folder, or {}. The values of flags are checked by flags.parse_args."""
     path = save / "args.json"
+    if not path.exists() and (save / "latest.pth").exists():
+        raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
     if not path.exists():
         return {}
     facts = read_json(path, REMEDY)
@@ -106,8 +108,6 @@ def resume(save, begun, facts, net, old_rates, new_rates):
         refuse_lost_checkpoint(save)
         return None
     checkpoint = load_checkpoint(path, REMEDY)
-    if not begun:
-        raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
     compare_arguments(checkpoint["args"], facts)
     compare_rates(old_rates, new_rates, checkpoint["epoch"])
     if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
@@ -140,7 +140,7 @@ def compare_arguments(old, new):
         change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"
         raise Refused(f"{change}, or another version reads them otherwise: put those back, or choose another --save")
     if changed:
-        changes = ", ".join(f"{name} {old[name]} and not {new[name]}" for name in changed if name != "digests")
+        changes = ", ".join(f"{name} {old[name]}, not {new[name]}" for name in changed if name != "digests")
         raise Refused(f"the run was begun with {changes}: resume it as it was begun, or choose another --save")
 
 

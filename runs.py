@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 
 import pandas as pd
 
@@ -58,7 +59,7 @@ def whole_rows(lines, columns, path):
         raise Refused(f"{path} is damaged, {damaged[0]} is not {len(columns)} finite numbers: put back a whole one")
     if damaged:
         more = f" and {len(damaged) - 1} more are" if damaged[1:] else " is"
-        say(f"{path}: {damaged[0]}{more} damaged, or of a run that diverged, and left out")
+        say(f"{path}: {damaged[0]}{more} left out: damaged, or of a run that diverged")
     return pd.DataFrame(rows, columns=columns, dtype=float)
 
 
@@ -118,7 +119,10 @@ def same_seed(folders, runs):
 
 
 def in_words(value):
-    """The value of an argument as text; digests are shortened."""
+    """The value of an argument as text; digests and commits are shortened."""
     if isinstance(value, dict):
         return " ".join(f"{part} {str(digest)[:6]}" for part, digest in value.items())
-    return {None: "default", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+    known = {None: "not given", True: "yes", False: "no"}
+    return (
+        known[value] if value is None or isinstance(value, bool) else re.sub(r"(?<=^[0-9a-f]{10})[0-9a-f]{30}", "", str(value))
+    )

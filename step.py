@@ -70,7 +70,7 @@ class TrainingStep:
 class CapturedGradients:
     """The gradients of whole batches by a CUDA graph, captured once and then replayed: one launch in place of thousands.
 
-    The first steps are eager ones, on the stream that will capture. What is captured has fixed addresses: batch, result and
+    The first steps run eagerly, on the stream used for the capture. What is captured has fixed addresses: batch, result and
     gradients. A smaller batch is taken eagerly, with gradients of its own; the next replay puts the fixed ones back.
     """
 
@@ -111,7 +111,7 @@ class CapturedGradients:
         return result
 
     def capture(self, images, labels):
-        """Captures a step, without computing it. A failure ends the run: PyTorch does not recover from it."""
+        """Records a step, without running it. A failure ends the run: PyTorch does not recover from it."""
         self.images, self.labels = images.clone(), labels.clone()
         self.graph = torch.cuda.CUDAGraph()
         try:  # thread_local: other threads may use the GPU meanwhile

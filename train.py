@@ -3,7 +3,7 @@
 
     ./train.py                                                  DenseNet-BC, L=100, k=12, CIFAR-10 with augmentation, 300 epochs
     ./train.py --no-bottleneck --depth 40 --no-augment          the plain DenseNet, L=40, k=12, without augmentation
-    ./train.py --dataset digits --depth 22 --epochs 20          a small net on a data set that needs no download
+    ./train.py --dataset digits --depth 22 --drop-rate 0        a small net on a data set that needs no download
     ./train.py --init net.pth --lr 0.01 --epochs 10             fine-tune a trained net, also for other classes
     ./train.py --save work/run --resume                         continue a run, by the arguments in its args.json
 
@@ -44,13 +44,15 @@ MAX_LOSS = 1e4  # of a step; no training that goes well has it
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, "the net and its images", "a machine that has more") as ending:
+    with endings.worded(parser, "the net and its images", "a machine with more memory") as ending:
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
         args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
         with distributed.joined(world, choose_device(args.device)) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
+            if args.resume and not begun and world.rank == 0:
+                say(f"{args.save} holds no run yet: one is begun")
             reads = args.init and fresh and world.rank == 0  # a run that continues needs no --init
             args, weights = read_init(parser, args, begun) if reads else (args, None)
             args, begun, weights = distributed.share_object((args, begun, weights), world)  # another machine may lack the files
@@ -68,7 +70,7 @@ def main():
 
 def build_parser():
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=flags.USAGE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=flags.USAGE, allow_abbrev=False)
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
@@ -81,7 +83,7 @@ def build_parser():
 
 
 def read_init(parser, args, begun):
-    """(args with the model flags, and a folder's image size, of the net of --init where they are not given; its weights)."""
+    """(args, in which model flags and a folder's image size that are not given are those of the net of --init; its weights)."""
     init = load_checkpoint(args.init)
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}
@@ -155,6 +157,7 @@ def open_run(net, dataset, args, world, fresh):
 def opening_lines(net, dataset, args, checkpoint):
     """What is trained; on what, where, how and into which folder; a folder's classes; where a run goes on."""
     name = ("DenseNet-BC" if args.bottleneck else "DenseNet") + f", L={args.depth}, k={args.growth_rate}"
+    name += f", dropout {args.drop_rate:g}" if args.drop_rate else ""
     yield f"{name if args.depth else type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters"
     parts = {"training": dataset.train, "held-out": dataset.val, "test": dataset.test}
     images = ", ".join(f"{len(split):,} {part}" for part, split in parts.items() if split)
@@ -271,7 +274,9 @@ def test(net, dataset, world):
     parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     for title, split in parts.items():
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
-        with endings.memory_for("the test after an epoch", "a smaller net (--depth, --growth-rate) or a machine that has more"):
+        with endings.memory_for(
+            "the test after an epoch", "a smaller net (--depth, --growth-rate) or a machine with more memory"
+        ):
             logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
         sums = loss_and_error_sums(logits, labels.cpu())
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()

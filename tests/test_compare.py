@@ -60,7 +60,7 @@ def test_seeds_of_a_setting_are_one_row_of_mean_spread_and_extremes(tables, tmp_
     speed = {"images/s": "-"}
     assert shown == [
         {"opt": "sgd", "lr": "0.1", "epochs": "2", "n": "3", "test error, %": "5.58 ± 0.38 (5.25 to 6.00)", **speed},
-        {"opt": "adam", "lr": "default", "epochs": "2", "n": "2", "test error, %": "7.38 ± 0.18 (7.25 to 7.50)", **speed},
+        {"opt": "adam", "lr": "not given", "epochs": "2", "n": "2", "test error, %": "7.38 ± 0.18 (7.25 to 7.50)", **speed},
     ]
     for row, errors in zip(numbers, (sgd, adam), strict=True):
         expected = [np.mean(errors), np.std(errors, ddof=1), min(errors), max(errors)]
@@ -151,6 +151,19 @@ def test_an_argument_that_is_null_is_as_one_that_args_json_of_another_version_la
     assert [row["n"] for row in tables(one, other)[0]] == ["2"]
 
 
+def test_what_was_not_given_has_no_name_of_a_value(tables, tmp_path):
+    runs = [write_run(tmp_path / name, 5, compile=mode) for name, mode in [("a", None), ("b", "default")]]
+    rows, _, _ = tables(*runs)
+    assert [row["compile"] for row in rows] == ["not given", "default"]
+
+
+def test_commits_are_shortened(tables, tmp_path):
+    commits = ["0123456789" + "abcdef" * 5, "1123456789" + "abcdef" * 5 + "-dirty"]
+    rows, numbers, _ = tables(*(write_run(tmp_path / commit[0], 5, commit=commit) for commit in commits))
+    assert [row["commit"] for row in rows] == ["0123456789", "1123456789-dirty"]
+    assert [row["commit"] for row in numbers] == commits
+
+
 def test_a_folder_of_pictures_is_a_setting_by_what_is_in_it(tables, tmp_path):
     digests = [{"train": "0123456789"}, {"train": "0123456789"}, {"train": "abcdef0123"}]
     places = zip(("cats", "moved", "dogs"), (1, 2, 1), digests, strict=True)
@@ -190,7 +203,7 @@ def test_a_damaged_row_is_told_of_and_the_others_count(tables, tmp_path):
     (run / "test.csv").write_text("\n".join([lines[0], "1,x,3", lines[2], ""]))
     shown, _, out = tables(run)
     assert shown[0]["test error, %"] == "5.00"
-    assert f"{run / 'test.csv'}: line 2 ('1,x,3') is damaged" in out
+    assert f"{run / 'test.csv'}: line 2 ('1,x,3') is left out: damaged" in out
 
 
 def no_run(run):
@@ -268,7 +281,7 @@ def test_a_disk_that_is_full_is_one_sentence(call_main, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     status, _, errors = call_main(compare, write_run(tmp_path / "run", 5), "--csv", "/dev/full")
-    assert (status, errors) == (1, "compare.py: /dev/full: No space left on device\n")
+    assert (status, errors) == (1, "compare.py: /dev/full: No space left on device: make room there, or name another place\n")
 
 
 def test_a_run_of_train_py(run_script, tiny_run):

@@ -160,7 +160,7 @@ def test_the_test_part_needs_no_training_file(cifar, tmp_path):
     assert torch.equal(split.images, whole.test.images)
     assert torch.equal(split.labels, whole.test.labels)
     assert classes == whole.classes
-    with pytest.raises(Refused, match=f"{tmp_path} is incomplete, downloads fail"):
+    with pytest.raises(Refused, match=f"{tmp_path} lacks files of CIFAR10, and downloads fail"):
         data.read_part("cifar10", tmp_path, "train")
 
 
@@ -175,7 +175,7 @@ def test_the_folder_of_the_batches_may_be_named_itself(cifar, monkeypatch):
     [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("svhn", "train_32x32.mat")],
 )
 def test_missing_data_without_network_says_where_the_archive_goes(name, archive, tmp_path):
-    with pytest.raises(Refused, match=rf"{tmp_path} is incomplete, .*: put {archive} there or name another --data"):
+    with pytest.raises(Refused, match=rf"{tmp_path} lacks files of .*: put {archive} there or name another --data"):
         data.load(name, tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_what_the_classes_hold(pictures):
     dataset = data.load("folder", pictures)
     lines = folder.describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels)
     assert lines[:2] == ["  blue        6 training       1 test images", "  red        71 training       1 test images"]
-    assert "unbalanced, red has 71 training images, blue 6: evaluate.py" in lines[2]
+    assert "unbalanced (training images of red 71 and of blue 6): evaluate.py" in lines[2]
     assert len(lines) == 3
 
 
@@ -331,7 +331,7 @@ def no_test(root):
         (break_picture, "cannot be read as pictures: .*red/3.png .cannot identify"),
         (cut_picture, "cannot be read as pictures: .*blue/2.jpg ."),
         (empty_class, "train/red holds no picture"),
-        (one_class, r"one class only \(blue\)"),
+        (one_class, r"has only one class \(blue\)"),
         (class_without_test, "train lacks the class 'green': give it a folder in both"),
         (
             class_spelt_in_two_ways,
@@ -343,7 +343,7 @@ def no_test(root):
         (only_hidden_folders, "test holds no folder: make one for each class"),
         (class_that_is_hidden_in_test, "test lacks the class 'red': give it a folder in both train and test"),
         (vanished_picture, "cannot be read as pictures: .*red/lost.png .there is no such file"),
-        (picture_of_floats, "cannot be read as pictures: .*red/depth.tif .*: save them anew as 8-bit RGB"),
+        (picture_of_floats, "cannot be read as pictures: .*red/depth.tif .*: put 8-bit RGB there"),
     ],
 )
 def test_folder_that_is_wrong_is_named(pictures, spoil, message):

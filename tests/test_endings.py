@@ -107,7 +107,7 @@ def test_memory_that_runs_out_in_evaluate(run, tiny_run):
     done = run("-c", LIMITED, "evaluate", 20, tiny_run / "latest.pth")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "evaluate.py: memory ran out for the net and its images" in done.stderr
-    assert torch.cuda.is_available() or done.stderr.endswith(": choose a machine that has more\n")
+    assert torch.cuda.is_available() or done.stderr.endswith(": choose a machine with more memory\n")
 
 
 def test_memory_that_runs_out_on_two_ranks(forked, tmp_path):
@@ -169,7 +169,7 @@ def test_a_reader_that_leaves_ends_the_run_and_is_told_how_to_go_on(forked, tiny
 def printing(request, tiny_run, tmp_path):
     """A program that prints, with its arguments."""
     arguments = {
-        "train.py": [*flags(tmp_path / "run", "--resume")],
+        "train.py": flags(tmp_path / "run"),
         "evaluate.py": [tiny_run / "latest.pth", "--out", tmp_path],
         "plot.py": [tiny_run, "--out", tmp_path],
         "compare.py": [tiny_run],
@@ -197,7 +197,7 @@ def test_a_log_that_does_not_fit_on_the_disk(run, printing):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     kept = "; what was done up to the last checkpoint is kept" if printing[0] == "train.py" else "\n"
-    assert f"No space left on device{kept}" in done.stderr
+    assert f"No space left on device: make room there, or name another place{kept}" in done.stderr
 
 
 def test_a_bug_shows_its_traceback_and_how_to_go_on(run, call_main, tiny_run, tmp_path):
@@ -471,4 +471,5 @@ def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status):
     """Also where the run has not begun; a quota that is used up is a full disk."""
     ending = argparse.Namespace(needs="", remedy="", resume=None)
     error = OSError(getattr(errno, number), "why", "file")
-    assert endings.last_words(error, ending) == (status, "file: why")
+    room = ": make room there, or name another place" * (number in ("ENOSPC", "EDQUOT"))
+    assert endings.last_words(error, ending) == (status, f"file: why{room}")

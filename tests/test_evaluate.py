@@ -103,6 +103,22 @@ def test_names_of_classes_are_text_in_the_picture(monkeypatch, tmp_path):
         assert not any(label.get_parse_math() for label in labels)
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_of_classes_take_no_room_from_the_matrix(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), figure.draw_without_rendering()])
+    for letters in (3, 200):
+        evaluate.draw(np.eye(4, dtype=int), [f"{i}{'x' * letters}{i}" for i in range(4)], "test images", tmp_path / "a.png")
+    short, long = (figure.axes[0].get_window_extent().width / figure.dpi for figure in figures)
+    assert short > 2.5
+    assert long > 0.9 * short
+    labels = [label.get_text() for label in figures[1].axes[0].get_xticklabels()]
+    assert labels[1] == f"1{'x' * 24}…{'x' * 24}1"
+    for text in (*figures[1].axes[0].get_yticklabels(), *figures[1].axes[0].get_xticklabels(), figures[1].axes[0].title):
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0, figures[1].bbox.width - box.x1, figures[1].bbox.height - box.y1) > -2, text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,8 +224,12 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--export", "new.pth", "--val"], "--export writes the weights and evaluates nothing: leave out --image, --val and"),
-        (["--export", "new.pth", "--predictions", "p.csv"], "--export writes the weights and evaluates nothing"),
+        (
+            ["--export", "new.pth", "--val"],
+            "--export evaluates nothing: leave out --image, --val, --predictions, --data and --out",
+        ),
+        (["--export", "new.pth", "--predictions", "p.csv"], "--export evaluates nothing"),
+        (["--export", "new.pth", "--out", "folder"], "--export evaluates nothing"),
         (["--image", "a.png", "--data", "data"], "--image is of your own pictures, not of a data set: leave out --val, --data"),
     ],
 )

@@ -45,7 +45,7 @@ def test_memory_advice_names_what_is_not_used_yet():
     assert remedy == f"--efficient or --precision bf16 or a smaller --batch-size or {smaller}"
     assert advice("--efficient", "--precision", "bf16", "--batch-size", "1")[1] == smaller
     assert "--efficient or --no-capture or" in advice("--capture", "--precision", "bf16")[1]
-    assert advice("--capture", fresh=False)[1] == "--efficient or --no-capture or a machine that has more"
+    assert advice("--capture", fresh=False)[1] == "--efficient or --no-capture or a machine with more memory"
     assert "bf16" not in advice(device="cpu")[1] + advice("--precision", "fp16")[1]
     for precision in ("fp32", "tf32"):
         assert "--precision bf16" in advice("--precision", precision)[1]

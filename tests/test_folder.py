@@ -13,6 +13,7 @@ from conftest import contents
 from PIL import Image
 
 import evaluate
+import folder
 import train
 from checkpoint import load_checkpoint
 
@@ -77,7 +78,7 @@ def test_another_size_is_another_run(run, tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["image_size"] == 32
     before = contents(tmp_path / "run")
     status, _, errors = run(tmp_path / "run", "--resume", "--image-size", 64)
-    assert (status, "begun with image_size 32 and not 64" in errors) == (2, True)
+    assert (status, "begun with image_size 32, not 64" in errors) == (2, True)
     assert contents(tmp_path / "run") == before
 
 
@@ -128,6 +129,15 @@ def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path)
     status, out, errors = run(tmp_path / "more", "--data", root)
     (told,) = (line for line in out.splitlines() if "not read" in line)
     assert (told.startswith(start), told.endswith(", …"), told.count(", ")) == (True, True, 5)
+
+
+def test_a_link_back_to_all_classes_gives_none_of_them_more_pictures(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / "set" / "train")
+    shutil.copytree(pictures / "test" / "dark", tmp_path / "elsewhere")
+    for name, target in [("all", ".."), ("above", "../.."), ("itself", "."), ("more", tmp_path / "elsewhere")]:
+        (tmp_path / "set" / "train" / "dark" / name).symlink_to(target)
+    classes = folder.list_classes(tmp_path / "set" / "train")
+    assert {name: len(files) for name, files in classes.items()} == {"dark": 8 + 1, "light": 8}
 
 
 def test_pictures_that_cannot_be_read_stop_the_run_before_it_begins(call_main, pictures, tmp_path):

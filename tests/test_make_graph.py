@@ -21,7 +21,7 @@ def test_every_parameter_stands_in_the_graph_by_name(call_main, tmp_path, flags)
 
 @pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
 def test_pictures_are_made_with_dot(call_main, tmp_path):
-    status, out, errors = call_main(make_graph, "--out", tmp_path / "graph")
+    status, out, errors = call_main(make_graph, "--out", tmp_path / "graph.png")
     assert status == 0, errors
     assert out.split() == [str(tmp_path / f"graph.{kind}") for kind in ("dot", "png", "svg")]
     assert Image.open(tmp_path / "graph.png").size[1] > 1000

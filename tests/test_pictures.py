@@ -315,7 +315,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     with pytest.raises(Refused, match="cannot be read as pictures") as refusal:
         read(path)
     assert str(refusal.value).startswith(f"cannot be read as pictures: {path} ({why}")
-    assert str(refusal.value).endswith("): save them anew as 8-bit RGB, or remove them")
+    assert str(refusal.value).endswith("): put 8-bit RGB there, or remove them")
     assert "\n" not in str(refusal.value)
     assert not recwarn.list
 
@@ -362,7 +362,7 @@ def test_all_broken_files_are_named(twenty, monkeypatch):
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
     for _ in range(5):
-        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): save"):
+        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): put"):
             pictures.read_pictures(twenty, 16)
 
 

@@ -150,7 +150,7 @@ def test_a_damaged_row_is_left_out_and_told_of(call_main, saved, tmp_path, line)
     (run / "train.csv").write_text("".join([*lines[:15], line + "\n", *lines[15:]]))
     status, out, errors = call_main(plot, run, "--smooth", 0, "--out", tmp_path / "one.png")
     assert (status, errors) == (0, "")
-    told = f"{run / 'train.csv'}: line 16 ({line!r}) is damaged, or of a run that diverged, and left out"
+    told = f"{run / 'train.csv'}: line 16 ({line!r}) is left out: damaged, or of a run that diverged"
     assert out.splitlines() == [told, str(tmp_path / "one.png")]
     x, y = saved[0].axes[0].lines[0].get_data()
     np.testing.assert_allclose(np.stack([x, y]), np.loadtxt(lines[1:], delimiter=",").T[:2])
@@ -162,7 +162,7 @@ def test_of_several_damaged_rows_the_first_is_told_of_and_their_number(call_main
         file.write("4.1,nan,90\n4.2,inf,90\n4.3,0")  # a run that diverged; the last row is not written yet
     status, out, errors = call_main(plot, run, "--out", tmp_path / "one.png")
     assert (status, errors) == (0, "")
-    assert f"{run / 'train.csv'}: line 42 ('4.1,nan,90') and 1 more are damaged, " in out
+    assert f"{run / 'train.csv'}: line 42 ('4.1,nan,90') and 1 more are left out: damaged, " in out
 
 
 def no_files(run):

@@ -300,12 +300,23 @@ def test_a_run_writes_its_files(tiny_run):
 
 def test_a_run_says_what_it_is_how_far_it_is_and_what_there_is(tiny_run):
     what, how, *epochs, error, files = (tiny_run / "stdout").read_text().splitlines()
-    assert what == "DenseNet-BC, L=10, k=2, 786 parameters"
+    assert what == "DenseNet-BC, L=10, k=2, dropout 0.2, 786 parameters"
     assert how.startswith("digits (96 training, 360 test images), cpu (")
     assert how.endswith(f"fp32, {tiny_run}")
     assert [line.split("  ")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
     assert error == f"test error {pd.read_csv(tiny_run / 'test.csv')['error'].iloc[-1]:.2f} % after epoch 2"
     assert files == f"{tiny_run} has args.json, train.csv, test.csv, latest.pth, loss.png, error.png, loss-error.png"
+
+
+def test_only_dropout_that_there_is_is_said(call_main, tmp_path):
+    status, out, errors = call_main(train, *TINY, "--drop-rate", 0, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")
+    assert (status, out.splitlines()[0]) == (0, "DenseNet-BC, L=10, k=2, 786 parameters"), errors
+
+
+def test_a_flag_is_not_shortened(call_main, tmp_path):
+    """The command that goes on leaves out --force, and a flag is to be the one that was meant."""
+    status, _, errors = call_main(train, *TINY, "--forc", "--save", tmp_path / "run")
+    assert (status, "unrecognized arguments: --forc" in errors) == (2, True)
 
 
 def test_the_line_of_an_epoch_has_its_figures(tiny_run):
