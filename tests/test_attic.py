@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
+import data
 import densenet
 from attic.comparison import random_batch, randomize, relative_error, relative_errors, training_pass, worst
 from attic.planted_bug import computed_by_onednn, planted_bug
@@ -88,7 +90,7 @@ def test_a_bug_is_a_traceback(call_main, monkeypatch, tmp_path, place, begun):
 def test_the_verdict_on_the_training_code(error, status, tmp_path):
     vgg = script("train-vgg")
     args = vgg.flags.parse_args(vgg.build_parser(), ["--save", str(tmp_path)])
-    (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,0.5,50\n2,0.4,{error}\n")
+    (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,0.5,5\n2,0.4,{error}\n")
     assert vgg.print_verdict(args) == status
 
 
@@ -430,3 +432,57 @@ def test_the_control_experiment_is_untouched_by_the_bug():
     clean = training_pass(net, *batch)
     with planted_bug():
         assert all(torch.equal(values, clean[name]) for name, values in training_pass(net, *batch).items())
+
+
+@pytest.mark.parametrize("more", [["--limit", "9"], ["--dataset", "digits"]])
+def test_no_verdict_on_less(more, tmp_path):
+    vgg = script("train-vgg")
+    args = vgg.flags.parse_args(vgg.build_parser(), ["--save", str(tmp_path), *more])
+    (tmp_path / "test.csv").write_text("epoch,loss,error\n1,0.5,50\n2,0.4,50\n")
+    assert vgg.print_verdict(args) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_infinitely_wrong(value):
+    finite, other = torch.ones(2), torch.tensor([1.0, value])
+    assert relative_error(other, finite) == relative_error(finite, other) == float("inf")
+
+
+@pytest.mark.parametrize("wrong", ["logits", "loss", "grad/fc.weight"])
+def test_a_kernel_is_wrong_by_its_logits_too(monkeypatch, wrong):
+    check = script("check-kernels")
+    errors = dict.fromkeys(["logits", "loss", "grad/fc.weight"], 1e-6)
+    for more, right in [({}, True), ({wrong: 1.0}, False)]:
+        monkeypatch.setattr(check, "measure", lambda *_, more=more: (errors | more, 0))
+        assert check.check(check.Row("cuDNN on", "fp32", True), None, None, None, None) == right
+
+
+@pytest.mark.parametrize(
+    ("capability", "growth_rate", "wrong"), [(80, 12, True), (80, 24, False), (90, 12, True), (90, 24, True)]
+)
+def test_which_kernels_may_spill(capability, growth_rate, wrong):
+    pytest.importorskip("triton", reason="Triton is not there")
+    compile_kernels = script("compile-kernels")
+    code = compile_kernels.Code(registers=255, spilled=8, shared=0, products="mma.sync", loads={})
+    found = compile_kernels.faults(growth_rate, capability, SimpleNamespace(name="first_backward"), code)
+    assert found == "spills" * wrong
+
+
+def test_the_usual_pipeline_normalises_and_the_ratio_is_to_its_one_worker(monkeypatch, capsys, cifar):
+    compare, dataset = script("compare-speed"), data.load("cifar10", cifar)
+    loader = compare.data_loader(SimpleNamespace(data=cifar, batch_size=500), dataset, num_workers=0)
+    middle = next(iter(loader))[0][:, :, 8:24, 8:24]
+    torch.testing.assert_close(middle.mean(dim=(0, 2, 3)), torch.zeros(3), atol=0.15, rtol=0)
+    torch.testing.assert_close(middle.std(dim=(0, 2, 3)), torch.ones(3), atol=0.15, rtol=0)
+    rates = {"data.py": [80, 90], "DataLoader, 1 worker": [10, 7, 12]}
+    monkeypatch.setattr(compare, "pipeline_rates", lambda *_: rates)
+    monkeypatch.setattr(compare.data, "load", lambda *_: dataset)
+    compare.measure_pipeline(SimpleNamespace(data="x", batch_size=1, rounds=3, steps=1), torch.device("cpu"))
+    assert [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines()[4:]] == ["8.5 |", "1.0 |"]
+
+
+def test_the_rivals_optimiser_is_that_of_train(monkeypatch):
+    compare, taken, sgd = script("compare-speed"), [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda p, **options: [taken.append(options), sgd(p, **options)][1])
+    compare.step_of_pytorch(torch.nn.Linear(2, 2), SimpleNamespace(precision="fp32"), torch.device("cpu"))
+    assert taken == [dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)]

@@ -191,3 +191,16 @@ def test_what_cannot_be_measured_is_one_sentence_and_status_2(call_main, monkeyp
     assert (status, out, len(errors.splitlines())) == (2, "", 2)
     assert message in errors
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_the_parents_when_a_worker_has_begun():
+    before = signal.getsignal(signal.SIGINT)
+    with bench.worker("plain", None, CPU):
+        assert signal.getsignal(signal.SIGINT) == before != signal.SIG_IGN
+
+
+def test_a_step_is_over_when_the_device_has_computed_it(monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda: events.append("wait"))
+    bench.measured(lambda: events.append("step"), 2, CPU)
+    assert events == ["step", "step", "wait"]

@@ -297,3 +297,11 @@ def test_an_error_is_that_of_the_last_epoch_and_not_of_the_best(tables, tmp_path
     run = write_run(tmp_path / "run", 5.5, val=10)
     (run / "test.csv").write_text("epoch,loss,error,val_loss,val_error\n1,1,4,1,6\n2,1.5,5.5,1,7\n")
     assert [(row["test error, %"], row["val error, %"]) for row in tables(run)[0]] == [("5.50", "7.00")]
+
+
+def test_a_run_that_does_not_say_its_processes_had_one(tables, tmp_path):
+    old, new = (write_run(tmp_path / name, 5, seed=seed) for seed, name in enumerate(("old", "new")))
+    facts = json.loads((old / "args.json").read_text())
+    del facts["processes"]
+    (old / "args.json").write_text(json.dumps(facts))
+    assert [row["n"] for row in tables(old, new)[0]] == ["2"]

@@ -124,3 +124,11 @@ def test_a_cpu_goes_slice_by_slice_and_needs_less(call_main):
 def test_what_cannot_be_counted(call_main, flags, message):
     status, out, errors = call_main(script("count-bytes"), *flags)
     assert (status, out, errors.splitlines()[-1].endswith(message)) == (2, "", True)
+
+
+def test_a_megabyte_is_a_million_bytes(call_main, monkeypatch):
+    count = script("count-bytes")
+    monkeypatch.setattr(count, "kept_bytes", lambda forward: 8_000_000)
+    monkeypatch.setattr(count, "peak_bytes", lambda step: 16_400_000)
+    out = call_main(count, "--depth", 10, "--batch-size", 4, "--only", "plain")[1]
+    assert columns(out) == {"plain": [2.0, 4.1]}

@@ -383,3 +383,14 @@ def test_mean_and_std_are_those_of_the_official_code():
     assert moments["cifar10"] == ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
     assert moments["cifar100"] == ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))
     assert moments["svhn"] == ((0, 0, 0), (255, 255, 255))
+
+
+def test_a_rank_that_says_nothing_reads_the_same(pictures):
+    loud, quiet = (data.read_part("folder", pictures, "train", 8, quiet=quiet)[0] for quiet in (False, True))
+    assert torch.equal(loud.images, quiet.images)
+    assert torch.equal(loud.labels, quiet.labels)
+
+
+def test_a_constant_channel_has_a_std_of_1():
+    images = torch.tensor([0, 9, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 8, 8)
+    assert data.mean_and_std(images) == ([0, 9, 255], [1, 1, 1])

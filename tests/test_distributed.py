@@ -15,6 +15,8 @@ from conftest import ROOT, TINY
 
 import data
 import distributed
+import flags
+import step
 import train
 from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
@@ -290,3 +292,40 @@ def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):
     torch.testing.assert_close(ours.float(), plain, rtol=0, atol=0.02)
     for name, values in norms[0].state_dict().items():
         torch.testing.assert_close(norms[1].state_dict()[name], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("world", "order"),
+    [
+        (World(0, 0, 4), ["inside", "barrier"]),
+        (World(1, 1, 4), ["barrier", "inside"]),
+        (World(2, 0, 4), ["inside", "barrier"]),
+        (World(3, 1, 4), ["barrier", "inside"]),
+        (World(), ["inside"]),
+    ],
+)
+def test_on_each_machine_one_process_is_first(monkeypatch, world, order):
+    """Two machines of two processes each."""
+    events = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    with distributed.first_rank_first(world):
+        events.append("inside")
+    assert events == order
+
+
+def test_whole_batches_of_a_rank_go_through_the_compiled_net(monkeypatch):
+    """Of two ranks, each has 4 of a batch's 8 images; a smaller batch goes through the net itself."""
+    words = ["--depth", "10", "--growth-rate", "2", "--batch-size", "8", "--compile", "--precision", "fp32"]
+    args = flags.parse_args(train.build_parser(), words)
+    net, sizes = flags.make_net(args), []
+
+    def noting(model, mode, device):
+        return lambda images: [sizes.append(len(images)), model(images)][1]
+
+    monkeypatch.setattr(distributed, "wrap", lambda net, world, device: net)
+    monkeypatch.setattr(step, "compiled", noting)
+    taken = step.TrainingStep(net, args, torch.device("cpu"), World(size=2))
+    taken.begin_epoch(0.1)
+    for number in (4, 3):
+        taken(torch.randn(number, 3, 8, 8), torch.zeros(number, dtype=torch.int64), 0.5)
+    assert sizes == [4]

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -473,3 +474,15 @@ def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status):
     error = OSError(getattr(errno, number), "why", "file")
     room = ": make room there, or name another place" * (number in ("ENOSPC", "EDQUOT"))
     assert endings.last_words(error, ending) == (status, f"file: why{room}")
+
+
+@pytest.mark.parametrize("flag", ["--force", "--resume"])
+def test_a_forced_run_goes_on_by_resume_alone(monkeypatch, flag):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", flag, "--save", "work/run"])
+    assert endings.resume_command(1) == "python train.py --save work/run --resume"
+
+
+def test_memory_that_ran_out_while_another_error_was_handled():
+    error = ValueError("while it was handled")
+    error.__context__ = MemoryError()
+    assert endings.out_of_memory(error)

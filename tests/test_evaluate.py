@@ -248,3 +248,5 @@ def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch
     (image,) = axes.images
     assert image.get_array().tolist() == [[25, 75, 0], [40, 60, 0], [0, 0, 0]]
     assert image.get_clim() == (0, 100)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class (number of images)")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (5)", "c (0)"]

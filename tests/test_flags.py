@@ -4,6 +4,7 @@ import importlib.util
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,8 @@ def test_what_cannot_be_captured_is_refused(arguments, device, processes, messag
         (["--sync-bn"], "cuda", 1, True, False),
         (["--no-bottleneck", "--depth", 40], "cuda", 1, True, False),
         (["--drop-rate", 0.2], "cuda", 1, True, False),
+        (["--growth-rate", 16], "cuda", 1, True, True),
+        (["--growth-rate", 17], "cuda", 1, True, False),
         (["--growth-rate", 24], "cuda", 1, True, False),
         (["--precision", "fp32"], "cuda", 1, True, False),
         (["--precision", "bf16"], "cuda", 1, True, True),
@@ -213,3 +216,9 @@ def test_a_run_that_is_continued_takes_its_arguments_to_their_last_digit(tmp_pat
     begun = {"epochs": 7, "lr": 1 / 3, "weight_decay": 1e-4 / 3, "seed": 2**64 - 1, "momentum": 0.1 + 0.2, "augment": False}
     args = parse_args(train.build_parser(), ["--save", str(tmp_path), "--resume"], begun)
     assert {name: getattr(args, name) for name in begun} == begun
+
+
+def test_a_run_that_was_renamed_goes_on_where_it_is():
+    begun = {"save": "work/elsewhere", "epochs": 7, "resume": False, "force": True}
+    args = flags.parse_args(train.build_parser(), ["--resume"], begun=begun)
+    assert (args.save, args.epochs, args.force) == (Path("work", "cifar10.base"), 7, False)

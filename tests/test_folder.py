@@ -41,7 +41,7 @@ def run(call_main, pictures):
     return run
 
 
-def test_the_checkpoint_knows_the_size(call_main, run, pictures, tmp_path):
+def test_the_checkpoint_knows_the_size(call_main, run, pictures, monkeypatch, tmp_path):
     """Trained at 64, then exported, evaluated, a picture classified and training begun anew, without a flag."""
     status, out, errors = run(tmp_path / "run", "--image-size", 64, epochs=2)
     assert status == 0, errors
@@ -56,6 +56,7 @@ def test_the_checkpoint_knows_the_size(call_main, run, pictures, tmp_path):
     checkpoint, net = tmp_path / "run" / "latest.pth", tmp_path / "net.pth"
     assert load_checkpoint(checkpoint)["args"]["image_size"] == 64
     assert call_main(evaluate, checkpoint, "--export", net)[0] == 0
+    assert json.loads(net.with_suffix(".json").read_text())["image_size"] == 64
     last = pd.read_csv(tmp_path / "run" / "test.csv").iloc[-1]
     for weights in (checkpoint, net):
         status, out, errors = call_main(evaluate, weights, "--out", tmp_path)
@@ -63,8 +64,10 @@ def test_the_checkpoint_knows_the_size(call_main, run, pictures, tmp_path):
     shares = [[int(number) for number in row] for row in re.findall(r"\((\d+) of (\d+) wrong\)", out)]
     mean = 100 * np.mean([wrong / total for wrong, total in shares])
     assert f"mean of the classes' errors {mean:.2f} %\n" in out
+    sizes, read_pictures = [], evaluate.read_pictures
+    monkeypatch.setattr(evaluate, "read_pictures", lambda paths, size: [sizes.append(size), read_pictures(paths, size)][1])
     status, out, errors = call_main(evaluate, net, "--image", pictures / "test" / "dark" / "0.jpg")
-    assert (status, out.count(" %")) == (0, 2), errors
+    assert (status, out.count(" %"), sizes) == (0, 2, [64]), errors
     status, _, errors = run(tmp_path / "more", "--init", net)
     assert status == 0, errors
     assert json.loads((tmp_path / "more" / "args.json").read_text())["image_size"] == 64

@@ -167,3 +167,8 @@ def test_the_card_says_what_its_pixels_are_and_preprocess_fits_each(folder):
     card = load_checkpoint(ROOT / "work" / folder / "net.pth")
     assert (card["image_size"], card["pixels"], card["args"]["dataset"]) == (32, "0..255", "cifar10")
     assert (card["mean"], card["std"]) == tuple(torch.tensor(moments).tolist() for moments in data.SOURCES["cifar10"][1])
+
+
+def test_several_pictures_may_be_a_tuple():
+    preprocess, picture = load("preprocess"), Image.new("RGB", (40, 40))
+    assert torch.equal(preprocess((picture, picture)), preprocess([picture, picture]))

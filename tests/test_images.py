@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
 import drawing
@@ -76,3 +78,11 @@ def test_another_report_is_refused(run_script, tmp_path, text):
     assert done.returncode == 2
     assert any(f"memory.json {why}" in done.stderr for why in ("has no counted peaks", "is no report of attic"))
     assert not (tmp_path / "memory.png").exists()
+
+
+def test_every_layer_of_the_header_reads_all_maps_before_it(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    runpy.run_path(str(ROOT / "images" / "draw_header.py"))["main"]()
+    arrows = [patch for patch in figures[0].axes[0].patches if isinstance(patch, FancyArrowPatch)]
+    assert len(arrows) == 4 + 3 + 2 + 1 + 4  # from each group to all layers behind it, and from each layer

@@ -79,3 +79,9 @@ def test_files_are_in_the_order_of_torchvision(pictures):
     ours = folder.list_classes(pictures / "train")
     assert [str(path) for paths in ours.values() for path in paths] == [path for path, _ in theirs.samples]
     assert list(ours) == theirs.classes
+
+
+def test_classes_are_in_the_order_of_torchvision(pictures):
+    for name in ("Zebra", "apple", "10", "9"):
+        shutil.copytree(pictures / "train" / "red", pictures / "train" / name)
+    assert list(folder.list_classes(pictures / "train")) == torchvision.datasets.ImageFolder(pictures / "train").classes

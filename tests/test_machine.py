@@ -130,3 +130,9 @@ def test_kernels_are_deterministic_or_the_fastest(monkeypatch, deterministic):
         assert os.environ == ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {})
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def test_a_cluster_gives_fewer_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert machine.num_cpus() == 2

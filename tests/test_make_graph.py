@@ -47,3 +47,10 @@ def test_efficient_blocks_have_no_graph_to_show(call_main, tmp_path):
     status, _, errors = call_main(make_graph, "--efficient", "--out", tmp_path / "graph")
     assert (status, "--efficient makes one node of each dense block" in errors) == (2, True)
     assert not (tmp_path / "graph.dot").exists()
+
+
+@pytest.mark.parametrize(("flags", "dropped"), [([], False), (["--drop-rate", 0.2], True)])
+def test_dropout_stands_in_the_graph(call_main, tmp_path, flags, dropped):
+    assert call_main(make_graph, *flags, "--out", tmp_path / "graph")[0] == 0
+    text = (tmp_path / "graph.dot").read_text()
+    assert ("NativeDropoutBackward" in text or "MulBackward" in text) == dropped

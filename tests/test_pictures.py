@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -379,3 +380,27 @@ def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):
     assert capsys.readouterr() == ("reading 20 pictures\n", "")
     pictures.read_pictures(twenty, 16)
     assert capsys.readouterr() == ("", "")
+
+
+def test_after_ten_broken_files_the_rest_is_not_read(monkeypatch):
+    """One thread; the others wait in its queue."""
+    read, proceed = [], threading.Event()
+
+    def broken(path, size):
+        read.append(path)
+        if len(read) > pictures.MANY_UNREADABLE:
+            proceed.wait()
+        return pictures.Unreadable("broken")
+
+    class Pool(pictures.ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(wait=False, **options)
+            proceed.set()
+            super().shutdown()
+
+    monkeypatch.setattr(pictures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(pictures, "num_cpus", lambda: 1)
+    monkeypatch.setattr(pictures, "read_picture", broken)
+    with pytest.raises(Refused, match="perhaps more"):
+        pictures.read_pictures([str(i) for i in range(100)], 8)
+    assert len(read) <= pictures.MANY_UNREADABLE + 1

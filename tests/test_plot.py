@@ -597,3 +597,30 @@ def test_the_legend_names_each_curve_by_its_colour(call_main, saved, tmp_path):
     losses = {look[0]: y for look, (_, y) in curves(saved[0].axes[0]).items() if look[2] == plot.PARTS["train"]["linewidth"]}
     for folder in folders:
         np.testing.assert_allclose(losses[named[folder.name]], pd.read_csv(folder / "train.csv")["loss"])
+
+
+def test_since_keeps_what_is_of_that_epoch(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run")
+    assert call_main(plot, run, "--smooth", 0, "--since", 2, "--out", tmp_path / "one.png")[0] == 0
+    for axes in saved[0].axes:
+        assert {x[0] for x, _ in curves(axes).values()} == {2}
+
+
+def test_the_first_epoch_is_averaged_over_what_there_is(tmp_path):
+    run = write_run(tmp_path / "run")
+    smooth = plot.read_curve([run], smooth=1.0).tables["train"]["loss"]["mean"]
+    np.testing.assert_allclose(smooth[:10], pd.read_csv(run / "train.csv")["loss"][:10].expanding().mean())
+
+
+def test_in_the_middle_of_an_epoch_an_epoch_has_as_many_steps(tmp_path):
+    run = write_run(tmp_path / "run", epochs=2)
+    lines = (run / "train.csv").read_text().splitlines(keepends=True)
+    (run / "train.csv").write_text("".join(lines[:14]))  # 13 steps, of 10 an epoch
+    smooth = plot.read_curve([run], smooth=1.0).tables["train"]["loss"]["mean"]
+    assert smooth.iloc[-1] == pytest.approx(pd.read_csv(run / "train.csv")["loss"][-10:].mean())
+
+
+def test_fonts_of_a_pdf_are_truetype(call_main, tmp_path):
+    assert call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "one.pdf")[0] == 0
+    content = (tmp_path / "one.pdf").read_bytes()
+    assert (b"/FontFile2" in content, b"/Type3" in content) == (True, False)

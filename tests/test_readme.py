@@ -12,6 +12,8 @@ from PIL import Image
 
 import densenet
 import evaluate
+import flags
+import train
 
 README = (ROOT / "README.md").read_text()
 PRETRAINED, OWN_CODE = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -92,3 +94,17 @@ def test_what_does_not_go(efficient):
     twice(densenet.DenseNet(growth_rate=4, depth=10, efficient=False))
     with pytest.raises(RuntimeError, match="Bottleneck"):
         torch.jit.script(efficient)
+
+
+def test_make_takes_the_pythons_that_the_readme_names():
+    found = re.search(r"\((\d+), (\d+)\) <= sys.version_info < \((\d+), (\d+)\)", (ROOT / "Makefile").read_text())
+    low, high = (int(found[1]), int(found[2])), (int(found[3]), int(found[4]) - 1)
+    assert f"Python {low[0]}.{low[1]} to {high[0]}.{high[1]}" in (ROOT / "README.md").read_text()
+    assert f'requires-python = ">={low[0]}.{low[1]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_make_demo_can_be_made_again():
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "train.py --dataset" in line]
+    words = line.replace("$(DEMO)", "work/demo").split("train.py ")[1].split()
+    args = flags.parse_args(train.build_parser(), words)
+    assert (args.force, args.drop_rate, args.dataset) == (True, 0, "digits")

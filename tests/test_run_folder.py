@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -785,3 +786,32 @@ def test_every_flag_is_refused_that_the_readme_does_not_let_change():
         else:
             with pytest.raises(Refused, match=f"the run was begun with {action.dest} 1, not 2"):
                 run_folder.compare_arguments({action.dest: 1}, {action.dest: 2})
+
+
+def test_a_figure_is_drawn_again_when_the_last_one_is_done(tmp_path):
+    plots = run_folder.Plots(tmp_path, enabled=True)
+    plots.command = [sys.executable, "-c", ""]
+    plots.redraw()
+    first = plots.process
+    first.wait()
+    plots.redraw()
+    assert plots.process is not first
+    plots.wait()
+
+
+def test_a_run_that_is_forced_leaves_nothing_of_the_old_one(call_main, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--force", "--save", tmp_path / "run")
+    assert status == 0, errors
+    assert {*contents(tmp_path / "run")} - {".lock", "stdout"} == {"args.json", "train.csv", "test.csv", "latest.pth"}
+
+
+def test_ctrl_c_is_not_meant_for_the_figures(tmp_path):
+    plots = run_folder.Plots(tmp_path, enabled=True)
+    plots.command = ["sleep", "60"]
+    plots.redraw()
+    try:
+        assert os.getpgid(plots.process.pid) != os.getpgid(0)
+    finally:
+        plots.process.kill()
+        plots.process.communicate()

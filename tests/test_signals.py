@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY
 from test_run_folder import assert_same_run
 
+import endings
 import train
 
 # A run that says when its third step is under way, and waits there until a byte comes: by the descriptors 100 and 101.
@@ -190,3 +191,15 @@ def test_a_clusters_warning_is_followed_by_no_second_one(start):
     for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGXCPU):
         run.send_signal(signum)
     assert finish(run).returncode == 128 + signal.SIGXCPU or run.returncode == 128 + signal.SIGUSR1
+
+
+def test_the_first_signal_is_the_one_that_counts():
+    before = {each: signal.getsignal(each) for each in endings.STOPPING}
+    try:
+        stop = endings.StopSignals()
+        for signum in (signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
+            os.kill(os.getpid(), signum)
+        assert stop.received == signal.SIGUSR1
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

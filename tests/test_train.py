@@ -779,3 +779,20 @@ def test_the_loss_of_a_step_in_bf16_is_that_of_its_logits_in_float32():
     )
     assert outputs[0].dtype == torch.bfloat16
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(outputs[0].float(), labels), rtol=1e-6, atol=0)
+
+
+def test_freed_memory_is_kept_for_the_next_step(call_main, monkeypatch, tmp_path):
+    devices = []
+    monkeypatch.setattr(train, "keep_freed_memory", devices.append)
+    assert call_main(train, *TINY, "--limit", 8, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")[0] == 0
+    assert devices == [torch.device("cpu")]
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_does(call_main, monkeypatch, tmp_path):
+    words = [*TINY, "--opt", "adam", "--no-plot", "--save", tmp_path / "run"]
+    assert call_main(train, *words, "--epochs", 1)[0] == 0
+    bars, progress = [], train.progress
+    monkeypatch.setattr(train, "progress", lambda **options: [bars.append(options), progress(**options)][1])
+    status, _, errors = call_main(train, *words, "--epochs", 3, "--resume")
+    assert status == 0, errors
+    assert [(bar["initial"], bar["total"]) for bar in bars] == [(96, 288)]
