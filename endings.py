@@ -21,6 +21,7 @@ import sys
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
 FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # the disk is full or fails: no user error
+LARGER = "a machine with more memory"
 KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
 
 # Out-of-memory messages of libraries that raise a plain RuntimeError.
@@ -153,7 +154,7 @@ def memory_advice(args, device, fresh):
         "a smaller --batch-size": fresh and args.batch_size > 1,
         "a smaller net (--depth, --growth-rate)": fresh and densenet,
         "fewer images (--limit)": fresh,
-        "a machine with more memory": not fresh,
+        LARGER: not fresh,
     }
     return needs, " or ".join(remedy for remedy, helps in remedies.items() if helps)
 

@@ -31,13 +31,11 @@ from metrics import loss_and_error_sums, predict
 from pictures import read_pictures
 from run_folder import read_arguments
 
-MAX_LETTERS = 50  # of a class's name in the figure
-
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + "a machine with more memory"
+    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + endings.LARGER
     with endings.worded(parser, "the net and its images", remedy):
         refuse_contradictions(args)
         checkpoint = load_checkpoint(args.checkpoint)
@@ -172,15 +170,12 @@ def predictions(pictures, logits, classes, labels=None):
 def draw(confusion, classes, images, path):
     """Draws the confusion matrix: coloured by shares of the true class, with counts if there are 20 classes at most."""
     size = max(4.5, min(0.62 * len(classes), 14))
-    classes = [
-        name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2]}…{name[-MAX_LETTERS // 2 :]}" for name in classes
-    ]
     figure = drawing.new_figure(size + 1, size)
     axes = figure.add_subplot()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
-    names, style = drawing.as_text(classes)
+    names, style = drawing.as_text(map(shortened, classes))
     style["fontsize"] = 9 if len(classes) <= 20 else 4
     axes.set_xticks(range(len(classes)), names, rotation=90, **style)
     totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
@@ -194,6 +189,10 @@ def draw(confusion, classes, images, path):
             color = "white" if percent[row, column] > 50 else "black"
             axes.text(column, row, str(count) if count else "", color=color, **centred)
     drawing.save(figure, path)
+
+
+def shortened(name, letters=50):
+    return name if len(name) <= letters else f"{name[: letters // 2]}…{name[-letters // 2 :]}"
 
 
 def classify(net, checkpoint, args, device):

@@ -122,7 +122,6 @@ def in_words(value):
     """The value of an argument as text; digests and commits are shortened."""
     if isinstance(value, dict):
         return " ".join(f"{part} {str(digest)[:6]}" for part, digest in value.items())
-    known = {None: "not given", True: "yes", False: "no"}
-    return (
-        known[value] if value is None or isinstance(value, bool) else re.sub(r"(?<=^[0-9a-f]{10})[0-9a-f]{30}", "", str(value))
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "not given", True: "yes", False: "no"}[value]
+    return re.sub(r"(?<=^[0-9a-f]{10})[0-9a-f]{30}", "", str(value))

@@ -44,7 +44,7 @@ MAX_LOSS = 1e4  # of a step; no training that goes well has it
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, "the net and its images", "a machine with more memory") as ending:
+    with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
@@ -274,9 +274,7 @@ def test(net, dataset, world):
     parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     for title, split in parts.items():
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
-        with endings.memory_for(
-            "the test after an epoch", "a smaller net (--depth, --growth-rate) or a machine with more memory"
-        ):
+        with endings.memory_for("the test after an epoch", f"a smaller net (--depth, --growth-rate) or {endings.LARGER}"):
             logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
         sums = loss_and_error_sums(logits, labels.cpu())
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()
