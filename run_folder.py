@@ -68,9 +68,9 @@ def is_fresh(save, resume):
 def read_arguments(save):
     """args.json of the run in the folder, or {}. The values of flags are checked by flags.parse_args."""
     path = save / "args.json"
-    if not path.exists() and (save / "latest.pth").exists():
-        raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
     if not path.exists():
+        if (save / "latest.pth").exists():
+            raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
         return {}
     facts = read_json(path, REMEDY)
     known = isinstance(facts, dict) and type(facts.get("epochs")) is int and isinstance(facts.get("digests", {}), dict)

@@ -34,7 +34,7 @@ BOUND = 12.0  # test error on CIFAR-10 in percent
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, "the net and its images", "a machine that has more") as ending:
+    with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
         run_folder.refuse_to_replace(args.save, args.resume, args.force)
         begun = run_folder.read_arguments(args.save) if args.resume else {}
         args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
