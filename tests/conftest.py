@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import pty
 import signal
@@ -31,6 +32,16 @@ def pytest_configure(config):
     elif getattr(config.option, "numprocesses", None):  # for all processes that run tests
         config.server = Server()
         os.environ["FORK_SERVER"] = config.server.address
+
+
+def pytest_sessionstart():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not go through it, now, in each of its turns and at the end."""
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_unconfigure(config):

@@ -7,6 +7,7 @@
 Real processes with their own arguments, environment, folder, descriptors, signals and exit status; only the import is shared.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,17 +128,36 @@ def prepare(command, folder, environment, descriptors):
 
 
 def execute(command):
-    if command[0] != "-c":
-        runpy.run_path(command[0], run_name="__main__")
+    """Runs the command. A script whose end is in order leaves at once; whatever else ends as Python ends it."""
+    if command[0] == "-c":
+        code = compile(command.pop(1), "<string>", "exec")
+        exec(code, {"__name__": "__main__"})
         return
-    code = compile(command.pop(1), "<string>", "exec")
-    exec(code, {"__name__": "__main__"})
+    status = 0
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        if type(stop.code) is not int:
+            raise
+        status = stop.code
+    leave(status)
+
+
+def leave(status):
+    """Ends the process as Python does, but does not free what the server has imported: that takes longer than many a test."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
     listener, alive, *modules = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
+    gc.disable()  # it would go through all that is imported, again and again
     for module in modules:
         importlib.import_module(module)
+    gc.enable()
     gc.freeze()
     execute(serve(socket.socket(fileno=int(listener)), int(alive)))
