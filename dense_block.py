@@ -25,10 +25,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+ALIGNMENT = 1  # of a pixel's maps in memory
 SLICE_PIXELS = 4096  # pixels at a time on a CPU; between 2,048 and 16,384 it makes little difference
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ def dense_block(x, layers, transition=None):
     """
     if not layers[0].training:
         return infer(x, layers, transition)
-    block = Block(layers, transition, fitting_kernels(x, layers) or PASSES)
+    block = Block(layers, transition, fitting_kernels(x, layers) or sys.modules[__name__])
     return DenseBlockFunction.apply(x, block, *block.parameters())
 
 
@@ -175,7 +176,7 @@ class Block(NamedTuple):
 
     layers: list
     transition: nn.Module | None
-    passes: object  # PASSES, or kernels.py
+    passes: object  # kernels.py, or this module: write_maps, forward, backward and what they share have the same names in both
 
     @property
     def modules(self):
@@ -474,14 +475,3 @@ def convolution_backward(grad, x, weight):
 
 def undo_dropout(grad, mask, rate):
     return grad if mask is None else grad * mask / (1 - rate)
-
-
-# What kernels.py has of the same names.
-PASSES = SimpleNamespace(
-    ALIGNMENT=1,  # of a pixel's maps in memory
-    cast=cast,
-    write_maps=write_maps,
-    forward=forward,
-    backward=backward,
-    through_statistics=through_statistics,
-)
