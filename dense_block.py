@@ -79,7 +79,7 @@ def computable(x, layers):
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
-    return as_defined(type(layers[0]), defined_layer)
+    return as_defined(type(layers[0]), type(layers[0]).forward, defined_layer)
 
 
 def transformed(x):
@@ -99,14 +99,12 @@ def may_infer(x, layers):
 
 
 @torch.compiler.disable
-def as_defined(kind, definition):
-    """Whether a class of layers or transitions gives what is computed here; somebody may have edited its forward."""
-    return gives(kind, kind.forward, definition)
-
-
 @functools.cache
-def gives(kind, forward, definition):
-    """Whether the forward method gives what the definition does, with a warning if not. Tried in float64 on a small module."""
+def as_defined(kind, forward, definition):
+    """Whether the forward method of a class of layers or transitions gives what is computed here; somebody may have edited it.
+
+    Tried in float64 on a small module, with a warning if not.
+    """
     with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         module, x = kind(4, 2).double(), torch.randn(2, 4, 4, 4, dtype=torch.float64)
         same = torch.allclose(definition(x, module), forward(module, x))
@@ -132,7 +130,7 @@ def joinable(x, layers, transition):
     kernels = fitting_kernels(x, layers)
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
     fits = alike and kernels is not None and kernels.fit_transition(x, transition)
-    return fits and as_defined(type(transition), defined_transition)
+    return fits and as_defined(type(transition), type(transition).forward, defined_transition)
 
 
 def halves(module):
