@@ -173,12 +173,8 @@ def refuse_contradictions(args, device, processes=1):
         raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":
         raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
-    if args.capture and device.type != "cuda":
-        raise Refused("--capture makes a CUDA graph: leave it out, or choose --device cuda")
-    if args.capture and processes > 1:
-        raise Refused(f"--capture is for a single process, and there are {processes}: leave it out")
-    if args.capture and args.compile:
-        raise Refused("--capture does not go with --compile, which makes graphs of its own: choose one of them")
+    if args.capture and (device.type != "cuda" or processes > 1 or args.compile):
+        raise Refused("--capture makes a CUDA graph, of a single process and without --compile: leave it out")
 
 
 def plain_arguments(args):

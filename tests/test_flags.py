@@ -52,16 +52,9 @@ def test_memory_advice_names_what_is_not_used_yet():
         assert "--precision bf16" in advice("--precision", precision)[1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "device", "processes", "message"),
-    [
-        ([], "cpu", 1, "--capture makes a CUDA graph: leave it out, or choose --device cuda"),
-        ([], "cuda", 2, "--capture is for a single process, and there are 2: leave it out"),
-        (["--compile"], "cuda", 1, "--capture does not go with --compile"),
-    ],
-)
-def test_what_cannot_be_captured_is_refused(arguments, device, processes, message):
-    with pytest.raises(Refused, match=message):
+@pytest.mark.parametrize(("arguments", "device", "processes"), [([], "cpu", 1), ([], "cuda", 2), (["--compile"], "cuda", 1)])
+def test_what_cannot_be_captured_is_refused(arguments, device, processes):
+    with pytest.raises(Refused, match="--capture makes a CUDA graph, of a single process and without --compile: leave it out"):
         refuse_contradictions(parse("--capture", *arguments), torch.device(device), processes)
     refuse_contradictions(parse(*arguments), torch.device(device), processes)
     refuse_contradictions(parse("--no-capture", *arguments), torch.device(device), processes)
