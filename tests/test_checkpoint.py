@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, contents
 
+import checkpoint
+import data
 import evaluate
 import train
-from checkpoint import export, load_checkpoint, make_checkpoint, replace_file, restore
+from checkpoint import export, load_checkpoint, make_checkpoint, normalization, replace_file, restore
 from densenet import DenseNet
 from endings import Refused
 
@@ -99,6 +101,23 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     assert os.read(reader, 100) == b"content"
     os.close(reader)
     assert [(path.name, path.is_fifo()) for path in tmp_path.iterdir()] == [("pipe", True)]
+
+
+def test_a_checkpoint_has_the_mean_and_the_std_to_their_last_digit(tiny_run):
+    dataset = data.load("digits", ".")
+    mean, std = normalization(load_checkpoint(tiny_run / "latest.pth"), "cpu")
+    assert torch.equal(mean, dataset.mean)
+    assert torch.equal(std, dataset.std)
+
+
+def test_weights_of_another_shape_do_not_fit():
+    """Nor are they left out: that is for the classifier alone."""
+    net, wider = (DenseNet(depth=10, growth_rate=k) for k in (4, 5))
+    state = net.state_dict()
+    assert checkpoint.fits(state, net)
+    assert not checkpoint.fits({**state, "fc.weight": state["fc.weight"].t()}, net)  # as many numbers
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):
+        checkpoint.load_weights(net, wider.state_dict())
 
 
 def test_a_checkpoint_brings_back_the_net_the_optimizer_and_the_scaler():

@@ -10,6 +10,7 @@ from test_attic import script
 
 import flags
 from attic import counting
+from densenet import Bottleneck, DenseBlock, SingleLayer
 
 DEPTHS = (10, 40, 70, 100)
 
@@ -57,6 +58,15 @@ def test_kept_bytes_of_a_net_that_can_be_counted_by_hand(device):
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(device)
     kept = counting.kept_bytes(lambda: net(torch.zeros(10, 8, device=device)).sum())
     assert kept == 4 * (10 * 8 + 10 * 16 + 1)  # the input, relu's output once, and the sum
+
+
+@pytest.mark.parametrize(("layer", "values"), [(Bottleneck, 5 * 3), (SingleLayer, 3)])
+def test_dropout_in_efficient_blocks_keeps_a_byte_for_each_value(layer, values):
+    """Two layers, k=3, 128 pixels."""
+    images = torch.zeros(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    blocks = [DenseBlock(layer, 2, 4, 3, drop_rate, efficient=True) for drop_rate in (0.0, 0.5)]
+    without, dropped = (counting.kept_bytes(functools.partial(block, images)) for block in blocks)
+    assert dropped - without == 2 * values * 128
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

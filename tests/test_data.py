@@ -22,7 +22,7 @@ def as_dataset(split, mean=torch.zeros(3, 1, 1), std=torch.ones(3, 1, 1)):  # no
     return data.Dataset(split, None, None, mean, std, [])
 
 
-@pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1)])
+@pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1), (12, 1), (36, 4)])
 def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
     images = torch.randn(200, 3, size, size)
     top, left, flip = data.random_windows(200, size, generator(), "cpu")
@@ -179,6 +179,14 @@ def test_missing_data_without_network_says_where_the_archive_goes(name, archive,
         data.load(name, tmp_path)
 
 
+def test_a_download_that_fails_leaves_the_folders_that_there_were(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for root in (tmp_path / "new" / "data", tmp_path / "mine"):
+        with pytest.raises(Refused, match="lacks files of CIFAR10, and downloads fail"):
+            data.load("cifar10", root)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_svhn_is_train_and_extra_divided_by_255(tmp_path, monkeypatch):
     svhn = torchvision.datasets.SVHN
     split_list = {}
@@ -193,6 +201,7 @@ def test_svhn_is_train_and_extra_divided_by_255(tmp_path, monkeypatch):
     shades = dataset.train.images[:, 0, 0, 0] - 100 - torch.tensor([0] * 20 + [20] * 30)
     assert shades.tolist() == [label or 10 for label in dataset.train.labels.tolist()]
     assert sorted({*dataset.train.labels.tolist()}) == list(range(10))
+    assert dataset.classes == [str(digit) for digit in range(10)]
     assert len(dataset.test) == 10
     torch.testing.assert_close(
         data.normalize(dataset.test.images, dataset.mean, dataset.std)[0, 0, 0, 0], torch.tensor(143 / 255)
@@ -256,7 +265,7 @@ def test_what_the_classes_hold(pictures):
 
 @pytest.mark.parametrize(("many", "told"), [(60, False), (61, True)])
 def test_over_ten_times_as_many_is_unbalanced(many, told):
-    lines = folder.describe_classes(["a", "b"], torch.tensor([0] * many + [1] * 6), torch.tensor([0, 1]))
+    lines = folder.describe_classes(["a", "b"], torch.tensor([0] * many + [1] * 6), torch.tensor([0, 1] * 9))
     assert ("unbalanced" in lines[-1]) == told
 
 
@@ -383,6 +392,13 @@ def test_mean_and_std_are_those_of_the_official_code():
     assert moments["cifar10"] == ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
     assert moments["cifar100"] == ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))
     assert moments["svhn"] == ((0, 0, 0), (255, 255, 255))
+
+
+def test_mean_and_std_of_a_folder_are_those_of_its_training_part(pictures):
+    Image.new("RGB", (40, 50), "white").save(pictures / "test" / "red" / "0.jpg")
+    dataset = data.load("folder", pictures, val=2)
+    mean, std = data.mean_and_std(data.read_part("folder", pictures, "train")[0].images)
+    assert (dataset.mean.flatten().tolist(), dataset.std.flatten().tolist()) == (mean, std)
 
 
 def test_a_rank_that_says_nothing_reads_the_same(pictures):

@@ -71,7 +71,7 @@ def distance(ours, theirs):
 @pytest.mark.parametrize(
     "arguments", [BC, PLAIN, dict(depth=40, growth_rate=12), {**PLAIN, "growth_rate": 1}, {**BC, "reduction": 1.0}]
 )
-@pytest.mark.parametrize(("num_images", "size"), [(4, 32), (1, 8), (3, (20, 28)), (2, (13, 9)), (70, 4)])
+@pytest.mark.parametrize(("num_images", "size"), [(5, 32), (1, 8), (3, (20, 28)), (2, (13, 9)), (70, 4)])
 def test_outputs_buffers_and_gradients_equal_the_plain_modules(arguments, num_images, size):
     assert_equal_training(random_net(arguments), *shaped_batch(num_images, size))
 
@@ -178,6 +178,22 @@ def test_autocast_rounds_no_worse_than_the_plain_modules(layer, mean):
         assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
         distances.append(distance(rounded, exact))
     assert distances[1] < 1.3 * distances[0]
+
+
+@pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
+def test_under_autocast_all_is_computed_in_the_type_of_the_input(layer):
+    """Whether the forward pass, the backward pass or neither is under it."""
+    torch.manual_seed(0)
+    block = randomize(DenseBlock(layer, 2, 4, 3, 0.0, efficient=True), seed=0)
+    images, results = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last), []
+    for forward, backward in [(False, False), (True, False), (False, True)]:
+        x = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            out = block(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
+    for others in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
 
 
 def test_frozen_parameters_and_an_input_without_gradient():

@@ -66,6 +66,11 @@ def test_any_size_that_the_poolings_allow(bottleneck, batch, size):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_the_pooling_of_a_transition_drops_a_border():
+    transition, x = Transition(3, 2).eval(), torch.randn(2, 3, 7, 5)
+    assert torch.equal(transition(x), transition(x[:, :, :6, :4]))
+
+
 def test_a_transition_keeps_a_channel_at_least():
     with pytest.raises(ValueError, match="would keep none of its 216 channels: choose a larger reduction"):
         DenseNet(reduction=0.004)

@@ -195,10 +195,18 @@ def test_no_thread_of_gloo_outlives_the_run(forked, tmp_path, more, status):
 def test_batches_that_do_not_fit_the_world():
     check = partial(distributed.check_batches, World(0, 0, 4))
     check(64, 50_000)
+    check(64, 50_001)  # a last batch of 17 is shared, too
     with pytest.raises(Refused, match="--batch-size 62, the whole batch, must be a multiple of the 4 processes"):
         check(62, 50_000)
     with pytest.raises(Refused, match="the last batch has 2 images for 4 processes"):
         check(64, 130)
+
+
+def test_the_last_batch_that_counts_is_one_of_the_training_images(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    args = parse_args(train.build_parser(), [*TINY[:2], "--limit", "41", "--batch-size", "40"])
+    with pytest.raises(Refused, match="the last batch has 1 images for 2 processes"):  # of the 360 test images it has 40
+        train.load_data(args, torch.device("cpu"), World(0, 0, 2))
 
 
 def test_a_world_that_does_not_divide_the_batch_is_a_sentence(forked, tmp_path):
@@ -279,6 +287,23 @@ def test_a_signal_to_one_rank_ends_all_of_them_at_the_same_step(forked, tmp_path
     assert second.stderr == ""
     assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 6
     assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 1
+    for done in run_ranks(forked, "train.py", *flags, "--resume"):  # both go on behind the first epoch
+        assert done.returncode == 0, done.stderr
+    assert pd.read_csv(tmp_path / "run" / "test.csv")["epoch"].tolist() == [1, 2]
+
+
+def test_a_sum_over_the_ranks_leaves_what_is_summed(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    mine = torch.ones(3)
+    assert distributed.AllReduce.apply(mine).tolist() == [2] * 3
+    assert mine.tolist() == [1] * 3
+
+
+def test_every_batch_norm_is_synchronised():
+    net = DenseNet(depth=10, growth_rate=1, init_channels=1)
+    distributed.synchronise_batch_norm(net, torch.device("cpu"))
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [type(norm) for norm in norms] == [distributed.SyncBatchNorm] * 9  # six in bottlenecks, two in transitions, the last
 
 
 def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):

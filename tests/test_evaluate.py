@@ -1,5 +1,7 @@
 import contextlib
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -65,6 +67,18 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
     status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
     assert (status, "are not those that the net was trained on" in errors) == (2, True)
     assert not (tmp_path / "confusion.csv").exists()
+
+
+def test_data_that_are_here_go_before_those_where_the_run_had_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("args.json").write_text('{"epochs": 1, "data": "/elsewhere/pets"}')
+    checkpoint = {"args": {"data": "pets"}}
+    args = SimpleNamespace(data=None, checkpoint=tmp_path / "latest.pth")
+    assert evaluate.data_folder(args, checkpoint) == Path("/elsewhere/pets")
+    Path("pets").mkdir()
+    assert evaluate.data_folder(args, checkpoint) == Path("pets")
+    args.data = "given"
+    assert evaluate.data_folder(args, checkpoint) == Path("given")
 
 
 def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):

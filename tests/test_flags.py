@@ -30,6 +30,11 @@ def test_defaults_that_depend_on_others():
     assert parse().drop_rate == 0
     svhn = parse("--dataset", "svhn")
     assert (svhn.epochs, svhn.val, svhn.augment, svhn.drop_rate) == (40, 6000, False, 0.2)
+    digits, folder = (parse("--dataset", name, "--no-augment") for name in ("digits", "folder"))
+    assert digits.drop_rate == folder.drop_rate == 0.2
+    for args, others in [(svhn, {"epochs", "val"}), (digits, set()), (folder, set())]:  # all else is as for CIFAR
+        differences = {name for name, value in vars(parse()).items() if vars(args)[name] != value}
+        assert differences == {"dataset", "save", "augment", "drop_rate"} | others
     assert parse("--dataset", "svhn", "--epochs", "3", "--val", "0").epochs == 3
     plain = DenseNet(**model_arguments(parse("--no-bottleneck", "--depth", "40")))
     assert sum(p.numel() for p in plain.parameters()) == 1_019_722
@@ -184,6 +189,7 @@ def test_the_programs_are_those_with_flags():
         (["--epochs", "9" * 30], "is out of range: it must be 100000 or less"),
         (["--depth", "1000000"], "--depth: 1000000 is out of range"),
         (["--weight-decay", "inf"], "inf is out of range"),
+        (["--momentum", "1.1"], "--momentum: 1.1 is out of range: it must be 1 or less"),
         (["--save", ""], "--save: the name is empty: give one, or leave out the flag"),
         (["--device", "gpu"], "'gpu' is not a device that PyTorch can use here: choose auto, "),
         (["--device", "meta"], "'meta' is not a device"),

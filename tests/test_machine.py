@@ -34,6 +34,7 @@ def test_freed_memory_is_kept_on_a_cpu_unless_a_person_says_otherwise(forked):
     assert page_faults("cpu") < 10
     assert page_faults("cuda") > 30  # huge pages have 2 MB
     assert page_faults("cpu", MALLOC_TRIM_THRESHOLD_="131072") > 30
+    assert page_faults("cpu", MALLOC_TOP_PAD_="0") > 30
     assert page_faults("cpu", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072") > 30
 
 
@@ -126,6 +127,7 @@ def test_kernels_are_deterministic_or_the_fastest(monkeypatch, deterministic):
     try:
         make_repeatable(deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # what has no such kernel is an error
         assert torch.backends.cudnn.benchmark is not deterministic
         assert os.environ == ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {})
     finally:

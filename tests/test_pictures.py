@@ -117,6 +117,18 @@ def test_a_picture_stored_turned_is_the_upright_one(tmp_path, orientation, kind)
     assert torch.equal(read(tmp_path / f"turned.{kind}"), read(tmp_path / "upright.png"))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_a_picture_stored_turned_that_is_not_in_rgb(tmp_path, mode):
+    upright, exif = noise(70, 41).convert("L"), Image.Exif()
+    exif[0x0112] = 6
+    upright = Image.fromarray(np.asarray(upright, dtype=np.uint16) * 257) if mode == "I;16" else upright.convert(mode)
+    if mode in ("RGBA", "LA"):
+        upright.putalpha(noise(70, 41, seed=1).convert("L"))
+    upright.transpose(UNDO[6]).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert torch.equal(read(tmp_path / "turned.png"), read(tmp_path / "upright.png"))
+
+
 @pytest.mark.parametrize("kind", ["jpg", "mpo"])  # mpo is what many telephones write: a JPEG with further pictures behind it
 def test_a_photograph_stored_turned(tmp_path, kind):
     upright, exif = noise(704, 416), Image.Exif()
@@ -174,6 +186,7 @@ def test_a_palette_with_transparency(tmp_path, transparency, kind):
         (2, 0, bytes([0x1B]), 1, [0, 255, 170, 255]),
         (1, 0, b"\x40", 0, [255, 255]),
         (16, 0, struct.pack(">HH", 4863, 2570), 4863, [255, 10]),
+        (16, 0, struct.pack(">HH", 4863, 4864), 4863, [255, 19]),  # another one, though the same in 8 bits
         (8, 2, bytes([5, 5, 5, 5, 5, 6]), 5, [255, 5]),
     ],
 )
@@ -290,6 +303,7 @@ REFUSED = {  # how to make the file, why it is refused
     "16 bits, signed": (lambda p: tiff(p, 16, struct.pack("<hh", -5, 300), 2, sample_format=2), RANGE),
     "8 bits, signed": (lambda p: tiff(p, 8, bytes([5, 250]), 2, sample_format=2), RANGE),
     "32 bits": (lambda p: Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)).save(p, "TIFF"), RANGE),
+    "32 bits, unsigned": (lambda p: tiff(p, 32, struct.pack("<II", 5, 300), 2), RANGE),
     "floats": (lambda p: Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(p, "TIFF"), RANGE),
     "transparent colour": (lambda p: png(p, 16, 2, bytes(6), 4863), "its transparent colour has 16 bits"),
     "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB),

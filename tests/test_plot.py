@@ -80,10 +80,10 @@ def test_training_curve_is_averaged_over_one_epoch_whatever_the_batch_size(tmp_p
 
 
 def test_long_runs_are_thinned_and_keep_their_last_row():
-    train = pd.DataFrame({"epoch": np.arange(1, 30_001) / 100, "loss": 1.0, "error": 1.0})
+    train = pd.DataFrame({"epoch": np.arange(1, 30_008) / 100, "loss": 1.0, "error": 1.0})
     thinned = plot.over_runs([plot.moving_average(train, 1)])
     assert 3000 <= len(thinned) <= 6000
-    assert thinned.index[-1] == 300
+    assert thinned.index[-1] == 300.07
 
 
 def test_runs_are_compared_in_one_figure_with_one_legend(call_main, tmp_path):
@@ -156,6 +156,14 @@ def test_a_damaged_row_is_left_out_and_told_of(call_main, saved, tmp_path, line)
     np.testing.assert_allclose(np.stack([x, y]), np.loadtxt(lines[1:], delimiter=",").T[:2])
 
 
+def test_a_csv_that_an_editor_has_saved_is_read(tmp_path):
+    """With the mark that some put before the first column."""
+    run = write_run(tmp_path / "run")
+    before = runs.read_csv(run / "test.csv")
+    (run / "test.csv").write_text((run / "test.csv").read_text(), encoding="utf-8-sig")
+    pd.testing.assert_frame_equal(runs.read_csv(run / "test.csv"), before)
+
+
 def test_of_several_damaged_rows_the_first_is_told_of_and_their_number(call_main, tmp_path):
     run = write_run(tmp_path / "run")
     with (run / "train.csv").open("a") as file:
@@ -196,6 +204,10 @@ def a_column_too_many(run):
     (run / "train.csv").write_text("epoch,loss,error\n0.5,1,1,1\n")
 
 
+def a_column_twice(run):
+    (run / "train.csv").write_text("epoch,loss,error,loss\n0.5,1,1,1\n")
+
+
 def other_columns(run):
     (run / "train.csv").write_text("a,b\n1,2\n")
 
@@ -211,6 +223,7 @@ def text_in_cells(run):
         (empty_files, "there is nothing to draw yet: train.csv and test.csv have no row"),
         (header_only, "there is nothing to draw yet: train.csv and test.csv have no row"),
         (other_columns, "has no columns epoch, loss, error"),
+        (a_column_twice, "has no columns epoch, loss, error"),
         (text_in_cells, "train.csv is damaged, line 2 ('1,good,2') is not 3 finite numbers"),
         (no_text, "train.csv has no columns epoch, loss, error"),
         (a_folder, "test.csv: Is a directory"),
@@ -342,6 +355,7 @@ def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp
     deep = write_seeds(tmp_path / "deep", [(1, 30), (2, 30), (4, 25)], depth=100)
     flat = write_seeds(tmp_path / "flat", [(8, 30), (9, 30)])
     (flat[0] / "test.csv").write_text("epoch,loss,error\n")  # its first epoch is not done
+    pd.read_csv(deep[1] / "test.csv").eval("loss = 3 * loss").to_csv(deep[1] / "test.csv", index=False)
     status, _, errors = call_main(plot, *deep, *flat, "--average", "--smooth", 0, "--out", tmp_path / "one.png")
     assert (status, errors) == (0, "")
     panel = saved[0].axes[0]
@@ -352,6 +366,7 @@ def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp
     assert test[0].tolist() == [*range(1, 26)]
     assert len(other[0]) == 300
     tested = [pd.read_csv(run / "test.csv")["loss"][:25] for run in deep]
+    np.testing.assert_allclose(test[1], np.mean(tested, axis=0))
     (band,) = (path.vertices for each in panel.collections for path in each.get_paths())
     for extreme in (np.min(tested, axis=0), np.max(tested, axis=0)):
         assert {*map(tuple, np.stack([test[0], extreme], axis=1).round(6))} <= {*map(tuple, band.round(6))}
@@ -458,6 +473,7 @@ def upright(axes):
         ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.1], {"epochs": 8}, [], [3, 7]),
         ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.1], None, ["--since", 3], [7]),
         ([1] * 8, {"epochs": 8}, [], []),
+        ([1, 1, 2, 2, 2, 2, 2, 2], None, [], [2]),
     ],
 )
 def test_changes_of_the_learning_rate_are_upright_lines(call_main, saved, tmp_path, rates, arguments, flags, expected):
@@ -504,6 +520,8 @@ def test_the_numbers_of_a_logarithmic_axis_are_plain_decimals(call_main, saved, 
     assert numbers(error) == ["0.005", *expected[5:], "5", "10", "20", "50"]
     assert call_main(plot, run, "--out", tmp_path / "one.png", "--linear")[0] == 0
     assert [axes.get_yscale() for axes in saved[1].axes] == ["linear", "linear"]
+    assert call_main(plot, run, "--out", tmp_path / "one.png", "--linear", "--log-error")[0] == 0
+    assert [axes.get_yscale() for axes in saved[2].axes] == ["linear", "log"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -613,11 +631,11 @@ def test_the_first_epoch_is_averaged_over_what_there_is(tmp_path):
 
 
 def test_in_the_middle_of_an_epoch_an_epoch_has_as_many_steps(tmp_path):
-    run = write_run(tmp_path / "run", epochs=2)
+    run = write_run(tmp_path / "run", epochs=2, steps=3)
     lines = (run / "train.csv").read_text().splitlines(keepends=True)
-    (run / "train.csv").write_text("".join(lines[:14]))  # 13 steps, of 10 an epoch
+    (run / "train.csv").write_text("".join(lines[:6]))  # 5 steps, of 3 an epoch; the last is at 1.666667
     smooth = plot.read_curve([run], smooth=1.0).tables["train"]["loss"]["mean"]
-    assert smooth.iloc[-1] == pytest.approx(pd.read_csv(run / "train.csv")["loss"][-10:].mean())
+    assert smooth.iloc[-1] == pytest.approx(pd.read_csv(run / "train.csv")["loss"][-3:].mean())
 
 
 def test_fonts_of_a_pdf_are_truetype(call_main, tmp_path):

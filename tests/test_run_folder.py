@@ -89,6 +89,16 @@ def test_resume_of_a_finished_run_changes_nothing(call_main, tiny_run, tmp_path)
     assert_same_run(tiny_run, tmp_path / "run")
 
 
+def test_no_file_that_has_the_name_of_a_runs_is_replaced_unasked(tmp_path):
+    """Such as a figure of yours."""
+    for name in run_folder.FILES:
+        (tmp_path / name).mkdir()
+        run_folder.refuse_to_replace(tmp_path / name, resume=False, force=False)
+        (tmp_path / name / name).touch()
+        with pytest.raises(Refused, match="already holds a run"):
+            run_folder.refuse_to_replace(tmp_path / name, resume=False, force=False)
+
+
 def test_resume_begins_where_there_is_nothing_yet_and_says_so(call_main, tmp_path):
     for folder in ("new", "begun"):
         (tmp_path / folder).mkdir()

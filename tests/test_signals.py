@@ -193,13 +193,26 @@ def test_a_clusters_warning_is_followed_by_no_second_one(start):
     assert finish(run).returncode == 128 + signal.SIGXCPU or run.returncode == 128 + signal.SIGUSR1
 
 
-def test_the_first_signal_is_the_one_that_counts():
+@pytest.fixture
+def handlers_put_back():
     before = {each: signal.getsignal(each) for each in endings.STOPPING}
-    try:
-        stop = endings.StopSignals()
-        for signum in (signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
-            os.kill(os.getpid(), signum)
-        assert stop.received == signal.SIGUSR1
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+def test_signals_that_the_shell_ignores_stop_a_run_but_a_closed_terminal_does_not(handlers_put_back):
+    """A batch script may ignore SIGUSR1, and a shell ignores SIGINT for what it starts in the background."""
+    for each in endings.STOPPING:
+        signal.signal(each, signal.SIG_IGN)
+    endings.StopSignals()
+    assert {each for each in endings.STOPPING if signal.getsignal(each) == signal.SIG_IGN} == {signal.SIGHUP}
+
+
+def test_the_first_signal_is_the_one_that_counts(handlers_put_back):
+    stop = endings.StopSignals()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # they end it at once
+    for signum in (signal.SIGHUP, signal.SIGXCPU):
+        os.kill(os.getpid(), signum)
+    assert stop.received == signal.SIGUSR1

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 import weakref
 from functools import cache, partial
@@ -31,6 +32,7 @@ from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
 from flags import model_arguments
+from machine import set_precision
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
@@ -70,7 +72,8 @@ def test_adam_and_rmsprop_keep_their_library_defaults():
         differences = dict(set(ours.defaults.items()) ^ set(theirs.defaults.items()))
         assert differences.keys() <= {"fused"}  # the same in one kernel
         assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
-    assert step.make_optimizer(net, parse("--opt", "adam", "--lr", "0.5")).param_groups[0]["lr"] == 0.5
+        for rate in (0.5, 0):
+            assert step.make_optimizer(net, parse("--opt", name, "--lr", str(rate))).param_groups[0]["lr"] == rate
 
 
 def test_a_step_is_that_of_plain_pytorch():
@@ -116,19 +119,21 @@ def test_a_whole_step_runs_on_the_meta_device():
     assert {p.grad.device.type for p in net.parameters()} == {"meta"}
 
 
-def test_nothing_of_a_step_outlives_it():
+@pytest.mark.parametrize("efficient", [False, True])
+def test_nothing_of_a_step_outlives_it(efficient):
     """As the memory of a CUDA graph needs it: no gradient when the next forward pass begins, and no output."""
     torch.manual_seed(0)
-    net = DenseNet(depth=10, growth_rate=4)
+    net = DenseNet(depth=10, growth_rate=4, efficient=efficient)
     gradients, outputs = [], []
     net.register_forward_pre_hook(lambda module, inputs: gradients.extend(p.grad for p in net.parameters()))
-    net.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    for each in (net, net.dense1, net.dense2, net.dense3):
+        each.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
     batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)), 1.0) for _ in range(3)]
     take = TrainingStep(net, parse(), torch.device("cpu"), World())
     for batch in batches:
         take(*batch)
-        assert outputs[-1]() is None
-    assert len(outputs) == 3
+        assert all(output() is None for output in outputs)
+    assert len(outputs) == 3 * 4
     assert all(gradient is None for gradient in gradients)
 
 
@@ -201,6 +206,8 @@ def test_a_step_that_waits_for_the_device_is_not_captured_and_says_so_once(strea
     with pytest.warns(UserWarning, match="called a synchronizing"):  # outside of the step that is watched
         take, results = take_captured_steps(wait)
     assert take.gradients.graph is None
+    for stream in (take.gradients.stream, torch.cuda.current_stream()):  # each waits for the other, around each warm-up
+        assert stream.wait_stream.call_count == step.WARM_UP_STEPS
     assert torch.stack(results).isfinite().all()
     assert capsys.readouterr().out == "steps are taken eagerly, not captured: this net waits for the device in each\n"
 
@@ -582,6 +589,19 @@ def test_init_makes_its_net_where_no_model_flags_are_given(call_main, tmp_path, 
     assert (after, after["depth"]) == (before | {"drop_rate": 0.2}, 16)
 
 
+@pytest.mark.parametrize(
+    ("flags", "begun", "size"), [([], {}, 64), ([], {"image_size": 8}, 8), (["--image-size", "16"], {}, 16), (TINY[:2], {}, 32)]
+)
+def test_pictures_have_the_size_of_the_net_of_init_unless_told_otherwise(monkeypatch, tiny_run, tmp_path, flags, begun, size):
+    """By the flag, or by the run that was killed before its checkpoint; the images of other data sets have their own."""
+    init = load_checkpoint(tiny_run / "latest.pth")
+    torch.save(init | {"args": init["args"] | {"image_size": 64}}, tmp_path / "net.pth")
+    words = ["--dataset", "folder", "--init", str(tmp_path / "net.pth"), *flags]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    args, _ = train.read_init(train.build_parser(), parse(*words), begun)
+    assert (args.image_size, args.depth) == (size, 10)
+
+
 def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictures, tmp_path):
     """Two, instead of ten: the one that --seed gives. At rate 0 the net ends with the weights that it began with."""
     weights, run = tiny_run / "latest.pth", tmp_path / "run"
@@ -731,6 +751,26 @@ def test_a_net_that_is_not_finite_is_not_saved(call_main, tmp_path):
     status, _, errors = call_main(train, *TINY, *flags)
     assert (status, "on the test images after epoch 1" in errors) == (1, True)
     assert not (tmp_path / "run" / "latest.pth").exists()
+
+
+def test_a_test_loss_may_be_far_beyond_that_of_a_step(call_main, monkeypatch, tmp_path):
+    """The running statistics lag behind the weights; the loss of the held-out images has to be finite, too."""
+    flags = [*TINY, "--epochs", 1, "--batch-size", 96, "--val", 9, "--no-plot", "--save", tmp_path / "run"]
+    status, _, errors = call_main(train, *flags, "--lr", 1e4)
+    assert status == 0, errors
+    assert pd.read_csv(tmp_path / "run" / "test.csv")["loss"][0] > train.MAX_LOSS
+    monkeypatch.setattr(train, "test", lambda *arguments: [1.0, 1.0, math.nan, 1.0])
+    status, _, errors = call_main(train, *flags, "--force")
+    assert (status, "the loss is nan on the test images after epoch 1" in errors) == (1, True)
+
+
+def test_a_step_rounds_as_its_run_says(put_back):
+    """Whatever was set before. Losses are scaled in fp16 alone."""
+    for before, precision in itertools.pairwise(["fp32", "tf32", "fp32", "bf16", "fp32", "fp16"]):
+        set_precision(before)
+        take = TrainingStep(torch.nn.Linear(2, 2), parse("--precision", precision), torch.device("cpu"), World())
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+        assert take.scaler.is_enabled() == (precision == "fp16")
 
 
 def test_in_fp16_a_step_that_overflows_is_left_out_and_the_scale_is_halved():
