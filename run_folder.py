@@ -21,6 +21,7 @@ from endings import Refused, naming, read_json, say
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
+FILES += ["confusion.csv", "confusion.png", "confusion-val.csv", "confusion-val.png"]  # evaluate.py's, of its checkpoint
 
 # Entries of args.json that may differ when a run is resumed; epochs have a check of their own.
 MAY_CHANGE = {"data", "device", "compile", "capture", "efficient", "deterministic", "save", "resume", "force", "plot"}

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,6 +85,8 @@ def build_parser():
 
 def read_init(parser, args, begun):
     """(args, in which model flags and a folder's image size that are not given are those of the net of --init; its weights)."""
+    if args.force and Path(args.init).resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
+        raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
     init = load_checkpoint(args.init)
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}

@@ -602,6 +602,17 @@ def test_pictures_have_the_size_of_the_net_of_init_unless_told_otherwise(monkeyp
     assert (args.image_size, args.depth) == (size, 10)
 
 
+def test_a_run_is_not_replaced_by_one_that_begins_with_its_net(call_main, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    (save / "confusion.png").touch()  # evaluate.py's
+    flags = [*TINY, "--epochs", 1, "--no-plot", "--save", save, "--force"]
+    status, _, errors = call_main(train, *flags, "--init", tmp_path / "run" / ".." / "run" / "latest.pth")
+    assert (status, "--force would delete --init" in errors) == (2, True)
+    assert (save / "latest.pth").read_bytes() == (tiny_run / "latest.pth").read_bytes()
+    assert call_main(train, *flags, "--init", tiny_run / "latest.pth")[0] == 0
+    assert not (save / "confusion.png").exists()
+
+
 def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictures, tmp_path):
     """Two, instead of ten: the one that --seed gives. At rate 0 the net ends with the weights that it began with."""
     weights, run = tiny_run / "latest.pth", tmp_path / "run"
