@@ -75,7 +75,7 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    text = "start from this net, which sets the model flags, too: a latest.pth, or a file of evaluate.py --export"
+    text = "start from this net, which sets the model flags but --drop-rate: a latest.pth, or a file of evaluate.py --export"
     model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
