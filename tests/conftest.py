@@ -34,14 +34,15 @@ def pytest_configure(config):
         os.environ["FORK_SERVER"] = config.server.address
 
 
-def pytest_sessionstart():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: the garbage collector need not go through it, meanwhile, in its later turns or at the end."""
     gc.disable()
-
-
-def pytest_collection_finish():
-    """What was imported stays: the garbage collector need not go through it, now, in each of its turns and at the end."""
-    gc.enable()
-    gc.freeze()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_unconfigure(config):
