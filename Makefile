@@ -14,7 +14,7 @@ DEMO = work/demo
 
 demo: .venv/requirements
 	.venv/bin/python train.py --dataset digits --depth 16 --growth-rate 8 --epochs 10 --batch-size 32 --drop-rate 0 --save $(DEMO) --force
-	.venv/bin/python evaluate.py $(DEMO)/latest.pth
+	.venv/bin/python evaluate.py $(DEMO)
 	@ls $(DEMO)/*.png
 
 test: .venv/requirements-test lint

@@ -1,5 +1,6 @@
 """What all figures share: no setting of the machine changes them; names are plain text, in fonts that have their letters."""
 
+import io
 import os
 import textwrap
 import warnings
@@ -80,5 +81,8 @@ def add_legend(figure, entries, style):
 def save(figure, path):
     """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept."""
     options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
-    with naming(path), matplotlib.rc_context(options):
-        figure.savefig(path, dpi=200)
+    content = io.BytesIO()  # so that who looks at the file meanwhile does not see half a figure
+    with matplotlib.rc_context(options):
+        figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
+    with naming(path):
+        path.write_bytes(content.getvalue())

@@ -17,6 +17,7 @@ import re
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
@@ -183,6 +184,13 @@ def named(kind):
         return kind(text)
 
     return parse
+
+
+def checkpoint_path(text):
+    """An argparse type: the name of a checkpoint; a folder stands for its latest.pth, or the net.pth of a run that ships."""
+    path = named(Path)(text)
+    files = [path / "latest.pth", path / "net.pth"]
+    return next(filter(os.path.exists, files), files[0]) if os.path.isdir(path) else path
 
 
 def read_json(path, remedy):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The error of a checkpoint, class by class, with its confusion matrix; or the classes of your own pictures.
 
-    ./evaluate.py work/cifar10.base/latest.pth --data data
-    ./evaluate.py work/cifar10.base/latest.pth --val            the images held out by train.py --val
-    ./evaluate.py work/cifar10.base/latest.pth --image cat.png photos --predictions photos.csv
-    ./evaluate.py work/cifar10.base/latest.pth --export net.pth     the bare weights, and net.json that describes them
+    ./evaluate.py work/cifar10.base --data data
+    ./evaluate.py work/cifar10.base --val                    the images held out by train.py --val
+    ./evaluate.py work/cifar10.base --image cat.png photos --predictions photos.csv
+    ./evaluate.py work/cifar10.base --export net.pth         the bare weights, and net.json that describes them
 
 The net is rebuilt from the checkpoint alone, or from what --export wrote. confusion.csv and confusion.png are written
 beside it, or into --out DIR (with --val, confusion-val): a row for each true class, a column for each predicted one.
@@ -23,12 +23,12 @@ import data
 import drawing
 import endings
 from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, named, say, write_text
+from endings import Refused, checkpoint_path, named, say, write_text
 from flags import add_device_flag
-from folder import list_classes, pictures_in
+from folder import left_out, list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
-from pictures import read_pictures
+from pictures import Unreadable, each_picture, refuse_unreadable
 from run_folder import read_arguments
 
 
@@ -57,7 +57,7 @@ def build_parser():
     usage = "%(prog)s CHECKPOINT [options], which --help lists"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=usage)
     add = parser.add_argument
-    add("checkpoint", type=named(Path), help="latest.pth of a run, or weights of --export")
+    add("checkpoint", type=checkpoint_path, help="a run's folder or its latest.pth, or weights of --export")
     add_device_flag(parser)
     add("--data", metavar="DIR", type=named(str), help="folder of the data set (the one the run was trained on)")
     add("--val", action="store_true", help="the images that the run held out, in place of the test set")
@@ -196,20 +196,36 @@ def shortened(name, letters=50):
 
 
 def classify(net, checkpoint, args, device):
-    """Prints the three most likely classes of each picture; a folder stands for the pictures in it."""
-    for path in args.image:
-        if not path.exists():
-            raise Refused(f"--image {path} does not exist: name a picture, or a folder with pictures")
-    paths = [picture for path in args.image for picture in (pictures_in(path) if path.is_dir() else [path])]
-    images = read_pictures(paths, image_size_of(checkpoint))
-    logits = predict(net, images.to(device), *normalization(checkpoint, device))
-    classes = checkpoint["classes"]
+    """Classifies the pictures that can be read; a folder stands for the pictures in it. Refused then, if some cannot be."""
+    paths = [picture for path in args.image for picture in named_pictures(path)]
+    pictures = [*each_picture(paths, image_size_of(checkpoint))]
+    unreadable = {path: each for path, each in zip(paths, pictures, strict=True) if isinstance(each, Unreadable)}
+    readable = [path for path in paths if path not in unreadable]
+    if readable:
+        images = torch.stack([each for each in pictures if torch.is_tensor(each)])
+        logits = predict(net, images.to(device), *normalization(checkpoint, device))
+        tell_classes(readable, logits, checkpoint["classes"], args.predictions)
+    refuse_unreadable(unreadable)
+
+
+def named_pictures(path):
+    """The picture of --image, or those in the folder, with a line on what else is there."""
+    if not path.exists():
+        raise Refused(f"--image {path} does not exist: name a picture, or a folder with pictures")
+    if not path.is_dir():
+        return [path]
+    say(*left_out(path))
+    return pictures_in(path)
+
+
+def tell_classes(paths, logits, classes, predictions_path):
+    """Prints the three most likely classes of each picture, and writes the file of --predictions."""
     for path, probabilities in zip(paths, logits.softmax(dim=1), strict=True):
         best = probabilities.topk(min(3, len(classes)))
         answers = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         say(f"{path}: {', '.join(answers)}")
-    if args.predictions:
-        write_text(args.predictions, predictions(map(str, paths), logits, classes))
+    if predictions_path:
+        write_text(predictions_path, predictions(map(str, paths), logits, classes))
 
 
 if __name__ == "__main__":

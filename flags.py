@@ -15,6 +15,7 @@ from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
 NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # of a run that is continued
+SGD = {"momentum": 0.9, "nesterov": True}  # defaults of the flags that sgd alone has
 MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
 
 # Defaults that differ from CIFAR's: svhn as in the paper; digits must not be mirrored.
@@ -50,9 +51,9 @@ def add_optimisation_flags(group):
     add("--batch-size", "--batchSz", type=at_least(1), default=64, help="(%(default)s)")
     add("--opt", choices=["sgd", "adam", "rmsprop"], default="sgd", help="(%(default)s)")
     add("--lr", type=number, help="sgd: 0.1, divided by 10 at 1/2 and 3/4 of the epochs; else PyTorch's default, constant")
-    add("--momentum", type=at_least(0, float, high=1), default=0.9, help="of sgd (%(default)s)")
+    add("--momentum", type=at_least(0, float, high=1), default=SGD["momentum"], help="of sgd (%(default)s)")
     add("--weight-decay", type=number, default=1e-4, help="on all parameters (%(default)s)")
-    add("--nesterov", action=switch, default=True, help="or plain momentum for sgd")
+    add("--nesterov", action=switch, default=SGD["nesterov"], help="or plain momentum for sgd")
     add("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
     add("--deterministic", action=switch, default=False, help="only deterministic kernels: slower on a GPU, repeatable")
 
@@ -169,6 +170,8 @@ def refuse_contradictions(args, device, processes=1):
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)
+    if args.opt != "sgd" and any(getattr(args, name) != value for name, value in SGD.items()):
+        raise Refused(f"--momentum and --no-nesterov are of sgd: leave them out with --opt {args.opt}")
     if args.sync_bn and args.efficient:
         raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":

@@ -27,7 +27,7 @@ def read_part(root, part, image_size, quiet=False):
     if part == "train":
         check_classes(root, classes, image_size)
         if not quiet:
-            say(*left_out(root))
+            say(*left_out(root, [root / "train", root / "test"]))
     files = [file for files in classes.values() for file in files]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
@@ -107,12 +107,13 @@ def visible(folder):
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def left_out(root):
-    """A line that counts the files in train and test that are not read, by extension, if there are any but hidden ones."""
-    parts = [root / "train", root / "test"]
-    others = (
-        file for part in parts for file in list_files(part) if file.suffix.lower() not in EXTENSIONS or file.parent == part
-    )
+def left_out(root, parts=()):
+    """A line that counts, by extension, the files below root that are not read, if there are any but hidden ones.
+
+    With the parts of a data set: those below them; pictures in a part itself, beside its classes, are not read either.
+    """
+    files = (file for folder in parts or [root] for file in list_files(folder))
+    others = (file for file in files if file.suffix.lower() not in EXTENSIONS or file.parent in parts)
     kinds = Counter(file.suffix.lower() or "without extension" for file in others)
     counts = [f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common(MANY_KINDS)]
     if kinds:

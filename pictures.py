@@ -19,7 +19,7 @@ from machine import num_cpus
 from progress import on_terminal, progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-MANY_UNREADABLE = 10  # pictures, after which no more are looked for
+MANY_UNREADABLE = 10  # pictures; no more are named
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
 
 # Modes of Pillow's that it converts to RGB rightly, or to RGBA where something is transparent.
@@ -31,30 +31,42 @@ SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 def read_pictures(paths, size, title=None):
     """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is.
 
-    Refused, with the names of up to MANY_UNREADABLE, if some cannot be read.
+    Refused if some cannot be read; after MANY_UNREADABLE of these the rest is not looked at.
     """
-    images, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), []
+    images, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), {}
+    with contextlib.closing(each_picture(paths, size, title)) as pictures:
+        for i, picture in enumerate(pictures):
+            if isinstance(picture, Unreadable):
+                unreadable[paths[i]] = picture
+            else:
+                images[i] = picture
+            if len(unreadable) == MANY_UNREADABLE:
+                break
+    refuse_unreadable(unreadable)
+    return images
+
+
+def each_picture(paths, size, title=None):
+    """Yields each picture as a tensor (3, size, size) uint8, or why it cannot be read, an Unreadable."""
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     bar = progress(shown=bool(title), desc=title, total=len(paths), unit="")
     if title and not on_terminal():
         say(title)
     with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well
         try:
-            pictures = pool.map(partial(read_picture, size=size), paths)
-            for i, picture in enumerate(pictures):
-                if isinstance(picture, Unreadable):
-                    unreadable.append(f"{paths[i]} ({picture})")
-                else:
-                    images[i] = picture
-                if len(unreadable) == MANY_UNREADABLE:
-                    break
+            for picture in pool.map(partial(read_picture, size=size), paths):
+                yield picture
                 bar.update()
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
-    if unreadable:
-        more = ", perhaps more" * (len(unreadable) == MANY_UNREADABLE)
-        raise Refused(f"cannot be read as pictures: {', '.join(unreadable)}{more}: put 8-bit RGB there, or remove them")
-    return images
+
+
+def refuse_unreadable(reasons):
+    """Refused if there is a reason, {path: why it cannot be read}; some are named."""
+    if reasons:
+        named = ", ".join(f"{path} ({reason})" for path, reason in [*reasons.items()][:MANY_UNREADABLE])
+        more = ", perhaps more" * (len(reasons) >= MANY_UNREADABLE)
+        raise Refused(f"cannot be read as pictures: {named}{more}: put 8-bit RGB there, or remove them")
 
 
 class Unreadable(ValueError):

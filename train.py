@@ -75,8 +75,8 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    text = "start from this net, which sets the model flags but --drop-rate: a latest.pth, or a file of evaluate.py --export"
-    model_group.add_argument("--init", metavar="FILE", type=endings.named(str), help=text)
+    text = "start from this net, which sets the model flags but --drop-rate: a run, or a file of evaluate.py --export"
+    model_group.add_argument("--init", metavar="DIR|FILE", type=lambda name: str(endings.checkpoint_path(name)), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))

@@ -12,6 +12,7 @@ forward pass was right. A batch of one image hid the bug, and so did any other k
 """
 
 import argparse
+import os
 import runpy
 import sys
 from contextlib import contextmanager
@@ -25,13 +26,20 @@ import torch.nn as nn
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onednn", action="store_true", help="plant it in oneDNN's kernels only: not in float64, not if off")
-    parser.add_argument("script", help="the program, a Python file")
+    parser.add_argument("script", type=program, help="the program, a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     args = parser.parse_args()
     sys.argv = [args.script, *args.arguments]
     sys.path.insert(0, str(Path(args.script).resolve().parent))
     with planted_bug(computed_by_onednn if args.onednn else everywhere):
         runpy.run_path(args.script, run_name="__main__")
+
+
+def program(text):
+    """An argparse type: the name of a file."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text} is no file: name a program")
+    return text
 
 
 def everywhere(output):

@@ -248,7 +248,7 @@ def other_net(path):
         (other_checkpoint, "is no checkpoint of train.py"),
         (bare_tensor, "is no checkpoint of train.py"),
         (nothing, "does not exist: name the latest.pth of a run"),
-        (folder, "file.pth is no file: name the latest.pth of a run"),
+        (folder, "file.pth/latest.pth does not exist: name the latest.pth of a run"),
         (vgg, "is no checkpoint of train.py"),
         (other_net, "is no checkpoint of train.py"),
     ],

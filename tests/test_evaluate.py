@@ -15,6 +15,7 @@ from PIL import Image
 from test_run_folder import damage
 
 import data
+import endings
 import evaluate
 from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused
@@ -90,6 +91,35 @@ def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
         picture = tmp_path / f"{name}.png"
         status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", picture)
         assert (status, told.format(picture) in errors) == (2, True)
+
+
+def test_pictures_that_cannot_be_read_are_named_after_the_classes_of_the_others(call_main, tiny_run, tmp_path):
+    photos, table = tmp_path / "photos", tmp_path / "photos.csv"
+    photos.mkdir()
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (9, 9), "red").save(photos / name)
+    for name in ("b.png", "d.jpg", "e.HEIC", ".hidden"):
+        (photos / name).write_bytes(b"broken")
+    twice = ["--image", photos, photos / "a.png"]
+    status, out, errors = call_main(evaluate, tiny_run, *twice, "--predictions", table)
+    assert status == 2
+    first, *classes, last = out.splitlines()
+    assert first == f"{photos}: files that are not read: 1 .heic"
+    named = [str(photos / name) for name in ("a.png", "c.png", "a.png")]
+    assert [line.split(":")[0] for line in classes] == named
+    assert classes[0] == classes[2]
+    assert last == f"wrote {table}"
+    assert pd.read_csv(table)["picture"].tolist() == named
+    sentence = errors.splitlines()[-1]
+    assert re.search(r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): put 8-bit RGB there", sentence)
+
+
+@pytest.mark.parametrize("kept", [["latest.pth", "net.pth"], ["net.pth"], []])
+def test_a_folder_stands_for_the_checkpoint_in_it(tmp_path, kept):
+    for name in kept:
+        (tmp_path / name).touch()
+    assert endings.checkpoint_path(str(tmp_path)) == tmp_path / (kept or ["latest.pth"])[0]
+    assert endings.checkpoint_path(str(tmp_path / "net.pth")) == tmp_path / "net.pth"
 
 
 @pytest.mark.parametrize(

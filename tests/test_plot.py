@@ -67,6 +67,18 @@ def test_three_figures_are_drawn_and_not_empty(call_main, tmp_path):
         assert 0.002 < colored(run / name) < 0.2
 
 
+def test_a_figure_is_written_when_it_is_drawn(call_main, monkeypatch, tmp_path):
+    """Who looks at the file meanwhile sees the old one."""
+    run, savefig = write_run(tmp_path / "run"), Figure.savefig
+    path = run / "curve.png"
+    path.write_bytes(b"old")
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda *a, **k: [savefig(*a, **k), seen.append(path.read_bytes())])
+    assert call_main(plot, run, "--out", path)[0] == 0
+    assert seen == [b"old"]
+    assert Image.open(path).format == "PNG"
+
+
 @pytest.mark.parametrize("steps", [1, 10, 782])
 def test_training_curve_is_averaged_over_one_epoch_whatever_the_batch_size(tmp_path, steps):
     folder = write_run(tmp_path / "run", epochs=3, steps=steps)

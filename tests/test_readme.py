@@ -41,7 +41,7 @@ def test_from_a_picture_to_the_name_of_a_class(call_main, capsys, tmp_path):
         picture.save(tmp_path / "cat.png")
         run(PRETRAINED, {"THIS-FOLDER": str(ROOT), "cat.jpg": str(tmp_path / "cat.png")})
         names.append(capsys.readouterr().out.strip())
-        status, out, _ = call_main(evaluate, ROOT / "work" / "bc-40-12" / "net.pth", "--image", tmp_path / "cat.png")
+        status, out, _ = call_main(evaluate, ROOT / "work" / "bc-40-12", "--image", tmp_path / "cat.png")
         assert (status, out.split()[1]) == (0, names[-1])
     assert names[0] != names[1]
 

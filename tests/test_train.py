@@ -541,7 +541,7 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
     if exported:
         assert call_main(evaluate, tiny_run / "latest.pth", "--export", weights)[0] == 0
     flags = ["--seed", 2, "--lr", 0, "--epochs", 1, "--no-plot", "--save", tmp_path / "run"]
-    status, _, errors = call_main(train, *TINY, "--init", weights, *flags)
+    status, _, errors = call_main(train, *TINY, "--init", weights if exported else tiny_run, *flags)
     assert status == 0, errors
     before, after = (build_net(load_checkpoint(path)) for path in (weights, tmp_path / "run" / "latest.pth"))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
