@@ -47,16 +47,11 @@ def main():
     args = flags.parse_args(parser)
     with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
-        run_folder.refuse_to_replace(args.save, args.resume, args.force)
-        begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
+        args, begun = continued(parser, args)
         with distributed.joined(world, choose_device(args.device)) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
-            if args.resume and not begun and world.rank == 0:
-                say(f"{args.save} holds no run yet: one is begun")
-            reads = args.init and fresh and world.rank == 0  # a run that continues needs no --init
-            args, weights = read_init(parser, args, begun) if reads else (args, None)
-            args, begun, weights = distributed.share_object((args, begun, weights), world)  # another machine may lack the files
+            start = starting_point(parser, args, begun, fresh) if world.rank == 0 else None
+            args, begun, weights = distributed.share_object(start, world)  # another machine may lack the files
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
@@ -81,6 +76,21 @@ def build_parser():
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
     return parser
+
+
+def continued(parser, args):
+    """(args, with --resume those of the run that is continued; its args.json, or {})."""
+    run_folder.refuse_to_replace(args.save, args.resume, args.force)
+    begun = run_folder.read_arguments(args.save) if args.resume else {}
+    return flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY), begun
+
+
+def starting_point(parser, args, begun, fresh):
+    """(args, begun, the weights of --init or None); a run that continues, not fresh, needs no --init."""
+    if args.resume and not begun:
+        say(f"{args.save} holds no run yet: one is begun")
+    args, weights = read_init(parser, args, begun) if args.init and fresh else (args, None)
+    return args, begun, weights
 
 
 def read_init(parser, args, begun):
