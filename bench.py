@@ -112,8 +112,9 @@ def measure(factories, args, device):
     """{name: its numbers}; each factory is called in a process of its own, and makes a step: a function without arguments."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(name, factory, device)) for name, factory in factories.items()]
-        for group in [[each] for each in workers] if device.type == "cpu" else [workers]:  # a CPU's cores would be shared
-            take_steps(group, 5)  # in them kernels are compiled and graphs captured
+        compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]  # for a minute
+        for group in [compiling, *([each] for each in workers if each not in compiling)]:
+            take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
         answers = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     return {n: {"ms_a_step": [each[i][0] for each in answers], "memory_gb": answers[-1][i][1]} for i, n in enumerate(factories)}
 
@@ -150,9 +151,8 @@ def receive(process, connection):
     except (EOFError, OSError) as error:
         process.join()
         if process.exitcode >= 0:
-            raise RuntimeError(f"the process of {process.name} has ended") from error
-        sentence = f"the process of {process.name} was killed: if memory ran out, choose {REMEDY}"
-        raise endings.Refused(sentence, status=1) from error
+            raise RuntimeError(f"{process.name}'s process has ended") from error
+        raise endings.Refused(f"{process.name}'s process was killed: if memory ran out, choose {REMEDY}", status=1) from error
     if isinstance(answer, Exception):
         raise answer
     return answer

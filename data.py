@@ -97,7 +97,7 @@ def read_cifar(dataset_class, root, part):
     refuse_damaged(paths)
     if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
         refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
-    data = download(one_part, root, dataset_class.filename, train=part == "train")
+    data = download(one_part, root, dataset_class.filename, [path for path, _ in paths], train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
@@ -106,7 +106,7 @@ def read_svhn(root, part):
     splits = ["train", "extra"] if part == "train" else ["test"]
     files = {split: SVHN.split_list[split][1:] for split in splits}
     refuse_damaged([(root / name, md5) for name, md5 in files.values()])
-    parts = [download(SVHN, root, files[split][0], split=split) for split in splits]
+    parts = [download(SVHN, root, name, [root / name], split=split) for split, (name, _) in files.items()]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
     return images, labels.long(), [*map(str, range(10))]
 
@@ -140,14 +140,14 @@ def refuse_damaged(files):
             raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
 
 
-def download(dataset_class, root, archive, **kwargs):
-    """torchvision's data set; missing files are downloaded, or extracted from the archive in root, which may be made for it."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
+def download(dataset_class, root, archive, files, **kwargs):
+    """torchvision's data set; if files are missing, by a download or from the archive in root, a folder that may be new."""
+    new = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        return dataset_class(root, download=True, **kwargs)
+        return dataset_class(root, download=not all(path.exists() for path in files), **kwargs)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
-            for path in missing:  # a mistyped name leaves no folder behind
+            for path in new:  # a mistyped name leaves no folder behind
                 path.rmdir()
         lacks = f"{root} lacks files of {dataset_class.__name__}, and downloads fail ({error})"
         raise Refused(f"{lacks}: put {archive} there or name another --data") from error

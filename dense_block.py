@@ -464,7 +464,7 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
 def convolution_backward(grad, x, weight):
     """Gradients of the input (N, H, W, C) and of the weight, of a 1x1 or padded 3x3 kernel."""
     if weight.shape[2] == 1:  # two matrix products
-        return (rows(grad) @ weight.flatten(1)).view(x.shape), (rows(grad).t() @ rows(x)).view(weight.shape)
+        return (rows(grad) @ weight.flatten(1)).view(x.shape), nchw((rows(grad).t() @ rows(x)).view(len(weight), 1, 1, -1))
     grad_x, grad_w, _ = aten.convolution_backward(
         nchw(grad), nchw(x), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     )

@@ -7,6 +7,8 @@ are averaged by DistributedDataParallel, and rank 0 alone reads and writes files
 import atexit
 import contextlib
 import gc
+import os
+import sys
 import warnings
 from datetime import timedelta
 from typing import NamedTuple
@@ -52,8 +54,13 @@ def joined(world, device):
     atexit.register(free, dist.group.WORLD)
     try:
         yield device
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        if device.type == "cuda":  # NCCL ends on all ranks together, and the others may be waiting for this one
+            atexit.register(leave, getattr(error, "status", 1))
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def own_device(world, device):
@@ -88,6 +95,13 @@ def free(group):
     to free the tensor of its last task: that aborts the process, and the other ranks wait for it in vain.
     """
     gc.collect()
+
+
+def leave(status):
+    """At exit, ends the process, and leaves the group as it is; torchrun then ends the other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check_batches(world, batch_size, num_images):

@@ -146,7 +146,11 @@ def make_optimizer(net, args):
     if args.opt == "adam":
         return torch.optim.Adam(net.parameters(), fused=fused, **options)
     nesterov = args.nesterov and args.momentum > 0
-    return torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
+    optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
+    if args.precision == "fp16" and args.momentum:  # fused, it leaves them uninitialised where the first step overflows
+        for parameter in net.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def schedule(args, epochs):

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,9 +133,7 @@ def test_a_bug_in_a_worker_is_a_bug_and_a_killed_one_is_named():
         [(ms, gigabytes)] = bench.take_steps([worker], 1)
         assert ms > 0 < gigabytes
         for _ in range(2):  # it is gone also when it is asked again
-            with pytest.raises(
-                endings.Refused, match=r"^the process of efficient was killed: if memory ran out, choose a smaller"
-            ):
+            with pytest.raises(endings.Refused, match=r"^efficient's process was killed: if memory ran out, choose a smaller"):
                 bench.take_steps([worker], 1)
 
 
@@ -148,22 +147,23 @@ def test_a_number_is_of_one_step_and_memory_is_in_bytes(monkeypatch):
     assert gigabytes == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, rel=0.01)
 
 
-@pytest.mark.parametrize(("kind", "warm_ups"), [("cpu", [["a"], ["b"]]), ("cuda", [["a", "b"]])])
+@pytest.mark.parametrize(("kind", "warm_ups"), [("cpu", ["a", "x-compiled", "b", "y-compiled"]), ("cuda", ["xy", "a", "b"])])
 def test_variants_warm_up_and_then_take_turns(monkeypatch, kind, warm_ups):
-    """What is measured first is in no number: kernels are compiled and graphs captured in it."""
-    asked = []
+    """What is measured first is in no number: kernels are compiled and chosen in it, on a GPU that is not shared then."""
+    asked, names = [], ["a", "x-compiled", "b", "y-compiled"]
 
     def take_steps(workers, steps):
-        asked.append((workers, steps))
+        if workers:
+            asked.append(([process.name for process, _ in workers], steps))
         return [(len(asked), len(asked) / 8)] * len(workers)
 
-    monkeypatch.setattr(bench, "worker", lambda name, factory, device: contextlib.nullcontext(name))
+    monkeypatch.setattr(bench, "worker", lambda name, *_: contextlib.nullcontext((SimpleNamespace(name=name), None)))
     monkeypatch.setattr(bench, "take_steps", take_steps)
-    results = bench.measure({"a": None, "b": None}, argparse.Namespace(rounds=2, steps=30), torch.device(kind))
-    assert asked == [(names, 5) for names in warm_ups] + [(["a"], 30), (["b"], 30)] * 2
-    first = len(warm_ups) + 1
-    for i, name in enumerate("ab", start=first):
-        assert results[name] == {"ms_a_step": [i, i + 2], "memory_gb": (i + 2) / 8}
+    results = bench.measure(dict.fromkeys(names), argparse.Namespace(rounds=2, steps=30), torch.device(kind))
+    groups = [["x-compiled", "y-compiled"] if group == "xy" else [group] for group in warm_ups]
+    assert asked == [(group, 5) for group in groups] + [([name], 30) for name in names] * 2
+    for i, name in enumerate(names, start=len(groups) + 1):
+        assert results[name] == {"ms_a_step": [i, i + 4], "memory_gb": (i + 4) / 8}
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,19 @@ def test_the_test_part_needs_no_training_file(cifar, tmp_path):
     assert classes == whole.classes
     with pytest.raises(Refused, match=f"{tmp_path} lacks files of CIFAR10, and downloads fail"):
         data.read_part("cifar10", tmp_path, "train")
+
+
+def test_what_is_there_is_not_asked_for(cifar, monkeypatch):
+    """Each file's checksum is computed twice: by us, to name what is damaged, and by torchvision, before it reads."""
+    checked, check = [], torchvision.datasets.utils.calculate_md5
+
+    def noted(path, *arguments):
+        checked.append(Path(path).name)
+        return check(path, *arguments)
+
+    monkeypatch.setattr(torchvision.datasets.utils, "calculate_md5", noted)
+    data.read_part("cifar10", cifar, "test")
+    assert checked.count("test_batch") == 2
 
 
 def test_the_folder_of_the_batches_may_be_named_itself(cifar, monkeypatch):

@@ -319,6 +319,35 @@ def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):
         torch.testing.assert_close(norms[1].state_dict()[name], values, rtol=1e-5, atol=1e-6)
 
 
+ON_GPUS = """
+import argparse, atexit, sys, torch, distributed, endings
+distributed.own_device = lambda world, device: torch.device("cuda")
+distributed.meet = lambda world, device: None
+distributed.free = lambda group: print("freed")
+distributed.dist.destroy_process_group = lambda: print("destroyed")
+with endings.worded(argparse.ArgumentParser(prog="program", usage="of it"), "", ""):
+    with distributed.joined(distributed.World(size=2), torch.device("cuda")):
+        print("said")
+        {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "out", "told"),
+    [
+        ("raise endings.Refused('no')", 2, "said\n", "program: error: no"),
+        ("raise endings.Refused('no', status=1)", 1, "said\n", "program: no"),
+        ("raise endings.Stopped(15)", 128 + 15, "said\n", "program: stopped by SIGTERM"),
+        ("raise ValueError('bug')", 1, "said\n", "program: this is a bug"),
+        ("pass", 0, "said\ndestroyed\nfreed\n", None),
+    ],
+)
+def test_a_rank_that_fails_does_not_wait_for_nccl(forked, ending, status, out, told):
+    """Whose group ends on all ranks together; the others may be waiting for this one."""
+    done = forked(["-c", ON_GPUS.format(ending)]).wait()
+    assert (done.returncode, done.stdout, [*done.stderr.splitlines(), None][-1 - bool(told)]) == (status, out, told)
+
+
 @pytest.mark.parametrize(
     ("world", "order"),
     [

@@ -794,6 +794,26 @@ def test_in_fp16_a_step_that_overflows_is_left_out_and_the_scale_is_halved():
     assert take.scaler.get_scale() == scale / 2
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-nesterov"], ["--momentum", "0"]])
+def test_in_fp16_an_overflow_in_the_first_step_leaves_no_garbage_in_the_momentum(flags):
+    """PyTorch's fused SGD allocates it in that step, and fills it only if nothing overflows; without that, nothing changes."""
+    results = []
+    for precision, overflows in [("fp32", False), ("fp16", False), ("fp16", True)]:
+        net = torch.nn.Linear(300, 300)
+        torch.nn.init.ones_(net.weight)
+        optimizer = step.make_optimizer(net, parse("--precision", precision, *flags))
+        for found_inf in (overflows, False, False):
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, 0.5)
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(float(found_inf))
+            optimizer.step()
+            results.append(net.weight.detach().clone())
+    plain, fp16, overflown = results[:3], results[3:6], results[6:]
+    assert all(map(torch.equal, fp16, plain))
+    assert torch.equal(overflown[0], torch.ones(300, 300))
+    assert all(map(torch.equal, overflown[1:], plain[:2]))
+
+
 def test_seconds_are_of_an_epochs_steps_and_the_time_left_is_of_whole_epochs(call_main, monkeypatch, tmp_path):
     """By a clock on which a step lasts a second and a test 100."""
     now = [0]
