@@ -28,8 +28,8 @@ from tqdm import tqdm
 import data
 import endings
 import flags
-from checkpoint import as_json, replace_file
 from distributed import World
+from files import as_json, replace_file
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
 from step import TrainingStep
 

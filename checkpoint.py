@@ -1,18 +1,15 @@
-"""A net on disk: checkpoints, written atomically and read safely; exported weights; the net rebuilt from either."""
+"""A net on disk: checkpoints, read safely; exported weights; the net rebuilt from either."""
 
-import functools
 import io
-import json
-import os
 import zipfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import IMAGE_SIZE
 from densenet import ArgumentError, DenseNet
-from endings import FAILED_LATER, Refused, naming, read_json, refuse_existing, say
+from endings import Refused
+from files import as_json, read_json, refuse_existing, replace_file
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
 ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluations read
@@ -53,14 +50,6 @@ def fits(state, net):
     return own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
 
 
-def load_weights(net, state):
-    """Loads a state dict, except a classifier for another number of classes; returns whether that was so."""
-    own = net.state_dict()
-    new = {name: own[name] for name in ("fc.weight", "fc.bias") if own[name].shape != state[name].shape}
-    net.load_state_dict({**state, **new})
-    return bool(new)
-
-
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, of plain modules, in evaluation mode. Refused if the weights are of another net."""
     model = checkpoint["model"]
@@ -81,7 +70,17 @@ def normalization(checkpoint, device):
     return [torch.tensor(checkpoint[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
 
 
-def load_checkpoint(path, remedy="name the latest.pth of a run"):
+def checkpoint_in(path):
+    """The file itself; of a folder its latest.pth, or the net.pth of a run that ships. Refused if there is neither."""
+    if not path.is_dir():
+        return path
+    for name in ("latest.pth", "net.pth"):
+        if (path / name).exists():
+            return path / name
+    raise Refused(f"{path} holds no checkpoint, neither latest.pth nor net.pth: name a run that has one")
+
+
+def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     """The dictionary that make_checkpoint made, on the CPU. Refused, with a remedy, if the file is something else or damaged.
 
     No code in the file is run. testzip, because torch.load ignores checksums.
@@ -146,10 +145,6 @@ def encoded(values):
     return content.getvalue()
 
 
-def as_json(values):
-    return (json.dumps(values, indent=2) + "\n").encode()
-
-
 def export(checkpoint, path):
     """Writes the weights as a state dict, contiguous for other programs, and the card as JSON; returns the JSON's path."""
     card = path.with_suffix(".json")
@@ -161,40 +156,3 @@ def export(checkpoint, path):
     images = {"image_size": image_size_of(checkpoint), "pixels": "0..255"}  # mean and std are of such pixels
     replace_file(card, as_json({**{name: checkpoint[name] for name in CARD}, **images}))
     return card
-
-
-def replace_file(path, content):
-    """Writes a file atomically. A device or a pipe, such as /dev/stdout, is written to and stays what it is."""
-    if path.exists() and not path.is_file():
-        with naming(path):
-            path.write_bytes(content)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path):
-            temporary.write_bytes(content)
-            flush_to_disk(temporary)
-            os.replace(temporary, path)
-            flush_to_disk(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # frees space on a full disk
-        raise
-
-
-def flush_to_disk(path):
-    """Waits until a file's content, or a folder's entries, are on the disk; says so where the file system cannot do that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in FAILED_LATER:
-            raise
-        say_unsafe(path if path.is_dir() else path.parent, error.strerror)
-    finally:
-        os.close(descriptor)
-
-
-@functools.cache  # so that it is said once
-def say_unsafe(folder, reason):
-    say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage the run", write=tqdm.write)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 import endings
-from endings import named, refuse_existing, say, write_text
+from endings import named, say
+from files import refuse_existing, write_text
 from runs import in_words, name_runs, read_csv, settings
 
 STATISTICS = ("mean", "std", "min", "max")

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 
-from endings import Refused, naming
+from endings import Refused
+from files import replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
 warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has is a box
@@ -81,8 +82,7 @@ def add_legend(figure, entries, style):
 def save(figure, path):
     """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept."""
     options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
-    content = io.BytesIO()  # so that who looks at the file meanwhile does not see half a figure
+    content = io.BytesIO()
     with matplotlib.rc_context(options):
         figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
-    with naming(path):
-        path.write_bytes(content.getvalue())
+    replace_file(path, content.getvalue(), alone=False)

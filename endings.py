@@ -10,18 +10,16 @@ Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for sig
 import argparse
 import contextlib
 import errno
-import json
 import mmap
 import os
 import re
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
-FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # the disk is full or fails: no user error
+FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # the disk is full or fails: no user error
 LARGER = "a machine with more memory"
 KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
 
@@ -184,38 +182,6 @@ def named(kind):
         return kind(text)
 
     return parse
-
-
-def checkpoint_path(text):
-    """An argparse type: the name of a checkpoint; a folder stands for its latest.pth, or the net.pth of a run that ships."""
-    path = named(Path)(text)
-    files = [path / "latest.pth", path / "net.pth"]
-    return next(filter(os.path.exists, files), files[0]) if os.path.isdir(path) else path
-
-
-def read_json(path, remedy):
-    """The content of a JSON file. Refused if it cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is damaged ({error}): {remedy}") from error
-
-
-def refuse_existing(*paths):
-    """Refused if one of the files exists, or two are the same; None stands for no file."""
-    for path in filter(None, paths):
-        if path.is_file() or path.is_dir():  # and not /dev/stdout
-            raise Refused(f"{path} exists already: name another file, or remove it")
-        if paths.count(path) > 1 and not path.exists():
-            raise Refused(f"{path} is named for two files: name another for one of them")
-
-
-def write_text(path, text):
-    """Writes a text file, in a folder that may be new, and says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    say(f"wrote {path}")
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ import torch
 import data
 import drawing
 import endings
-from checkpoint import build_net, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, checkpoint_path, named, say, write_text
+from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
+from endings import Refused, named, say
+from files import refuse_existing, write_text
 from flags import add_device_flag
 from folder import left_out, list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
@@ -38,6 +39,7 @@ def main():
     remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + endings.LARGER
     with endings.worded(parser, "the net and its images", remedy):
         refuse_contradictions(args)
+        args.checkpoint = checkpoint_in(args.checkpoint)
         checkpoint = load_checkpoint(args.checkpoint)
         if args.export:
             say(f"wrote {args.export} and {export(checkpoint, args.export)}")
@@ -57,7 +59,7 @@ def build_parser():
     usage = "%(prog)s CHECKPOINT [options], which --help lists"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=usage)
     add = parser.add_argument
-    add("checkpoint", type=checkpoint_path, help="a run's folder or its latest.pth, or weights of --export")
+    add("checkpoint", type=named(Path), help="a run's folder or its latest.pth, or weights of --export")
     add_device_flag(parser)
     add("--data", metavar="DIR", type=named(str), help="folder of the data set (the one the run was trained on)")
     add("--val", action="store_true", help="the images that the run held out, in place of the test set")
@@ -76,7 +78,7 @@ def refuse_contradictions(args):
         raise Refused("--export evaluates nothing: leave out --image, --val, --predictions, --data and --out")
     if args.image and (args.val or args.data or args.out):
         raise Refused("--image is of your own pictures, not of a data set: leave out --val, --data and --out")
-    endings.refuse_existing(args.predictions)
+    refuse_existing(args.predictions)
 
 
 def refuse_unwritable(args):
@@ -103,12 +105,12 @@ def evaluate(net, checkpoint, args, device):
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
     path = (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
-    draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
-    say(f"wrote {path.with_suffix('.png')}")
     if args.predictions:  # test images of a folder are in the order of its files, others have only a number
         folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
         pictures = [str(file) for files in folders for file in files] or range(len(split))
         write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
+    draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
+    say(f"wrote {path.with_suffix('.png')}")
 
 
 def data_folder(args, checkpoint):

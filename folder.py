@@ -114,7 +114,7 @@ def left_out(root, parts=()):
     """
     files = (file for folder in parts or [root] for file in list_files(folder))
     others = (file for file in files if file.suffix.lower() not in EXTENSIONS or file.parent in parts)
-    kinds = Counter(file.suffix.lower() or "without extension" for file in others)
+    kinds = Counter(sorted(file.suffix.lower() or "without extension" for file in others))
     counts = [f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common(MANY_KINDS)]
     if kinds:
         yield f"{root}: files that are not read: {', '.join(counts)}{', …' * (len(kinds) > MANY_KINDS)}"

@@ -16,8 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import as_json, encoded, fits, flush_to_disk, load_checkpoint, replace_file
-from endings import Refused, naming, read_json, say
+from checkpoint import encoded, fits, load_checkpoint
+from endings import Refused, naming, say
+from files import as_json, flush_to_disk, read_json, replace_file
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]

@@ -8,7 +8,8 @@ import re
 
 import pandas as pd
 
-from endings import Refused, read_json, say
+from endings import Refused, say
+from files import read_json
 
 COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting.

@@ -30,7 +30,7 @@ import distributed
 import endings
 import flags
 import run_folder
-from checkpoint import build_net, image_size_of, load_checkpoint, load_weights, make_card, make_checkpoint, restore
+from checkpoint import build_net, checkpoint_in, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
 from folder import describe_classes
 from machine import choose_device, describe, keep_freed_memory, make_repeatable
@@ -51,7 +51,7 @@ def main():
         with distributed.joined(world, choose_device(args.device)) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, begun, fresh) if world.rank == 0 else None
-            args, begun, weights = distributed.share_object(start, world)  # another machine may lack the files
+            args, begun, init = distributed.share_object(start, world)  # another machine may lack the files
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
@@ -59,7 +59,7 @@ def main():
             keep_freed_memory(device)
             make_repeatable(args.deterministic)
             dataset = load_data(args, device, world)
-            net = initial_net(args, len(dataset.classes), weights, quiet=world.rank > 0)
+            net = initial_net(args, dataset.classes, init, quiet=world.rank > 0)
             net = net.to(device, memory_format=torch.channels_last)
             run(net, dataset, args, world, ending, fresh)
 
@@ -71,7 +71,7 @@ def build_parser():
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
     text = "start from this net, which sets the model flags but --drop-rate: a run, or a file of evaluate.py --export"
-    model_group.add_argument("--init", metavar="DIR|FILE", type=lambda name: str(endings.checkpoint_path(name)), help=text)
+    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.named(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
@@ -86,25 +86,27 @@ def continued(parser, args):
 
 
 def starting_point(parser, args, begun, fresh):
-    """(args, begun, the weights of --init or None); a run that continues, not fresh, needs no --init."""
+    """(args, begun, the net of --init or None); a run that continues, not fresh, needs no --init."""
     if args.resume and not begun:
         say(f"{args.save} holds no run yet: one is begun")
-    args, weights = read_init(parser, args, begun) if args.init and fresh else (args, None)
-    return args, begun, weights
+    args, init = read_init(parser, args, begun) if args.init and fresh else (args, None)
+    return args, begun, init
 
 
 def read_init(parser, args, begun):
-    """(args, in which model flags and a folder's image size that are not given are those of the net of --init; its weights)."""
-    if args.force and Path(args.init).resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
+    """(args, in which model flags and a folder's image size that are not given are those of the net of --init; that net)."""
+    path = checkpoint_in(Path(args.init))
+    if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
-    init = load_checkpoint(args.init)
+    again = "put it back, --init needs it until the run has a checkpoint"
+    init = load_checkpoint(path, again if args.resume else "name a run, or a file of evaluate.py --export")
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}
     if args.dataset == "folder":
         known["image_size"] = image_size_of(init)
     args = flags.parse_args(parser, begun=known | begun, source=f"--init {args.init}", remedy="name another")
     refuse_another_net(args, trained)
-    return args, init["net"]
+    return args, {name: init[name] for name in ("net", "classes")}
 
 
 def refuse_another_net(args, trained):
@@ -125,13 +127,17 @@ def load_data(args, device, world):
     return dataset.to(device)
 
 
-def initial_net(args, num_classes, weights, quiet=False):
-    """The net at the start of the run: initialised from --seed, or with the weights of --init as far as they fit."""
+def initial_net(args, classes, init, quiet=False):
+    """The net at the start of the run: initialised from --seed, or that of --init, for other classes with a new classifier."""
     torch.manual_seed(args.seed)
-    net = flags.make_net(args, num_classes)
-    if weights and load_weights(net, weights) and not quiet:
-        classes = f"{num_classes} classes instead of {len(weights['fc.bias'])}"
-        say(f"--init {args.init}: a new classifier for {classes}; the rest is loaded")
+    net = flags.make_net(args, len(classes))
+    if init:
+        known = init["classes"] == classes
+        own = {} if known else {name: value for name, value in net.state_dict().items() if name.startswith("fc.")}
+        net.load_state_dict({**init["net"], **own})
+        if not (known or quiet):
+            others = f"its {len(init['classes'])} classes are not these {len(classes)}"
+            say(f"--init {args.init}: a new classifier, for {others}; the rest is loaded")
     return net
 
 

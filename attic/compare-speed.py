@@ -28,7 +28,7 @@ import data
 import endings
 import flags
 from attic.counting import META, net_of, peak_bytes, step_on
-from checkpoint import as_json, replace_file
+from files import as_json, replace_file
 from machine import DTYPES, describe, set_precision
 
 # Whether it is train.py's step, and the name of the net in attic/counting.py.

@@ -12,9 +12,10 @@ import checkpoint
 import data
 import evaluate
 import train
-from checkpoint import export, load_checkpoint, make_checkpoint, normalization, replace_file, restore
+from checkpoint import checkpoint_in, export, load_checkpoint, make_checkpoint, normalization, restore
 from densenet import DenseNet
 from endings import Refused
+from files import replace_file
 
 
 def test_a_flipped_bit_is_refused_or_harmless(tiny_run, tmp_path):
@@ -86,23 +87,6 @@ def test_a_checkpoint_that_carries_code_is_refused(call_main, tiny_run, tmp_path
     assert (tmp_path / "was_run").exists()
 
 
-def test_a_file_is_on_the_disk_before_its_name_and_then_its_name_is(disk, tmp_path):
-    (tmp_path / "file").write_bytes(b"old")
-    replace_file(tmp_path / "file", b"new")
-    assert disk == [("flush", "file.tmp", b"new"), ("replace", "file.tmp", "file"), ("flush", tmp_path.name, None)]
-    assert contents(tmp_path) == {"file": b"new"}
-
-
-def test_a_pipe_is_written_to_and_stays_one(tmp_path):
-    """Nor does /dev/null become a file, where root names it."""
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    replace_file(tmp_path / "pipe", b"content")
-    assert os.read(reader, 100) == b"content"
-    os.close(reader)
-    assert [(path.name, path.is_fifo()) for path in tmp_path.iterdir()] == [("pipe", True)]
-
-
 def test_a_checkpoint_has_the_mean_and_the_std_to_their_last_digit(tiny_run):
     dataset = data.load("digits", ".")
     mean, std = normalization(load_checkpoint(tiny_run / "latest.pth"), "cpu")
@@ -110,14 +94,19 @@ def test_a_checkpoint_has_the_mean_and_the_std_to_their_last_digit(tiny_run):
     assert torch.equal(std, dataset.std)
 
 
+@pytest.mark.parametrize("kept", [["latest.pth", "net.pth"], ["net.pth"]])
+def test_a_folder_stands_for_the_checkpoint_in_it(tmp_path, kept):
+    for name in kept:
+        (tmp_path / name).touch()
+    assert checkpoint_in(tmp_path) == tmp_path / kept[0]
+    assert checkpoint_in(tmp_path / "net.pth") == tmp_path / "net.pth"
+
+
 def test_weights_of_another_shape_do_not_fit():
-    """Nor are they left out: that is for the classifier alone."""
-    net, wider = (DenseNet(depth=10, growth_rate=k) for k in (4, 5))
+    net = DenseNet(depth=10, growth_rate=4)
     state = net.state_dict()
     assert checkpoint.fits(state, net)
     assert not checkpoint.fits({**state, "fc.weight": state["fc.weight"].t()}, net)  # as many numbers
-    with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):
-        checkpoint.load_weights(net, wider.state_dict())
 
 
 def test_a_checkpoint_brings_back_the_net_the_optimizer_and_the_scaler():
@@ -247,8 +236,8 @@ def other_net(path):
         (text_file, "is damaged or no checkpoint of train.py"),
         (other_checkpoint, "is no checkpoint of train.py"),
         (bare_tensor, "is no checkpoint of train.py"),
-        (nothing, "does not exist: name the latest.pth of a run"),
-        (folder, "file.pth/latest.pth does not exist: name the latest.pth of a run"),
+        (nothing, "does not exist: name a run, or its latest.pth"),
+        (folder, "file.pth holds no checkpoint, neither latest.pth nor net.pth: name a run that has one"),
         (vgg, "is no checkpoint of train.py"),
         (other_net, "is no checkpoint of train.py"),
     ],

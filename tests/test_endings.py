@@ -238,7 +238,7 @@ PLACES = {  # what each program calls, by the names it calls it by
         train.predict train.loss_and_error_sums run_folder.append_rows run_folder.end_epoch run_folder.flush_to_disk
         run_folder.encoded run_folder.Plots.redraw run_folder.Plots.wait train.print_epoch""",
     "train --resume": "run_folder.resume run_folder.compare_rates run_folder.fits run_folder.rows_until",
-    "train --init": "train.load_checkpoint train.build_net train.read_init train.refuse_another_net train.load_weights",
+    "train --init": "train.load_checkpoint train.build_net train.read_init train.refuse_another_net train.checkpoint_in",
     "train on pictures": """folder.list_classes folder.left_out folder.check_classes folder.read_pictures pictures.to_rgb
         pictures.num_cpus data.mean_and_std""",
     "evaluate": """evaluate.load_checkpoint evaluate.build_net checkpoint.fits densenet.DenseNet.__init__
@@ -246,7 +246,7 @@ PLACES = {  # what each program calls, by the names it calls it by
         evaluate.class_lines evaluate.write_text evaluate.draw drawing.as_text drawing.save""",
     "evaluate --image": """evaluate.each_picture evaluate.tell_classes pictures.to_rgb pictures.signed pictures.pil_to_tensor
         evaluate.predict""",
-    "evaluate --export": "evaluate.export checkpoint.encoded checkpoint.replace_file",
+    "evaluate --export": "evaluate.export checkpoint.encoded checkpoint.replace_file files.flush_to_disk",
     "plot": """plot.name_runs plot.read_curve plot.moving_average plot.check_since plot.panels plot.draw plot.draw_curve
         drawing.font_families drawing.save""",
     "compare": "compare.settings compare.read_csv compare.summary compare.in_short compare.latex runs.read_arguments",
@@ -468,7 +468,9 @@ def test_training_that_diverges_ends(call_main, tmp_path):
     assert (save / "args.json").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [("ENOSPC", 1), ("EDQUOT", 1), ("EIO", 1), ("EACCES", 2), ("ENOENT", 2)])
+@pytest.mark.parametrize(
+    ("number", "status"), [("ENOSPC", 1), ("EDQUOT", 1), ("EFBIG", 1), ("EIO", 1), ("EACCES", 2), ("ENOENT", 2)]
+)
 def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status):
     """Also where the run has not begun; a quota that is used up is a full disk."""
     ending = argparse.Namespace(needs="", remedy="", resume=None)

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from PIL import Image
 from test_run_folder import damage
 
 import data
-import endings
+import drawing
 import evaluate
 from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused
@@ -114,12 +115,18 @@ def test_pictures_that_cannot_be_read_are_named_after_the_classes_of_the_others(
     assert re.search(r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): put 8-bit RGB there", sentence)
 
 
-@pytest.mark.parametrize("kept", [["latest.pth", "net.pth"], ["net.pth"], []])
-def test_a_folder_stands_for_the_checkpoint_in_it(tmp_path, kept):
-    for name in kept:
-        (tmp_path / name).touch()
-    assert endings.checkpoint_path(str(tmp_path)) == tmp_path / (kept or ["latest.pth"])[0]
-    assert endings.checkpoint_path(str(tmp_path / "net.pth")) == tmp_path / "net.pth"
+def test_tables_are_written_before_a_figure_that_fails(call_main, monkeypatch, tiny_run, tmp_path):
+    (tmp_path / "confusion.png").write_bytes(b"old")
+
+    def full(figure, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "confusion.png")
+
+    monkeypatch.setattr(drawing, "replace_file", full)
+    table = tmp_path / "table.csv"
+    status, _, errors = call_main(evaluate, tiny_run, "--out", tmp_path, "--predictions", table)
+    assert (status, "confusion.png: No space left on device: make room there" in errors) == (1, True)
+    assert len(pd.read_csv(table)) == len(pd.read_csv(tmp_path / "confusion.csv")) * 36 == 360
+    assert (tmp_path / "confusion.png").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ def test_the_model_needs_torch_and_its_kernels_triton():
     assert needed == {"densenet": {"torch", "dense_block"}, "dense_block": {"torch"}, "kernels": {"torch", "triton"}}
 
 
-@pytest.mark.parametrize(("program", "needed"), [("plot", {"pandas", "drawing"}), ("compare", {"pandas"})])
+@pytest.mark.parametrize(("program", "needed"), [("plot", {"pandas", "drawing"}), ("compare", {"pandas", "files"})])
 def test_what_reads_runs_needs_pandas_and_for_figures_matplotlib_alone(program, needed):
     assert imports(ROOT / f"{program}.py") - sys.stdlib_module_names == needed | {"endings", "runs"}
-    assert imports(ROOT / "runs.py") - sys.stdlib_module_names == {"pandas", "endings"}
-    assert imports(ROOT / "drawing.py") - sys.stdlib_module_names == {"matplotlib", "endings"}
+    assert imports(ROOT / "runs.py") - sys.stdlib_module_names == {"pandas", "endings", "files"}
+    assert imports(ROOT / "drawing.py") - sys.stdlib_module_names == {"matplotlib", "endings", "files"}
+    assert imports(ROOT / "files.py") - sys.stdlib_module_names == {"endings"}
     assert imports(ROOT / "endings.py") <= sys.stdlib_module_names
     code = (
         f"import sys, {program}; print(*{{'torch', 'torchvision', 'PIL.ImageShow', 'matplotlib.pyplot'}} & sys.modules.keys())"

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,7 +15,6 @@ import torch
 from conftest import ROOT, TINY, contents
 from PIL import Image
 
-import checkpoint
 import data
 import endings
 import evaluate
@@ -601,17 +599,6 @@ def test_a_file_system_that_cannot_flush(forked, tiny_run, tmp_path):
     assert_same_run(tiny_run, tmp_path / "run")
     done = forked(["-c", UNFLUSHED, errno.EIO, *flags, "--resume"]).wait()
     assert (done.returncode, "Input/output error" in done.stderr) == (1, True)
-
-
-def test_flushing_what_cannot_be_flushed(capsys):
-    """Of /proc, each file says EINVAL."""
-    if not os.path.isdir("/proc/self"):
-        pytest.skip("there is no /proc")
-    for _ in range(2):
-        checkpoint.flush_to_disk(Path("/proc/self/stat"))
-    assert capsys.readouterr().out == (
-        "/proc/self: its file system cannot flush a file (Invalid argument): a power cut may damage the run\n"
-    )
 
 
 # A run whose interpreter is gone when it draws.

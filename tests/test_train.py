@@ -276,7 +276,7 @@ def test_ranks_share_the_batches_and_have_dropout_of_their_own():
 
 
 def test_a_net_begins_as_its_seed_says():
-    nets = [train.initial_net(parse("--depth", "10", "--seed", seed), 10, None) for seed in ("1", "1", "2")]
+    nets = [train.initial_net(parse("--depth", "10", "--seed", seed), "0123456789", None) for seed in ("1", "1", "2")]
     weights = [net.fc.weight for net in nets]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -574,7 +574,7 @@ def test_init_takes_what_stands_for_the_same_shapes(tiny_run, flags):
     args, init = parse(*TINY, *map(str, flags)), load_checkpoint(tiny_run / "latest.pth")
     train.refuse_another_net(args, build_net(init).architecture)
     weights = init["net"]
-    assert torch.equal(train.initial_net(args, 10, weights, quiet=False).fc.weight, weights["fc.weight"])
+    assert torch.equal(train.initial_net(args, init["classes"], init).fc.weight, weights["fc.weight"])
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-bottleneck"], ["--reduction", 0.6, "--init-channels", 5, "--drop-rate", 0.1]])
@@ -613,34 +613,50 @@ def test_a_run_is_not_replaced_by_one_that_begins_with_its_net(call_main, tiny_r
     assert not (save / "confusion.png").exists()
 
 
+@pytest.mark.parametrize("theirs", [["0", "1"], ["red", "blue"], ["blue", "red"]])
+def test_a_classifier_is_taken_over_for_the_same_classes_in_their_order_alone(capsys, theirs):
+    args, trained = parse(*TINY, "--init", "net.pth"), DenseNet(depth=10, growth_rate=2, num_classes=2)
+    net = train.initial_net(args, ["blue", "red"], {"net": trained.state_dict(), "classes": theirs})
+    same = theirs == ["blue", "red"]
+    assert torch.equal(net.fc.weight, trained.fc.weight) == same
+    assert torch.equal(net.bn1.weight, trained.bn1.weight)
+    told = "--init net.pth: a new classifier, for its 2 classes are not these 2; the rest is loaded\n"
+    assert capsys.readouterr().out == told * (not same)
+
+
 def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictures, tmp_path):
     """Two, instead of ten: the one that --seed gives. At rate 0 the net ends with the weights that it began with."""
     weights, run = tiny_run / "latest.pth", tmp_path / "run"
     flags = [*TINY, "--dataset", "folder", "--data", pictures, "--limit", 12, "--seed", 2, "--lr", 0, "--epochs", 1]
     status, out, errors = call_main(train, *flags, "--no-plot", "--init", weights, "--save", run)
     assert status == 0, errors
-    told = f"--init {weights}: a new classifier for 2 classes instead of 10; the rest is loaded"
+    told = f"--init {weights}: a new classifier, for its 10 classes are not these 2; the rest is loaded"
     assert out.splitlines().count(told) == 1
-    new = train.initial_net(parse(*TINY, "--seed", "2"), 2, None)
+    new = train.initial_net(parse(*TINY, "--seed", "2"), ["blue", "red"], None)
     begun, ended = (build_net(load_checkpoint(path)) for path in (weights, run / "latest.pth"))
     expected = {**dict(begun.named_parameters()), "fc.weight": new.fc.weight, "fc.bias": new.fc.bias}
     assert all(torch.equal(parameter, expected[name]) for name, parameter in ended.named_parameters())
     assert len(ended.fc.bias) == 2
 
 
-def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_run, tmp_path):
-    weights, flags = tmp_path / "net.pth", [*TINY, "--no-plot", "--opt", "adam", "--init", tmp_path / "net.pth"]
+@pytest.mark.parametrize("name", ["net.pth", "net"])
+def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_run, tmp_path, name):
+    """Nor the folder."""
+    weights, flags = tmp_path / name, [*TINY, "--no-plot", "--opt", "adam", "--init", tmp_path / name]
+    if name == "net":
+        weights.mkdir()
     shutil.copy(tiny_run / "latest.pth", weights)
     for save, epochs in [("whole", 2), ("parts", 1)]:
         assert call_main(train, *flags, "--epochs", epochs, "--save", tmp_path / save)[0] == 0
-    weights.unlink()
+    weights.rename(tmp_path / "gone")
     status, out, errors = call_main(train, *flags, "--epochs", 2, "--save", tmp_path / "parts", "--resume")
     assert (status, "continuing after epoch 1" in out) == (0, True), errors
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     (tmp_path / "parts" / "latest.pth").unlink()
     before = contents(tmp_path / "parts")
     status, _, errors = call_main(train, *flags, "--epochs", 2, "--save", tmp_path / "parts", "--resume")
-    assert (status, f"{weights} does not exist" in errors) == (2, True)
+    told = f"{weights} does not exist: put it back, --init needs it until the run has a checkpoint"
+    assert (status, told in errors) == (2, True)
     assert contents(tmp_path / "parts") == before
 
 

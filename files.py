@@ -1,0 +1,75 @@
+"""Files that are whole or not there: written beside, flushed and renamed; read and refused in one sentence."""
+
+import functools
+import json
+import os
+
+from endings import FAILED_LATER, Refused, naming, say
+
+
+def read_json(path, remedy):
+    """The content of a JSON file. Refused if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is damaged ({error}): {remedy}") from error
+
+
+def as_json(values):
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def refuse_existing(*paths):
+    """Refused if one of the files exists, or two are the same; None stands for no file."""
+    for path in filter(None, paths):
+        if path.is_file() or path.is_dir():  # and not /dev/stdout
+            raise Refused(f"{path} exists already: name another file, or remove it")
+        if paths.count(path) > 1 and not path.exists():
+            raise Refused(f"{path} is named for two files: name another for one of them")
+
+
+def write_text(path, text):
+    """Writes a text file, in a folder that may be new, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode("utf-8", "backslashreplace"), alone=False)
+    say(f"wrote {path}")
+
+
+def replace_file(path, content, alone=True):
+    """Writes a file atomically. A device or a pipe, such as /dev/stdout, is written to and stays what it is.
+
+    Where this process is not alone, because others may write the same file at the same time, the new one has its own name.
+    """
+    if path.exists() and not path.is_file():
+        with naming(path):
+            path.write_bytes(content)
+        return
+    temporary = path.with_name(f"{path.name}.tmp" if alone else f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path):
+            temporary.write_bytes(content)
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+            flush_to_disk(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # frees space on a full disk
+        raise
+
+
+def flush_to_disk(path):
+    """Waits until a file's content, or a folder's entries, are on the disk; says so where the file system cannot do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in FAILED_LATER:
+            raise
+        say_unsafe(path if path.is_dir() else path.parent, error.strerror)
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache  # so that it is said once
+def say_unsafe(folder, reason):
+    say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage the run")
