@@ -63,10 +63,14 @@ def font_families(text):
     return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
 
 
+def wrapped(text, figure, letters):
+    """The text in lines as long as the figure is wide, of so many letters an inch. (Matplotlib's own wrapping parses math.)"""
+    return textwrap.fill(text, int(letters * figure.get_figwidth()), replace_whitespace=False)
+
+
 def add_legend(figure, entries, style):
     """One legend of (label, look of a line) below the panels, as wide as they are; the figure grows by its height."""
-    letters = int(10 * figure.get_figwidth())  # in a line of a label
-    labels = [textwrap.fill(label, letters, replace_whitespace=False) for label, _ in entries]
+    labels = [wrapped(label, figure, letters=10) for label, _ in entries]
     lines = [figure.axes[0].plot([], [], **look)[0] for _, look in entries]
     for columns in range(min(len(labels), 8), 0, -1):
         legend = figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -183,7 +183,7 @@ def draw(curves, columns, path, title, since, logarithmic):
     entries = [(name, PARTS["test"] | {"color": look[0], "marker": look[1]}) for name, look in zip(names, looks, strict=True)]
     drawing.add_legend(figure, entries + meanings(curves.values(), changes), style)
     if title:
-        figure.suptitle(title, wrap=True, **style)
+        figure.suptitle(drawing.wrapped(title, figure, letters=8), **style)
     drawing.save(figure, path)
 
 

@@ -262,7 +262,7 @@ def test_a_run_named_twice(call_main, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- names as text
 
 
-NAMES = ["_try", "_", "lr$0.1$b", r"$\frac{$", r"a\$b\$", "x^2_3", "two\nlines", "<b>&--x"]
+NAMES = ["_try", "_", "lr$0.1$b", r"$\frac{$", r"two $\frac{$", r"a\$b\$", "x^2_3", "two\nlines", "<b>&--x"]
 
 
 def texts(figure):
