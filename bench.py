@@ -112,8 +112,8 @@ def measure(factories, args, device):
     """{name: its numbers}; each factory is called in a process of its own, and makes a step: a function without arguments."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(name, factory, device)) for name, factory in factories.items()]
-        compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]  # for a minute
-        for group in [compiling, *([each] for each in workers if each not in compiling)]:
+        compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]
+        for group in [compiling, *([each] for each in workers if each not in compiling)]:  # alone, but where it takes a minute
             take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
         answers = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     return {n: {"ms_a_step": [each[i][0] for each in answers], "memory_gb": answers[-1][i][1]} for i, n in enumerate(factories)}

@@ -98,7 +98,7 @@ def free(group):
 
 
 def leave(status):
-    """At exit, ends the process, and leaves the group as it is; torchrun then ends the other ranks."""
+    """At exit, ends the process and leaves the group as it is; torchrun, to which all but 0 is alike, ends the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

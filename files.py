@@ -44,6 +44,7 @@ def replace_file(path, content, alone=True):
         with naming(path):
             path.write_bytes(content)
         return
+    path = path.resolve()  # a link stays one: the file that it names is replaced
     temporary = path.with_name(f"{path.name}.tmp" if alone else f"{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
@@ -51,7 +52,7 @@ def replace_file(path, content, alone=True):
             flush_to_disk(temporary)
             os.replace(temporary, path)
             flush_to_disk(path.parent)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         temporary.unlink(missing_ok=True)  # frees space on a full disk
         raise
 

@@ -100,6 +100,8 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_known_args(words)[0].dataset, {}))
     args, _ = parser.parse_known_args(words)
+    if args.opt != "sgd" and any(getattr(given, name) != value for name, value in SGD.items()):
+        parser.error(f"--momentum and --no-nesterov are of sgd: leave them out with --opt {args.opt}")
     if vars(args).get("compile") == "none":
         args.compile = None
     if args.drop_rate is None:
@@ -170,8 +172,6 @@ def refuse_contradictions(args, device, processes=1):
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)
-    if args.opt != "sgd" and any(getattr(args, name) != value for name, value in SGD.items()):
-        raise Refused(f"--momentum and --no-nesterov are of sgd: leave them out with --opt {args.opt}")
     if args.sync_bn and args.efficient:
         raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":

@@ -65,7 +65,8 @@ def refuse_unreadable(reasons):
     """Refused if there is a reason, {path: why it cannot be read}; some are named."""
     if reasons:
         named = ", ".join(f"{path} ({reason})" for path, reason in [*reasons.items()][:MANY_UNREADABLE])
-        more = ", perhaps more" * (len(reasons) >= MANY_UNREADABLE)
+        unnamed = len(reasons) - MANY_UNREADABLE
+        more = f" and {unnamed} more" if unnamed > 0 else ", perhaps more" * (unnamed == 0)
         raise Refused(f"cannot be read as pictures: {named}{more}: put 8-bit RGB there, or remove them")
 
 
@@ -78,7 +79,7 @@ def read_picture(path, size):
     try:
         return to_tensor(open_picture(path, size), size)
     except Unreadable as error:
-        return error
+        return Unreadable(str(error))  # without its traceback, whose frames hold the picture
 
 
 def to_tensor(picture, size):

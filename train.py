@@ -99,7 +99,7 @@ def read_init(parser, args, begun):
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
     again = "put it back, --init needs it until the run has a checkpoint"
-    init = load_checkpoint(path, again if args.resume else "name a run, or a file of evaluate.py --export")
+    init = load_checkpoint(path, again if begun else "name a run, or a file of evaluate.py --export")
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}
     if args.dataset == "folder":
@@ -136,8 +136,7 @@ def initial_net(args, classes, init, quiet=False):
         own = {} if known else {name: value for name, value in net.state_dict().items() if name.startswith("fc.")}
         net.load_state_dict({**init["net"], **own})
         if not (known or quiet):
-            others = f"its {len(init['classes'])} classes are not these {len(classes)}"
-            say(f"--init {args.init}: a new classifier, for {others}; the rest is loaded")
+            say(f"--init {args.init}: a new classifier, because that net has other classes; the rest is loaded")
     return net
 
 

@@ -149,7 +149,7 @@ def test_a_number_is_of_one_step_and_memory_is_in_bytes(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "warm_ups"), [("cpu", ["a", "x-compiled", "b", "y-compiled"]), ("cuda", ["xy", "a", "b"])])
 def test_variants_warm_up_and_then_take_turns(monkeypatch, kind, warm_ups):
-    """What is measured first is in no number: kernels are compiled and chosen in it, on a GPU that is not shared then."""
+    """What is measured first is in no number: kernels are compiled and chosen in it, the compiler's for all at once."""
     asked, names = [], ["a", "x-compiled", "b", "y-compiled"]
 
     def take_steps(workers, steps):

@@ -18,6 +18,25 @@ def test_a_file_is_on_the_disk_before_its_name_and_then_its_name_is(disk, tmp_pa
     assert contents(tmp_path) == {"file": b"new"}
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_link_stays_one(tmp_path, alone):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for content in (b"one", b"two"):  # the file is new, then it is replaced
+        replace_file(tmp_path / "link", content, alone)
+        assert contents(tmp_path) == {"link": content, "file": content}
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_ctrl_c_leaves_no_half_a_file(monkeypatch, tmp_path):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "flush_to_disk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(tmp_path / "file", b"new")
+    assert not contents(tmp_path)
+
+
 def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     """Nor does /dev/null become a file, where root names it."""
     os.mkfifo(tmp_path / "pipe")

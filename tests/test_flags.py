@@ -66,13 +66,21 @@ def test_what_cannot_be_captured_is_refused(arguments, device, processes):
     refuse_contradictions(parse("--capture"), torch.device("cuda"))
 
 
-@pytest.mark.parametrize("flag", [["--momentum", "0.5"], ["--no-nesterov"]])
-def test_flags_of_sgd_are_refused_with_another_optimiser(flag):
+@pytest.mark.parametrize(
+    ("flag", "begun"), [(["--momentum", "0.5"], {"momentum": 0.5}), (["--no-nesterov"], {"nesterov": False})]
+)
+def test_flags_of_sgd_are_refused_with_another_optimiser(capsys, flag, begun):
+    """But not in the args.json of a run that was begun with them."""
+    parser = train.build_parser()
     for name in ("adam", "rmsprop"):
-        with pytest.raises(Refused, match=f"--momentum and --no-nesterov are of sgd: leave them out with --opt {name}"):
-            refuse_contradictions(parse("--opt", name, *flag), torch.device("cpu"))
-        refuse_contradictions(parse("--opt", name), torch.device("cpu"))
-    refuse_contradictions(parse(*flag), torch.device("cpu"))
+        for words, earlier in [(["--opt", name, *flag], None), (flag, {"opt": name})]:
+            with pytest.raises(SystemExit, match="2"):
+                parse_args(parser, words, begun=earlier)
+            told = f"error: --momentum and --no-nesterov are of sgd: leave them out with --opt {name}\n"
+            assert capsys.readouterr().err.endswith(told)
+        assert parse("--opt", name).momentum == 0.9
+        assert parse_args(parser, [], begun={"opt": name} | begun).opt == name
+    assert parse(*flag).opt == "sgd"
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,21 @@ def test_of_many_broken_files_ten_are_named(twenty):
     assert [str(path) in str(refusal.value) for path in twenty] == [False] * 4 + [True] * 10 + [False] * 6
 
 
+def test_a_picture_that_cannot_be_read_is_not_kept(tmp_path):
+    """Its reason is, and that has no frames: they would hold its pixels."""
+    (tmp_path / "a.png").write_bytes(b"broken")
+    (reason,) = pictures.each_picture([tmp_path / "a.png"], 8)
+    assert (str(reason), reason.__traceback__, reason.__cause__) == (NO_FORMAT, None, None)
+
+
+@pytest.mark.parametrize(("number", "more"), [(9, ""), (10, ", perhaps more"), (11, " and 1 more")])
+def test_ten_that_cannot_be_read_are_named(number, more):
+    with pytest.raises(Refused) as refusal:
+        pictures.refuse_unreadable({str(i): "broken" for i in range(number)})
+    named = ", ".join(f"{i} (broken)" for i in range(min(number, 10)))
+    assert str(refusal.value) == f"cannot be read as pictures: {named}{more}: put 8-bit RGB there, or remove them"
+
+
 def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):
     pictures.read_pictures(twenty, 16, title="reading 20 pictures")
     assert capsys.readouterr() == ("reading 20 pictures\n", "")

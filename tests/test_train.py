@@ -620,7 +620,7 @@ def test_a_classifier_is_taken_over_for_the_same_classes_in_their_order_alone(ca
     same = theirs == ["blue", "red"]
     assert torch.equal(net.fc.weight, trained.fc.weight) == same
     assert torch.equal(net.bn1.weight, trained.bn1.weight)
-    told = "--init net.pth: a new classifier, for its 2 classes are not these 2; the rest is loaded\n"
+    told = "--init net.pth: a new classifier, because that net has other classes; the rest is loaded\n"
     assert capsys.readouterr().out == told * (not same)
 
 
@@ -630,7 +630,7 @@ def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictur
     flags = [*TINY, "--dataset", "folder", "--data", pictures, "--limit", 12, "--seed", 2, "--lr", 0, "--epochs", 1]
     status, out, errors = call_main(train, *flags, "--no-plot", "--init", weights, "--save", run)
     assert status == 0, errors
-    told = f"--init {weights}: a new classifier, for its 10 classes are not these 2; the rest is loaded"
+    told = f"--init {weights}: a new classifier, because that net has other classes; the rest is loaded"
     assert out.splitlines().count(told) == 1
     new = train.initial_net(parse(*TINY, "--seed", "2"), ["blue", "red"], None)
     begun, ended = (build_net(load_checkpoint(path)) for path in (weights, run / "latest.pth"))
