@@ -94,10 +94,10 @@ def read_cifar(dataset_class, root, part):
     if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
         root = root.resolve().parent  # --data named the folder of the batches itself
     paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in [*files, meta]]
-    refuse_damaged(paths)
-    if not all(path.exists() for path, _ in paths):  # they will be extracted from the archive
-        refuse_damaged([(root / dataset_class.filename, dataset_class.tgz_md5)])
-    data = download(one_part, root, dataset_class.filename, [path for path, _ in paths], train=part == "train")
+    complete = all(path.exists() for path, _ in paths)
+    archive = (root / dataset_class.filename, dataset_class.tgz_md5)  # from which missing ones will be extracted
+    refuse_damaged(paths if complete else [*paths, archive])
+    data = download(one_part, root, dataset_class.filename, complete, train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
@@ -106,7 +106,7 @@ def read_svhn(root, part):
     splits = ["train", "extra"] if part == "train" else ["test"]
     files = {split: SVHN.split_list[split][1:] for split in splits}
     refuse_damaged([(root / name, md5) for name, md5 in files.values()])
-    parts = [download(SVHN, root, name, [root / name], split=split) for split, (name, _) in files.items()]
+    parts = [download(SVHN, root, name, (root / name).exists(), split=split) for split, (name, _) in files.items()]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
     return images, labels.long(), [*map(str, range(10))]
 
@@ -140,11 +140,11 @@ def refuse_damaged(files):
             raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
 
 
-def download(dataset_class, root, archive, files, **kwargs):
-    """torchvision's data set; if files are missing, by a download or from the archive in root, a folder that may be new."""
+def download(dataset_class, root, archive, complete, **kwargs):
+    """torchvision's data set; unless complete, by a download or from the archive in root, a folder that may be new."""
     new = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        return dataset_class(root, download=not all(path.exists() for path in files), **kwargs)
+        return dataset_class(root, download=not complete, **kwargs)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             for path in new:  # a mistyped name leaves no folder behind

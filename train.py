@@ -98,8 +98,8 @@ def read_init(parser, args, begun):
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
-    again = "put it back, --init needs it until the run has a checkpoint"
-    init = load_checkpoint(path, again if begun else "name a run, or a file of evaluate.py --export")
+    needed = "put it back, --init needs it until the run has a checkpoint"
+    init = load_checkpoint(path, needed if begun else "name a run, or a file of evaluate.py --export")
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}
     if args.dataset == "folder":

@@ -320,7 +320,7 @@ def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):
 
 
 ON_GPUS = """
-import argparse, atexit, sys, torch, distributed, endings
+import argparse, torch, distributed, endings
 distributed.own_device = lambda world, device: torch.device("cuda")
 distributed.meet = lambda world, device: None
 distributed.free = lambda group: print("freed")

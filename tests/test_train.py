@@ -622,6 +622,9 @@ def test_a_classifier_is_taken_over_for_the_same_classes_in_their_order_alone(ca
     assert torch.equal(net.bn1.weight, trained.bn1.weight)
     told = "--init net.pth: a new classifier, because that net has other classes; the rest is loaded\n"
     assert capsys.readouterr().out == told * (not same)
+    wider = DenseNet(depth=10, growth_rate=3, num_classes=2).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):  # what is left out is the classifier alone
+        train.initial_net(args, ["blue", "red"], {"net": wider, "classes": theirs})
 
 
 def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictures, tmp_path):
