@@ -30,7 +30,7 @@ import endings
 import flags
 from distributed import World
 from files import as_json, replace_file
-from machine import choose_device, describe, keep_freed_memory, make_repeatable
+from machine import choose_device, describe, keep_freed_memory, set_determinism
 from step import TrainingStep
 
 VARIANTS = ("plain", "efficient", "plain-captured", "efficient-captured", "plain-compiled", "efficient-compiled")
@@ -42,7 +42,7 @@ def main():
     args = flags.parse_args(parser)
     with endings.worded(parser, f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}", REMEDY):
         device = check_measurement(args)
-        names = args.only or VARIANTS[: None if device.type == "cuda" else 2]  # on a CPU neither captured nor compiled
+        names = args.only or (VARIANTS if device.type == "cuda" else VARIANTS[:2])  # on a CPU neither captured nor compiled
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)
         print(*table(results, args, device), sep="\n")
         if args.json:
@@ -60,7 +60,7 @@ def build_parser(text, variants):
     group.add_argument("--rounds", type=endings.at_least(1), default=5, help="(%(default)s)")
     group.add_argument("--steps", type=endings.at_least(1), help="of a round (10; on a CPU 2)")
     group.add_argument("--image-size", metavar="N", type=flags.image_size, default=data.IMAGE_SIZE, help="(%(default)s)")
-    group.add_argument("--json", metavar="FILE", type=endings.named(Path), help="write the numbers of all rounds there, too")
+    group.add_argument("--json", metavar="FILE", type=endings.nonempty(Path), help="write the numbers of all rounds there, too")
     parser.set_defaults(dataset="folder", augment=True, save=None, compile="auto")  # a folder's images have any size
     return parser
 
@@ -89,7 +89,7 @@ def variant_arguments(name, args):
 def make_step(args, device, make=flags.make_net):
     """train.py's own training step as a function without arguments, of the net that `make` makes of args."""
     keep_freed_memory(device)
-    make_repeatable(args.deterministic)
+    set_determinism(args.deterministic)
     torch.manual_seed(args.seed)
     net = make(args).to(device, memory_format=torch.channels_last)
     step = TrainingStep(net, args, device, World())
@@ -113,7 +113,7 @@ def measure(factories, args, device):
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(name, factory, device)) for name, factory in factories.items()]
         compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]
-        for group in [compiling, *([each] for each in workers if each not in compiling)]:  # alone, but where it takes a minute
+        for group in [compiling, *([each] for each in workers if each not in compiling)]:  # one by one, unless it takes long
             take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
         answers = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     return {n: {"ms_a_step": [each[i][0] for each in answers], "memory_gb": answers[-1][i][1]} for i, n in enumerate(factories)}

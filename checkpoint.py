@@ -81,7 +81,7 @@ def checkpoint_in(path):
 
 
 def load_checkpoint(path, remedy="name a run, or its latest.pth"):
-    """The dictionary that make_checkpoint made, on the CPU. Refused, with a remedy, if the file is something else or damaged.
+    """A checkpoint, or exported weights with their card, on the CPU. Refused, with a remedy, if the file is neither or damaged.
 
     No code in the file is run. testzip, because torch.load ignores checksums.
     """
@@ -103,7 +103,7 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
 
 
 def is_card(values):
-    """Whether it is a dictionary that describes a net, see make_card."""
+    """Whether it is a dictionary with the entries of CARD, which describe a net."""
     return (
         isinstance(values, dict)
         and of_kinds(values, CARD)
@@ -114,7 +114,7 @@ def is_card(values):
 
 
 def of_kinds(values, kinds):
-    """Whether the dictionary has a value of the right kind for each name; None where one is missing."""
+    """Whether the dictionary has a value of the right kind for each name; a missing one counts as None."""
     return all(isinstance(values.get(name), kind) for name, kind in kinds.items())
 
 

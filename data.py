@@ -62,7 +62,7 @@ class Dataset(NamedTuple):
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     """The data set `name` from the folder `root`; `val` training images are held out, `limit` of the others kept.
 
-    A folder's pictures become image_size x image_size, with bars of their own. Refused if the data is missing or damaged.
+    A folder's pictures become image_size x image_size, with their own progress bars. Refused if the data is missing or damaged.
     """
     parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
@@ -123,7 +123,7 @@ def read_digits(root, part):
     return images, torch.from_numpy(labels[indices]), [*map(str, range(10))]
 
 
-# For each data set its reader, and mean and std of the training pixels (of CIFAR the official code's; None: computed).
+# For each data set its reader, and the mean and std to normalise by: CIFAR's are the official code's; None: computed.
 SOURCES = {
     "cifar10": (partial(read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
     "cifar100": (partial(read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
@@ -170,9 +170,10 @@ def normalize(images, mean, std):
 
 
 def crop_and_flip(images, top, left, flip):
-    """For each image: zero-pad by H / 8, cut out the window of the old size at (top, left), mirror it where flip is true.
+    """For each image: zero-pad by H // 8, cut out the window of the old size at (top, left), mirror it where flip is true.
 
-    images (N, C, H, W), normalised, so that the padding is the mean colour; top and left (N,) int64 in 0..H/4, flip (N,) bool.
+    images (N, C, H, W), normalised, so that the padding is the mean colour; top and left (N,) int64 in 0..2 * (H // 8), flip
+    (N,) bool.
     """
     n, _, height, width = images.shape
     windows = F.pad(images, [height // 8] * 4).unfold(2, height, 1).unfold(3, width, 1)  # at 32 (N, C, 9, 9, H, W), a view
@@ -189,7 +190,7 @@ def random_windows(n, size, generator, device):
 def training_batches(dataset, batch_size, augment, generator, rank=0, world_size=1):
     """One epoch, every image once, shuffled by the generator: yields (images (N, 3, H, W) float32, labels (N,), share).
 
-    Each rank gets a slice of every batch; share is its part of it. The generators of all ranks are alike, on the data's device.
+    Each rank gets a slice of every batch; share is its fraction of the batch. All ranks' generators have the same state.
     """
     split, device = dataset.train, dataset.train.labels.device
     order = torch.randperm(len(split), generator=generator, device=device)

@@ -74,7 +74,7 @@ def computable(x, layers):
             return False
         if layer.dropout.p == 1:  # all is dropped, and what stays is divided by 0
             return False
-        if not all(plain(*half, training) for half in halves(layer)):
+        if not all(plain(*half, training) for half in bn_convs(layer)):
             return False
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
@@ -133,7 +133,7 @@ def joinable(x, layers, transition):
     return fits and as_defined(type(transition), type(transition).forward, defined_transition)
 
 
-def halves(module):
+def bn_convs(module):
     """[(batch norm, convolution, side of its kernel)] of a layer; of a transition only the first two count."""
     if hasattr(module, "bn2"):
         return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
@@ -161,7 +161,7 @@ def plain(bn, conv, side, training):
 
 def new_channels(layer):
     """The number of maps that the layer adds."""
-    return (layer.conv2 if hasattr(layer, "conv2") else layer.conv1).out_channels
+    return bn_convs(layer)[-1][1].out_channels
 
 
 def out_channels(layers):
@@ -182,7 +182,7 @@ class Block(NamedTuple):
 
     def parameters(self):
         """gamma1, beta1, W1 of each module, and of a bottleneck also gamma2, beta2, W2."""
-        return [p for module in self.modules for bn, conv, _ in halves(module) for p in (bn.weight, bn.bias, conv.weight)]
+        return [p for module in self.modules for bn, conv, _ in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
 
     def drop_rates(self):
         return [module.dropout.p for module in self.modules]
@@ -219,7 +219,7 @@ class DenseBlockFunction(torch.autograd.Function):
 
 def weights_of(layers, x, passes):
     """For each layer the weights of its convolutions, in the type and layout that the passes need for maps like x."""
-    convolutions = zip(*([conv for _, conv, _ in halves(layer)] for layer in layers), strict=True)
+    convolutions = zip(*([conv for _, conv, _ in bn_convs(layer)] for layer in layers), strict=True)
     return [*zip(*(passes.cast(each, x) for each in convolutions), strict=True)]
 
 
@@ -253,7 +253,7 @@ def no_autocast(device):
 def forward_layers(x, block, weights):
     """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and what else each layer's backward needs."""
     layers, passes = block.layers, block.passes
-    torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _, _ in halves(module)], 1)
+    torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _, _ in bn_convs(module)], 1)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
     maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -81,7 +81,7 @@ class DenseNet(nn.Module):
     Args:
         growth_rate: k, the number of feature maps that each layer adds.
         depth: L, the number of layers with weights; depth - 4 is divisible by 6 (bottleneck) or by 3 (plain).
-        reduction: the share of the channels that a transition keeps, in (0, 1]; None is 0.5, and 1.0 for the plain net.
+        reduction: theta, the share of the channels that a transition keeps, in (0, 1]; None is 0.5, and 1.0 for the plain net.
         num_classes: the number of logits.
         bottleneck: DenseNet-BC's layer (True) or the plain one (False).
         drop_rate: dropout after every convolution but the first, in [0, 1).
@@ -114,7 +114,7 @@ class DenseNet(nn.Module):
         layer = Bottleneck if bottleneck else SingleLayer
         (in1, out1), (in2, out2), (in3, out3) = block_channels(init_channels, num_layers * growth_rate, reduction)
         self.architecture = {"depth": depth, "growth_rate": growth_rate, "bottleneck": bottleneck}
-        self.architecture |= {"reduction": reduction, "init_channels": init_channels}  # of these depend all shapes but fc's
+        self.architecture |= {"reduction": reduction, "init_channels": init_channels}  # all shapes but fc's depend on these
         self.conv1 = nn.Conv2d(3, in1, kernel_size=3, padding=1, bias=False)
         self.dense1 = DenseBlock(layer, num_layers, in1, growth_rate, drop_rate, efficient)
         self.trans1 = Transition(out1, in2, drop_rate)
@@ -165,7 +165,7 @@ def joined(block, transition, x):
 
 
 def layers_per_block(depth, bottleneck):
-    """n of the paper: (depth - 4) / 6 with bottlenecks, (depth - 4) / 3 without. ArgumentError names the nearest depths."""
+    """N of the official code: (depth - 4) / 6 with bottlenecks, else (depth - 4) / 3. ArgumentError names depths that fit."""
     step = 6 if bottleneck else 3
     num_layers, rest = divmod(depth - 4, step)
     if rest or num_layers < 1:

@@ -1,7 +1,7 @@
 """Data-parallel training under torchrun; with a single process, everything here does nothing.
 
 torchrun says in the environment who is who. Every rank holds the whole data set and takes its share of each batch, gradients
-are averaged by DistributedDataParallel, and rank 0 alone reads and writes files. NCCL connects GPUs, gloo CPUs.
+are averaged by DistributedDataParallel, and rank 0 alone writes the run's folder. NCCL connects GPUs, gloo CPUs.
 """
 
 import atexit
@@ -44,7 +44,7 @@ def read_world(environment):
 
 
 @contextlib.contextmanager
-def joined(world, device):
+def process_group(world, device):
     """Connects the ranks, for what is inside; yields this rank's device. Refused if they cannot meet, or a rank has no GPU."""
     if world.size == 1:
         yield device
@@ -98,7 +98,7 @@ def free(group):
 
 
 def leave(status):
-    """At exit, ends the process and leaves the group as it is; torchrun, to which all but 0 is alike, ends the other ranks."""
+    """At exit, ends the process and leaves the group as it is; torchrun, told of a failure, ends the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -126,7 +126,7 @@ def first_rank_first(world):
 
 
 def wrap(net, world, device):
-    """The net as it is trained: gradients averaged over the ranks. Its buffers stay each rank's own, see share_buffers."""
+    """The net as it is trained: gradients averaged over the ranks. Its buffers stay each rank's own, see broadcast_buffers."""
     if world.size == 1:
         return net
     device_ids = [device.index] if device.type == "cuda" else None
@@ -134,14 +134,14 @@ def wrap(net, world, device):
         return DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def share_buffers(net, world):
+def broadcast_buffers(net, world):
     """Gives all ranks the running statistics of rank 0, which are the ones that are saved."""
     if world.size > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def share_object(value, world):
+def broadcast_object(value, world):
     """Rank 0's value, on all ranks."""
     if world.size == 1:
         return value

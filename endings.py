@@ -1,7 +1,7 @@
 """How the programs end: user errors as one sentence, bugs with a traceback; and signals.
 
     with worded(parser, "batches of 64", "a smaller --batch-size") as ending:
-        ...                                 # Refused("--lr -1 is too small: ...") ends the program with status 2
+        ...                                 # Refused("depth 11 does not fit: ...") ends the program with status 2
         ending.resume = resume_command(1)   # from here on every message says how to resume
 
 Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for signal n (SIGPIPE: the output was closed).
@@ -58,7 +58,7 @@ def worded(parser, needs, remedy):
     ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False)
     try:
         yield ending
-        say()
+        say()  # flushes: a closed output is an error here, not at exit
     except (Exception, KeyboardInterrupt) as error:
         status, sentence = last_words(error, ending)
         if status is None:
@@ -173,7 +173,7 @@ def at_least(low, kind=int, high=None):
     return parse
 
 
-def named(kind):
+def nonempty(kind):
     """An argparse type: the name of a file or a folder, as a str or a Path."""
 
     def parse(text):
@@ -229,7 +229,7 @@ def shell_word(word):
 
 
 class StopSignals:
-    """Remembers the first of STOPPING for the training loop; then a SIGINT or SIGTERM ends the program at once.
+    """Remembers the first of STOPPING for the training loop; a second SIGINT or SIGTERM ends the program at once.
 
     The others never count as a second signal: system and shell both send SIGHUP, and SIGXCPU comes every second. SIGHUP, a
     closed terminal, is ignored under nohup.

@@ -23,7 +23,7 @@ import data
 import drawing
 import endings
 from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, named, say
+from endings import Refused, nonempty, say
 from files import refuse_existing, write_text
 from flags import add_device_flag
 from folder import left_out, list_classes, pictures_in
@@ -59,16 +59,16 @@ def build_parser():
     usage = "%(prog)s CHECKPOINT [options], which --help lists"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=usage)
     add = parser.add_argument
-    add("checkpoint", type=named(Path), help="a run's folder or its latest.pth, or weights of --export")
+    add("checkpoint", type=nonempty(Path), help="a run's folder or its latest.pth, or weights of --export")
     add_device_flag(parser)
-    add("--data", metavar="DIR", type=named(str), help="folder of the data set (the one the run was trained on)")
+    add("--data", metavar="DIR", type=nonempty(str), help="folder of the data set (the one the run was trained on)")
     add("--val", action="store_true", help="the images that the run held out, in place of the test set")
-    add("--out", metavar="DIR", type=named(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
+    add("--out", metavar="DIR", type=nonempty(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
     text = "write each picture's class, its probability, and the true class if known, as CSV"
-    add("--predictions", metavar="FILE", type=named(Path), help=text)
+    add("--predictions", metavar="FILE", type=nonempty(Path), help=text)
     text = "classify these pictures, or those in a folder, instead"
-    add("--image", nargs="+", metavar="FILE|DIR", type=named(Path), help=text)
-    add("--export", metavar="FILE", type=named(Path), help="write the bare weights to this .pth file instead, and a .json")
+    add("--image", nargs="+", metavar="FILE|DIR", type=nonempty(Path), help=text)
+    add("--export", metavar="FILE", type=nonempty(Path), help="write the bare weights to this .pth file instead, and a .json")
     return parser
 
 
@@ -114,7 +114,7 @@ def evaluate(net, checkpoint, args, device):
 
 
 def data_folder(args, checkpoint):
-    """--data, or the folder that the run was given: from another working directory, its absolute path in args.json."""
+    """--data, else the run's; where that does not exist, as from another working directory, the absolute path in args.json."""
     root = Path(args.data or checkpoint["args"]["data"])
     if not args.data and not root.exists():
         with contextlib.suppress(Refused):
@@ -169,7 +169,7 @@ def predictions(pictures, logits, classes, labels=None):
     return pd.DataFrame({"picture": pictures, **names, "probability": best.values.numpy().round(6)}).to_csv(index=False)
 
 
-def draw(confusion, classes, images, path):
+def draw(confusion, classes, what, path):
     """Draws the confusion matrix: coloured by shares of the true class, with counts if there are 20 classes at most."""
     size = max(4.5, min(0.62 * len(classes), 14))
     figure = drawing.new_figure(size + 1, size)
@@ -184,7 +184,7 @@ def draw(confusion, classes, images, path):
     axes.set_yticks(range(len(classes)), totals, **style)
     room = max(label.get_window_extent().width for label in axes.get_yticklabels()) / figure.dpi - 1  # of long names
     figure.set_size_inches(figure.get_size_inches() + max(0, room))
-    axes.set(xlabel="predicted class", ylabel="true class (number of images)", title=f"Confusion matrix, {images}")
+    axes.set(xlabel="predicted class", ylabel="true class (number of images)", title=f"Confusion matrix, {what}")
     if len(classes) <= 20:
         centred = {"ha": "center", "va": "center", "fontsize": 8}
         for (row, column), count in np.ndenumerate(confusion):
@@ -193,8 +193,8 @@ def draw(confusion, classes, images, path):
     drawing.save(figure, path)
 
 
-def shortened(name, letters=50):
-    return name if len(name) <= letters else f"{name[: letters // 2]}…{name[-letters // 2 :]}"
+def shortened(name):
+    return name if len(name) <= 50 else f"{name[:25]}…{name[-25:]}"
 
 
 def classify(net, checkpoint, args, device):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed and renamed; read and refused in one sentence."""
+"""Files that are whole or not there: written beside, flushed and renamed. JSON that is read, or refused."""
 
 import functools
 import json

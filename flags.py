@@ -10,11 +10,11 @@ import torch
 from data import IMAGE_SIZE, SOURCES
 from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
-from endings import Refused, at_least, named
+from endings import Refused, at_least, nonempty
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
-NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # of a run that is continued
+NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # by parse_args; fill_in does it with the last two
 SGD = {"momentum": 0.9, "nesterov": True}  # defaults of the flags that sgd alone has
 MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
 
@@ -25,7 +25,7 @@ PROTOCOLS = {"svhn": dict(epochs=40, augment=False, val=6000), "digits": dict(au
 def add_data_flags(group):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
     add("--dataset", choices=sorted(SOURCES), default="cifar10", help="(%(default)s)")
-    add("--data", metavar="DIR", type=named(str), default="data", help="its folder; downloaded if missing (%(default)s)")
+    add("--data", metavar="DIR", type=nonempty(str), default="data", help="its folder; downloaded if missing (%(default)s)")
     add("--augment", action=switch, default=True, help="random crop and flip (yes; no for svhn and digits)")
     add("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
     add("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
@@ -42,7 +42,7 @@ def add_model_flags(group, depth=100):
     add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with the kernels that are fast there)")
+    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU: k <= 16, no dropout, not fp32)")
 
 
 def add_optimisation_flags(group):
@@ -64,17 +64,17 @@ def add_machine_flags(group):
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
-    add("--capture", action=switch, help="steps as one CUDA graph (on a GPU, in a single process without --compile)")
+    add("--capture", action=switch, help="forward and backward pass as a CUDA graph (on a GPU, one process, no --compile)")
     add("--sync-bn", action=switch, default=False, help="under torchrun: batch statistics over all processes")
 
 
 def add_device_flag(group):
-    group.add_argument("--device", type=named(str), default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    group.add_argument("--device", type=nonempty(str), default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
 
 
 def add_run_flags(group):
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--save", metavar="DIR", type=named(Path), help="the run's folder (work/<dataset>.base)")
+    add("--save", metavar="DIR", type=nonempty(Path), help="the run's folder (work/<dataset>.base)")
     either("--resume", action="store_true", help="continue the run in the folder, by its args.json; begin it if there is none")
     either("--force", action="store_true", help="replace the run that the folder holds")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw figures after each epoch")
@@ -98,8 +98,8 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     given = parser.parse_args(argv)
     words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, source, remedy) if begun else []
     words += sys.argv[1:] if argv is None else argv
-    parser.set_defaults(**PROTOCOLS.get(parser.parse_known_args(words)[0].dataset, {}))
-    args, _ = parser.parse_known_args(words)
+    parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
+    args = parser.parse_args(words)
     if args.opt != "sgd" and any(getattr(given, name) != value for name, value in SGD.items()):
         parser.error(f"--momentum and --no-nesterov are of sgd: leave them out with --opt {args.opt}")
     if vars(args).get("compile") == "none":
@@ -148,7 +148,7 @@ def make_net(args, num_classes=10):
 
 
 def fill_in(args, device, processes=1, begun=None):
-    """Sets --precision, --capture and --efficient where they are not given, to what was measured to be fastest on the device.
+    """Sets --precision, --capture and --efficient where they are not given: TF32 if the device has it, and the fastest steps.
 
     A run that is continued, begun on a device of the same kind (CPU or GPU), keeps what it had.
     """

@@ -121,7 +121,7 @@ def left_out(root, parts=()):
 
 
 def describe_classes(names, train_labels, test_labels):
-    """A line per class with its image counts, and warnings: of names that look alike, of counts that differ by ten times."""
+    """Image counts of each class, or their range; warnings of names that look alike and of counts that differ by ten times."""
     width = max(map(len, names))
     train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
     if len(names) <= MANY_CLASSES:

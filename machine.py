@@ -50,7 +50,7 @@ def set_precision(precision):
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
 
-def make_repeatable(deterministic):
+def set_determinism(deterministic):
     """Deterministic kernels only, or the fastest that cuDNN finds."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -59,7 +59,7 @@ def make_repeatable(deterministic):
 
 
 def keep_freed_memory(device):
-    """Makes glibc keep freed memory for the next step, unless MALLOC_… or GLIBC_TUNABLES is set.
+    """On a CPU, makes glibc keep freed memory for the next step, unless the environment tunes glibc's malloc itself.
 
     By default large tensors are mapped anew, page by page, in every step.
     """

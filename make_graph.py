@@ -5,7 +5,7 @@
     ./make_graph.py --no-bottleneck --depth 7 --out images/plain
 
 Blue boxes are parameters, by their names in the state dict; grey ones are the functions that autograd will run backward, the
-loss's side at the bottom. The flags of the model are those of train.py.
+logits at the bottom. The flags of the model are those of train.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 import torchviz
 
 import endings
-from endings import named, naming, say
+from endings import naming, nonempty, say
 from flags import USAGE, add_model_flags, make_net
 
 
@@ -40,7 +40,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
     add_model_flags(parser, depth=10)
     text = "the files' name; .dot, .png and .svg are added (%(default)s)"
-    parser.add_argument("--out", metavar="NAME", type=named(Path), default="graph", help=text)
+    parser.add_argument("--out", metavar="NAME", type=nonempty(Path), default="graph", help=text)
     return parser
 
 

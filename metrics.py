@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from data import normalize
 from progress import progress
 
-BATCH_PIXELS = 250 * 32 * 32  # of the images at a time; without gradients a net needs little memory
+BATCH_PIXELS = 250 * 32 * 32  # of a batch on a CPU; without gradients a net needs little memory
 GPU_NUMBERS = 2**28  # in the widest layer's input at a time, on a GPU: large batches that take 1 to 3 GB, whatever the net
 
 
 @torch.inference_mode()
 def predict(net, images, mean, std, title=None):
-    """Logits (M, num_classes), on the CPU in float64, of M uint8 images; with a title, a bar is shown."""
+    """Logits (M, num_classes), on the CPU in float64, of M uint8 images, in evaluation mode; with a title, a bar is shown."""
     net.eval()
     batches = progress(images.split(batch_size(net, images)), shown=bool(title), desc=title, unit=" batches")
     return torch.cat([net(normalize(batch, mean, std)) for batch in batches]).cpu().double()
@@ -23,7 +23,7 @@ def batch_size(net, images):
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":
         return max(1, BATCH_PIXELS // pixels)
-    widest = max((p.shape[1] for p in net.parameters() if p.dim() == 4), default=1)
+    widest = max(p.shape[1] for p in net.parameters() if p.dim() == 4)
     return max(1, GPU_NUMBERS // (pixels * widest))
 
 

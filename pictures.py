@@ -49,14 +49,12 @@ def read_pictures(paths, size, title=None):
 def each_picture(paths, size, title=None):
     """Yields each picture as a tensor (3, size, size) uint8, or why it cannot be read, an Unreadable."""
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
-    bar = progress(shown=bool(title), desc=title, total=len(paths), unit="")
     if title and not on_terminal():
         say(title)
-    with warnings.catch_warnings(action="ignore"), bar:  # what Pillow warns of is harmless, or an error as well
+    with warnings.catch_warnings(action="ignore"):  # what Pillow warns of is harmless, or an error as well
         try:
-            for picture in pool.map(partial(read_picture, size=size), paths):
-                yield picture
-                bar.update()
+            read = pool.map(partial(read_picture, size=size), paths)
+            yield from progress(read, shown=bool(title), desc=title, total=len(paths), unit="")
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
 
@@ -98,8 +96,8 @@ def open_picture(path, size):
         raise Unreadable("there is no such file")
     try:
         with Image.open(path) as picture:
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least twice as long as they will be: a half and more
-            # of the way is left to the antialiasing, and a photograph is read several times as fast.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least 2 * size: the antialiased resize still halves
+            # them, and a photograph is read several times as fast.
             picture.draft(None, (2 * size, 2 * size))
             decode(picture)
             return picture

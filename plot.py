@@ -22,10 +22,10 @@ import pandas as pd
 
 import drawing
 import endings
-from endings import Refused, at_least, named, say
-from runs import in_words, name_runs, read_arguments, read_csv, settings
+from endings import Refused, at_least, nonempty, say
+from runs import arguments_of, in_words, name_runs, read_csv, settings
 
-MAX_POINTS = 3000
+MIN_POINTS = 3000  # of a thinned curve, which has at most twice as many
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
 MARKERS = "os^Dv<>pP*X"  # of which there are more, so that a colour comes back with another
@@ -72,9 +72,9 @@ def build_parser():
         usage="%(prog)s DIR [DIR ...] [options], which --help lists",
     )
     add, number = parser.add_argument, at_least(0, float)
-    add("runs", nargs="+", type=named(Path), metavar="DIR", help="folder of a run")
+    add("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     text = "their folder, or the file of one figure (default: the run, or what holds all)"
-    add("--out", type=named(Path), metavar="DIR|FILE", help=text)
+    add("--out", type=nonempty(Path), metavar="DIR|FILE", help=text)
     add("--format", choices=drawing.FORMATS, help="(that of --out FILE, else png)")
     add("--average", action="store_true", help="one curve for runs that differ in --seed only, and a band of their tests")
     add("--smooth", type=number, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)")
@@ -129,7 +129,7 @@ def read_curve(folders, smooth):
 
 
 def moving_average(train, epochs):
-    """Averages each row over the steps of the `epochs` epochs before it."""
+    """Averages each row with the steps of the `epochs` epochs up to it."""
     if train.empty:
         return train
     steps_per_epoch = len(train) / train["epoch"].iloc[-1]
@@ -141,7 +141,7 @@ def over_runs(tables):
     """Mean, min and max over the runs at the epochs that all of them have, a few thousand of these at most."""
     groups = pd.concat(tables).groupby("epoch")[["loss", "error"]]
     table = groups.agg(["mean", "min", "max"])[groups.size() == len(tables)]
-    every = max(1, len(table) // MAX_POINTS)
+    every = max(1, len(table) // MIN_POINTS)
     return table[(len(table) - 1) % every :: every]  # the last row among them
 
 
@@ -150,7 +150,7 @@ def rate_changes(folder, test):
     if "lr" in test:
         return {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
     with contextlib.suppress(Refused):
-        args = read_arguments(folder)
+        args = arguments_of(folder)
         if args.get("opt") == "sgd" and args.get("lr"):
             return {math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)}
     return set()

@@ -64,7 +64,7 @@ def whole_rows(lines, columns, path):
     return pd.DataFrame(rows, columns=columns, dtype=float)
 
 
-def read_arguments(folder):
+def arguments_of(folder):
     """args.json of a run. Refused if it is missing or damaged."""
     path = folder / "args.json"
     remedy = "put back a whole one, or leave out this run"
@@ -77,11 +77,11 @@ def read_arguments(folder):
 
 
 def settings(folders):
-    """[(arguments in which the settings differ, all arguments, folders)]; runs that differ in `seed` only are one setting.
+    """[(arguments in which the settings differ, common arguments, folders)]; runs that differ in `seed` only are one setting.
 
     If two of its runs have the same seed, the machine and the version count, too. Refused if that does not tell them apart.
     """
-    runs = {folder: read_arguments(folder) for folder in folders}
+    runs = {folder: arguments_of(folder) for folder in folders}
     groups = []
     for common, members in group(runs, STARTED | MACHINE):
         twins = same_seed(members, runs)

@@ -37,18 +37,18 @@ class TrainingStep:
         dtype, self.autocast = DTYPES[args.precision], contextlib.nullcontext()
         if dtype is not torch.float32:  # without a cache: a captured step has to compute all that it reads
             self.autocast = torch.autocast(device.type, dtype, cache_enabled=False)
-        self.gradients = self.eager_gradients
+        self.forward_backward = self.eager_forward_backward
         if args.capture:
-            self.gradients = CapturedGradients(self.eager_gradients, [*net.parameters()], self.batch_size)
+            self.forward_backward = CapturedForwardBackward(self.eager_forward_backward, [*net.parameters()], self.batch_size)
 
     def __call__(self, images, labels, share):
         """This rank's part of (loss, error in %), on the device; images (N, 3, H, W), labels (N,), share of the batch."""
-        result = self.gradients(images, labels, share)
+        result = self.forward_backward(images, labels, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return result
 
-    def eager_gradients(self, images, labels, share):
+    def eager_forward_backward(self, images, labels, share):
         """Sets the parameters' gradients; returns what a step returns."""
         self.optimizer.zero_grad()  # before the forward pass: nothing may outlive a step in a CUDA graph
         model = self.compiled if len(images) == self.batch_size else self.model  # compiled for one shape only
@@ -67,8 +67,8 @@ class TrainingStep:
         return self.optimizer.param_groups[0]["lr"]
 
 
-class CapturedGradients:
-    """The gradients of whole batches by a CUDA graph, captured once and then replayed: one launch in place of thousands.
+class CapturedForwardBackward:
+    """Forward and backward pass of whole batches by a CUDA graph, captured once, then replayed: one launch, not thousands.
 
     The first steps run eagerly, on the stream used for the capture. What is captured has fixed addresses: batch, result and
     gradients. A smaller batch is taken eagerly, with gradients of its own; the next replay puts the fixed ones back.
@@ -84,7 +84,7 @@ class CapturedGradients:
         self.graph = None
 
     def __call__(self, images, labels, share):
-        """As TrainingStep.eager_gradients, of a single process: the share of a whole batch is 1."""
+        """As TrainingStep.eager_forward_backward, of a single process: the share of a whole batch is 1."""
         if len(images) < self.batch_size or not self.possible:
             return self.eager(images, labels, share)
         if self.warm_ups_left:
@@ -111,7 +111,7 @@ class CapturedGradients:
         return result
 
     def capture(self, images, labels):
-        """Records a step, without running it. A failure ends the run: PyTorch does not recover from it."""
+        """Records both passes, without running them. A failure ends the run: PyTorch does not recover from it."""
         self.images, self.labels = images.clone(), labels.clone()
         self.graph = torch.cuda.CUDAGraph()
         try:  # thread_local: other threads may use the GPU meanwhile

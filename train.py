@@ -33,13 +33,13 @@ import run_folder
 from checkpoint import build_net, checkpoint_in, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
 from folder import describe_classes
-from machine import choose_device, describe, keep_freed_memory, make_repeatable
+from machine import choose_device, describe, keep_freed_memory, set_determinism
 from metrics import loss_and_error_sums, predict
 from progress import progress
 from step import TrainingStep, schedule
 
 GROUP_STEPS = 20  # steps between two writes to train.csv; each write waits for the device
-MAX_LOSS = 1e4  # of a step; no training that goes well has it
+MAX_LOSS = 1e4  # of a step: training has diverged
 
 
 def main():
@@ -48,16 +48,16 @@ def main():
     with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
         args, begun = continued(parser, args)
-        with distributed.joined(world, choose_device(args.device)) as device:
+        with distributed.process_group(world, choose_device(args.device)) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, begun, fresh) if world.rank == 0 else None
-            args, begun, init = distributed.share_object(start, world)  # another machine may lack the files
+            args, begun, init = distributed.broadcast_object(start, world)  # another machine may lack the files
             flags.fill_in(args, device, world.size, begun)
             flags.refuse_contradictions(args, device, world.size)
             run_folder.compare_arguments(begun, flags.plain_arguments(args))
             ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
-            make_repeatable(args.deterministic)
+            set_determinism(args.deterministic)
             dataset = load_data(args, device, world)
             net = initial_net(args, dataset.classes, init, quiet=world.rank > 0)
             net = net.to(device, memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def build_parser():
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
     text = "start from this net, which sets the model flags but --drop-rate: a run, or a file of evaluate.py --export"
-    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.named(str), help=text)
+    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.nonempty(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
@@ -94,7 +94,7 @@ def starting_point(parser, args, begun, fresh):
 
 
 def read_init(parser, args, begun):
-    """(args, in which model flags and a folder's image size that are not given are those of the net of --init; that net)."""
+    """(args, the net of --init); model flags and a folder's image size that are not given are those of that net."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
@@ -144,7 +144,7 @@ def run(net, dataset, args, world, ending, fresh):
     """Begins the run in its folder, or continues it, and trains to the end."""
     with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext():
         checkpoint = open_run(net, dataset, args, world, fresh) if world.rank == 0 else None
-        checkpoint = distributed.share_object(checkpoint, world)
+        checkpoint = distributed.broadcast_object(checkpoint, world)
         ending.resume, ending.silent = endings.resume_command(world.size), world.rank > 0
         if world.rank == 0:
             say(*opening_lines(net, dataset, args, checkpoint))
@@ -218,7 +218,7 @@ def fit(net, dataset, args, world, checkpoint):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
             tested = test(net, dataset, world)
-            check_loss(sum(tested[::2]), f"on the test images after epoch {epoch + 1}", largest=sys.float_info.max)
+            check_loss(sum(tested[::2]), f"in the test after epoch {epoch + 1}", largest=sys.float_info.max)
             if world.rank == 0:
                 result = [*tested, *log.mean(), rate, seconds]
                 run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
@@ -250,7 +250,7 @@ class EpochLog:
         self.rows = []  # (loss, error) of the steps written
 
     def add(self, result, stop, bar):
-        """Adds a step's (loss, error); writes the group when it is full or a signal was received, then raises Stopped."""
+        """Adds a step's (loss, error), writes a full group; Stopped after a signal, of several processes at a group's end."""
         self.group.append(result)
         done = len(self.rows) + len(self.group)
         bar.update(self.sizes[done - 1])
@@ -261,7 +261,7 @@ class EpochLog:
                 raise Stopped(signum)
 
     def write(self, received):
-        """Writes the group to train.csv and returns the signal that any rank received, or 0. Waits for the device."""
+        """Writes the group to train.csv, which waits for the device. Returns this rank's signal, another's as SIGTERM, or 0."""
         table = torch.stack([*self.group, torch.full_like(self.group[0], received)])
         *rows, (signals, _) = distributed.sum_over_ranks(table, self.world).tolist()
         steps = [*enumerate(rows, start=len(self.rows) + 1)]
@@ -287,7 +287,7 @@ def check_loss(loss, where, largest=MAX_LOSS):
 
 def test(net, dataset, world):
     """[loss, error in %] of the test set, followed by those of the held-out images if there are any."""
-    distributed.share_buffers(net, world)
+    distributed.broadcast_buffers(net, world)
     results = []
     parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     for title, split in parts.items():
@@ -302,9 +302,9 @@ def test(net, dataset, world):
 
 def print_epoch(epoch, train_result, test_result, rate, images_per_second, seconds_left):
     results = {"train": train_result, "val": test_result[2:], "test": test_result[:2]}
-    figures = "".join(f"{part} loss {r[0]:.4f} error {r[1]:.2f} %  " for part, r in results.items() if len(r))
+    numbers = "".join(f"{part} loss {r[0]:.4f} error {r[1]:.2f} %  " for part, r in results.items() if len(r))
     left = timedelta(seconds=round(seconds_left))
-    say(f"epoch {epoch}  {figures}lr {rate:g}  {images_per_second:.0f} images/s  {left} left", write=tqdm.write)
+    say(f"epoch {epoch}  {numbers}lr {rate:g}  {images_per_second:.0f} images/s  {left} left", write=tqdm.write)
 
 
 if __name__ == "__main__":

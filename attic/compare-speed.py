@@ -66,7 +66,7 @@ def build_parser():
         "--depths", nargs="+", metavar="L", type=endings.at_least(0, high=flags.MAX_SIZE), help="instead of --depth"
     )
     parser.add_argument(
-        "--data", metavar="DIR", type=endings.named(str), help="time batches of the CIFAR-10 in this folder instead"
+        "--data", metavar="DIR", type=endings.nonempty(str), help="time batches of the CIFAR-10 in this folder instead"
     )
     return parser
 

@@ -13,7 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
@@ -24,7 +23,7 @@ import run_folder
 import train
 from densenet import init_weights
 from distributed import World
-from machine import choose_device, keep_freed_memory, make_repeatable
+from machine import choose_device, keep_freed_memory, set_determinism
 
 # Output channels of the convolutions, and the poolings.
 PLAN = [32, "pool", 64, 64, 64, "pool", 128, 128, 128, "pool", 256, 256]
@@ -35,9 +34,7 @@ def main():
     parser = build_parser()
     args = flags.parse_args(parser)
     with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
-        run_folder.refuse_to_replace(args.save, args.resume, args.force)
-        begun = run_folder.read_arguments(args.save) if args.resume else {}
-        args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
+        args, begun = train.continued(parser, args)
         device = choose_device(args.device)
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
@@ -45,7 +42,7 @@ def main():
         fresh = run_folder.is_fresh(args.save, args.resume)
         ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
         keep_freed_memory(device)
-        make_repeatable(args.deterministic)
+        set_determinism(args.deterministic)
         dataset = train.load_data(args, device, World())
         torch.manual_seed(args.seed)
         net = vgg(PLAN, num_classes=len(dataset.classes)).to(device, memory_format=torch.channels_last)
@@ -75,7 +72,7 @@ def no_model_flags():
 
 def print_verdict(args):
     """The exit status: 1 if the whole of CIFAR-10 was learned, and not well enough."""
-    error = np.atleast_1d(np.genfromtxt(args.save / "test.csv", delimiter=",", names=True))[-1]["error"]
+    error = float(run_folder.last_row(args.save / "test.csv")["error"])
     if args.dataset != "cifar10" or args.limit:
         print(f"test error {error:.2f} %; the verdict is for the whole of cifar10 only")
         return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import drawing
-from endings import Refused, named, worded
+from endings import Refused, nonempty, worded
 
 LABELS = {
     "plain": "plain modules",
@@ -28,7 +28,7 @@ LABELS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=named(Path), metavar="REPORT.json", help="of attic/compare-speed.py --depths")
+    parser.add_argument("report", type=nonempty(Path), metavar="REPORT.json", help="of attic/compare-speed.py --depths")
     args = parser.parse_args()
     with worded(parser, "the figure", "fewer depths"):
         growth_rate, curves = read_curves(args.report)

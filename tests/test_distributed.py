@@ -65,13 +65,13 @@ def run_ranks(forked, *command):
 def one_rank(folder):
     rank = int(os.environ["RANK"])
     world = distributed.read_world(os.environ)
-    with distributed.joined(world, torch.device("cpu")):
+    with distributed.process_group(world, torch.device("cpu")):
         for flag in ("--sync-bn", "--efficient", "--no-efficient"):
             torch.save(gradients(world, flag), folder / f"{flag}{rank}.pth")
         norm = torch.nn.BatchNorm2d(3)
         norm.running_mean += 1 + rank
         norm.weight.data += 1 + rank
-        distributed.share_buffers(norm, world)
+        distributed.broadcast_buffers(norm, world)
         torch.save(norm.state_dict(), folder / f"buffers{rank}.pth")
 
 
@@ -326,7 +326,7 @@ distributed.meet = lambda world, device: None
 distributed.free = lambda group: print("freed")
 distributed.dist.destroy_process_group = lambda: print("destroyed")
 with endings.worded(argparse.ArgumentParser(prog="program", usage="of it"), "", ""):
-    with distributed.joined(distributed.World(size=2), torch.device("cuda")):
+    with distributed.process_group(distributed.World(size=2), torch.device("cuda")):
         print("said")
         {}
 """

@@ -231,7 +231,7 @@ def unequal_lengths(*arguments, **options):
 BUGS = [value_error, type_error, unequal_lengths]
 PLACES = {  # what each program calls, by the names it calls it by
     "train": """densenet.DenseNet.__init__ densenet.block_channels densenet.init_weights flags.make_net train.choose_device
-        train.make_repeatable train.initial_net data.load data.hold_out distributed.check_batches
+        train.set_determinism train.initial_net data.load data.hold_out distributed.check_batches
         run_folder.refuse_to_replace run_folder.git_commit run_folder.begin""",
     "train, begun": """step.TrainingStep.__init__ step.TrainingStep.__call__ step.make_optimizer densenet.DenseNet.forward
         data.training_batches data.normalize train.EpochLog.write train.EpochLog.mean train.restore train.make_card
@@ -249,7 +249,7 @@ PLACES = {  # what each program calls, by the names it calls it by
     "evaluate --export": "evaluate.export checkpoint.encoded checkpoint.replace_file files.flush_to_disk",
     "plot": """plot.name_runs plot.read_curve plot.moving_average plot.check_since plot.panels plot.draw plot.draw_curve
         drawing.font_families drawing.save""",
-    "compare": "compare.settings compare.read_csv compare.summary compare.in_short compare.latex runs.read_arguments",
+    "compare": "compare.settings compare.read_csv compare.summary compare.in_short compare.latex runs.arguments_of",
     "make_graph": """make_graph.make_net densenet.DenseNet.__init__ densenet.DenseNet.forward make_graph.write_dot
         torchviz.make_dot""",
 }

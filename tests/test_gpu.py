@@ -28,7 +28,7 @@ from dense_block import load_kernels
 from densenet import DenseNet
 from distributed import World
 from flags import fill_in, make_net, parse_args
-from machine import DTYPES, make_repeatable, set_precision
+from machine import DTYPES, set_determinism, set_precision
 from metrics import loss_and_error_sums, predict
 from step import TrainingStep
 
@@ -199,7 +199,7 @@ def peak_of_a_step(device, efficient):
 def repeatable():
     """Only kernels that give the same bits every time, until the end of the test."""
     benchmark = torch.backends.cudnn.benchmark
-    make_repeatable(True)
+    set_determinism(True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = benchmark
@@ -231,7 +231,7 @@ def test_captured_steps_are_the_eager_ones_bit_for_bit(repeatable, device, flags
     assert all(torch.equal(eager.net[name], captured.net[name]) for name in eager.net)
     ours, theirs = (torch.utils._pytree.tree_leaves(each.optimizer) for each in (captured, eager))
     assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(ours, theirs, strict=True))
-    assert captured.step.gradients.graph is not None
+    assert captured.step.forward_backward.graph is not None
 
 
 def two_epochs(args):
@@ -270,7 +270,7 @@ def test_a_net_that_waits_for_the_device_is_trained_eagerly_and_says_so_once(dev
     assert torch.equal(before, step.model.conv1.weight) == (change is with_frozen_stem)
     assert step.model.bn1.num_batches_tracked == 8
     told = capsys.readouterr().out.count("steps are taken eagerly, not captured: this net waits for the device")
-    assert (told, step.gradients.graph is None) == ((1, True) if change is with_exact_means else (0, False))
+    assert (told, step.forward_backward.graph is None) == ((1, True) if change is with_exact_means else (0, False))
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

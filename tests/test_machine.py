@@ -9,7 +9,7 @@ import machine
 import train
 from distributed import World
 from endings import Refused
-from machine import DTYPES, choose_device, default_precision, make_repeatable, set_precision
+from machine import DTYPES, choose_device, default_precision, set_determinism, set_precision
 
 # Pages that the kernel must give for a tensor of 64 MB, when a slightly larger one was freed just before.
 FAULTS = """
@@ -125,7 +125,7 @@ def test_kernels_are_deterministic_or_the_fastest(monkeypatch, deterministic):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        make_repeatable(deterministic)
+        set_determinism(deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # what has no such kernel is an error
         assert torch.backends.cudnn.benchmark is not deterministic

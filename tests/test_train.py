@@ -137,7 +137,7 @@ def test_nothing_of_a_step_outlives_it(efficient):
     assert all(gradient is None for gradient in gradients)
 
 
-class Rehearsed(step.CapturedGradients):
+class Rehearsed(step.CapturedForwardBackward):
     """On a CPU: a graph that computes anew when it is replayed, with results at fixed addresses."""
 
     def warm_up(self, *batch):
@@ -162,7 +162,7 @@ class Rehearsed(step.CapturedGradients):
 def test_replays_and_smaller_batches_in_between_are_the_steps_of_an_eager_run(monkeypatch, opt):
     """Batches of 4, the third and the last smaller, after 3 warm-ups; a frozen layer. What a graph computes, a GPU shows."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(step, "CapturedGradients", Rehearsed)
+    monkeypatch.setattr(step, "CapturedForwardBackward", Rehearsed)
     torch.manual_seed(1)
     sizes = [4, 4, 2, 4, 4, 4, 4, 2, 4, 3]
     batches = [(torch.randn(n, 3, 8, 8), torch.randint(10, (n,)), 1.0) for n in sizes]
@@ -175,7 +175,7 @@ def test_replays_and_smaller_batches_in_between_are_the_steps_of_an_eager_run(mo
         args.capture = capture
         take = TrainingStep(net, args, torch.device("cpu"), World())
         results[capture] = [take(*batch) for batch in batches], net.state_dict()
-    assert take.gradients.replays == 4
+    assert take.forward_backward.replays == 4
     (eager, weights), (captured, same_weights) = results[False], results[True]
     assert torch.equal(torch.stack(eager), torch.stack(captured))
     assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
@@ -205,8 +205,8 @@ def test_a_step_that_waits_for_the_device_is_not_captured_and_says_so_once(strea
 
     with pytest.warns(UserWarning, match="called a synchronizing"):  # outside of the step that is watched
         take, results = take_captured_steps(wait)
-    assert take.gradients.graph is None
-    for stream in (take.gradients.stream, torch.cuda.current_stream()):  # each waits for the other, around each warm-up
+    assert take.forward_backward.graph is None
+    for stream in (take.forward_backward.stream, torch.cuda.current_stream()):  # each waits for the other, around each warm-up
         assert stream.wait_stream.call_count == step.WARM_UP_STEPS
     assert torch.stack(results).isfinite().all()
     assert capsys.readouterr().out == "steps are taken eagerly, not captured: this net waits for the device in each\n"
@@ -779,7 +779,7 @@ def test_a_net_that_is_not_finite_is_not_saved(call_main, tmp_path):
     """The last step of the epoch spoils the weights: its loss was still finite, that of the test images is not."""
     flags = ["--lr", "1e38", "--epochs", 1, "--batch-size", 96, "--no-plot", "--save", tmp_path / "run"]
     status, _, errors = call_main(train, *TINY, *flags)
-    assert (status, "on the test images after epoch 1" in errors) == (1, True)
+    assert (status, "in the test after epoch 1" in errors) == (1, True)
     assert not (tmp_path / "run" / "latest.pth").exists()
 
 
@@ -791,7 +791,7 @@ def test_a_test_loss_may_be_far_beyond_that_of_a_step(call_main, monkeypatch, tm
     assert pd.read_csv(tmp_path / "run" / "test.csv")["loss"][0] > train.MAX_LOSS
     monkeypatch.setattr(train, "test", lambda *arguments: [1.0, 1.0, math.nan, 1.0])
     status, _, errors = call_main(train, *flags, "--force")
-    assert (status, "the loss is nan on the test images after epoch 1" in errors) == (1, True)
+    assert (status, "the loss is nan in the test after epoch 1" in errors) == (1, True)
 
 
 def test_a_step_rounds_as_its_run_says(put_back):
