@@ -59,6 +59,7 @@ def test_the_numbers_are_medians_and_quartiles():
         ("efficient-captured", [], (True, True, None)),
         ("plain-compiled", [], (False, False, "auto")),
         ("efficient-compiled", ["--compile", "default"], (True, False, "default")),
+        ("efficient-compiled", ["--compile", "none"], (True, False, "auto")),
     ],
 )
 def test_what_a_variant_is(name, asked, expected):
@@ -204,3 +205,36 @@ def test_a_step_is_over_when_the_device_has_computed_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "synchronize", lambda: events.append("wait"))
     bench.measured(lambda: events.append("step"), 2, CPU)
     assert events == ["step", "step", "wait"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--deterministic"]])
+def test_kernels_and_memory_are_those_of_a_run(monkeypatch, flags):
+    told = []
+    monkeypatch.setattr(bench, "keep_freed_memory", told.append)
+    monkeypatch.setattr(bench, "set_determinism", told.append)
+    bench.make_step(bench.variant_arguments("plain", parse(*flags)), CPU)
+    assert told == [CPU, bool(flags)]
+
+
+class Ending:
+    """A process that has ended, with this status, and the connection to it."""
+
+    name = "plain"
+
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+    def join(self):
+        pass
+
+    def recv(self):
+        raise EOFError
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "error", "told"),
+    [(0, RuntimeError, "^plain's process has ended$"), (1, RuntimeError, "has ended"), (-9, endings.Refused, "was killed")],
+)
+def test_only_a_process_that_was_killed_may_have_lacked_memory(exitcode, error, told):
+    with pytest.raises(error, match=told):
+        bench.receive(Ending(exitcode), Ending(exitcode))

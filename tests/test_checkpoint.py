@@ -12,7 +12,7 @@ import checkpoint
 import data
 import evaluate
 import train
-from checkpoint import checkpoint_in, export, load_checkpoint, make_checkpoint, normalization, restore
+from checkpoint import build_net, checkpoint_in, export, load_checkpoint, make_checkpoint, normalization, restore
 from densenet import DenseNet
 from endings import Refused
 from files import replace_file
@@ -248,3 +248,25 @@ def test_a_file_that_is_no_checkpoint_of_ours(call_main, tmp_path, make, message
     assert status == 2
     assert len(errors.splitlines()) == 2
     assert message in errors
+
+
+def test_a_description_that_is_there_is_not_overwritten(tiny_run, tmp_path):
+    """Nor are weights written beside it, of which it would not be."""
+    (tmp_path / "net.json").write_text("mine")
+    with pytest.raises(Refused, match=r"net\.json exists already: name another file, or remove it"):
+        export(load_checkpoint(tiny_run / "latest.pth"), tmp_path / "net.pth")
+    assert contents(tmp_path) == {"net.json": b"mine"}
+
+
+def test_the_net_of_a_checkpoint_is_of_plain_modules_in_evaluation_mode(tiny_run):
+    """Whatever its run computed the dense blocks with."""
+    trained = load_checkpoint(tiny_run / "latest.pth")
+    net = build_net({**trained, "model": trained["model"] | {"efficient": True}})
+    assert not any(module.training for module in net.modules())
+    assert not any(block.efficient for block in (net.dense1, net.dense2, net.dense3))
+
+
+def test_pictures_of_a_net_that_does_not_tell_their_size_have_that_of_cifar():
+    """As older versions of train.py saved it."""
+    sizes = [checkpoint.image_size_of({"args": args}) for args in ({}, {"image_size": None}, {"image_size": 64})]
+    assert sizes == [32, 32, 64]

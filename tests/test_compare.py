@@ -306,3 +306,8 @@ def test_a_run_that_does_not_say_its_processes_had_one(tables, tmp_path):
     del facts["processes"]
     (old / "args.json").write_text(json.dumps(facts))
     assert [row["n"] for row in tables(old, new)[0]] == ["2"]
+
+
+def test_another_number_of_processes_is_another_setting(tables, tmp_path):
+    rows, _, _ = tables(write_run(tmp_path / "one", 5), write_run(tmp_path / "two", 6, processes=2))
+    assert [row["processes"] for row in rows] == ["1", "2"]

@@ -424,3 +424,7 @@ def test_a_rank_that_says_nothing_reads_the_same(pictures):
 def test_a_constant_channel_has_a_std_of_1():
     images = torch.tensor([0, 9, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 8, 8)
     assert data.mean_and_std(images) == ([0, 9, 255], [1, 1, 1])
+
+
+def test_names_in_letters_of_another_width_look_alike():
+    assert folder.spelling("\uff43\uff41\uff54") == folder.spelling("Cat")  # as a Japanese keyboard writes it

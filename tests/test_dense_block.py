@@ -358,6 +358,7 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
     net, as_made = random_net(BC if kind is Bottleneck else PLAIN), kind.forward
     images, _ = batch(2, 8)
     expected = net(images)
+    torch.testing.assert_close(efficient_twin(net)(images), expected)  # what it was before is not remembered
     monkeypatch.setattr(kind, "forward", lambda self, x: 2 * as_made(self, x))
     state = torch.random.get_rng_state()
     with pytest.warns(UserWarning, match=f"^{kind.__name__}.forward is not what dense_block.py computes: efficient has no eff"):

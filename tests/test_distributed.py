@@ -383,3 +383,50 @@ def test_whole_batches_of_a_rank_go_through_the_compiled_net(monkeypatch):
     for number in (4, 3):
         taken(torch.randn(number, 3, 8, 8), torch.zeros(number, dtype=torch.int64), 0.5)
     assert sizes == [4]
+
+
+def test_a_first_process_that_fails_lets_the_others_go_on(monkeypatch):
+    """They fail by themselves, and do not wait for half an hour."""
+    events = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    with pytest.raises(Refused), distributed.first_rank_first(World(0, 0, 2)):
+        raise Refused("no data")
+    assert events == ["barrier"]
+
+
+def test_after_a_restart_the_ranks_meet_by_new_keys(monkeypatch):
+    """The old ones hold the addresses of processes that are gone."""
+    common, stores = distributed.dist.HashStore(), []
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(common, 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, store, **_: stores.append(store))
+    for attempt in (0, 1, 1):
+        distributed.meet(World(0, 0, 2, attempt), torch.device("cpu"))
+    stores[1].set("address", "of this attempt")
+    assert [store.check(["address"]) for store in stores] == [False, True, True]
+
+
+def test_one_rank_tells_what_is_read_and_what_is_not(monkeypatch, capsys, pictures):
+    (pictures / "train" / "red" / "notes.txt").touch()
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    words = ["--dataset", "folder", "--data", str(pictures), "--batch-size", "4"]
+    args, told = parse_args(train.build_parser(), words), []
+    for rank in range(2):
+        train.load_data(args, torch.device("cpu"), World(rank, rank, 2))
+        told.append(capsys.readouterr().out.count("\n"))
+    assert told == [3, 0]  # what is not read, and the titles of both parts
+
+
+def test_one_rank_draws(call_main, monkeypatch, tmp_path):
+    """call_main puts the handlers of signals back."""
+
+    def plots(save, enabled):
+        raise InterruptedError(enabled)
+
+    monkeypatch.setattr(distributed, "wrap", lambda net, world, device: net)
+    monkeypatch.setattr(train.run_folder, "Plots", plots)
+    args = parse_args(train.build_parser(), [*TINY, "--save", str(tmp_path)])
+    fill_in(args, torch.device("cpu"), 2)
+    dataset = data.load("digits", ".", limit=8)
+    for rank in range(2):
+        with pytest.raises(InterruptedError, match=str(rank == 0)):
+            train.fit(flags.make_net(args), dataset, args, World(rank, rank, 2), None)

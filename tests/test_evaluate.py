@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from test_run_folder import damage
 import data
 import drawing
 import evaluate
+import train
 from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused
 
@@ -50,6 +52,11 @@ def test_confusion_matrix_has_true_rows_and_predicted_columns():
 def test_the_mean_of_the_classes_errors_counts_each_class_alike():
     confusion = np.array([[9, 0, 1], [1, 1, 0], [0, 0, 0]])  # 1 of 10 wrong, 1 of 2, and a class without an image
     assert evaluate.mean_class_error(confusion) == pytest.approx((0.1 + 0.5) / 2)
+
+
+def test_a_class_without_an_image_has_no_error():
+    lines = evaluate.class_lines(np.array([[3, 1], [0, 0]]), ["a", "long"])
+    assert [*lines] == ["  a      25.00 %  (1 of 4 wrong)", "  long     no image  (0 of 0 wrong)"]
 
 
 def test_own_pictures_are_named(call_main, tiny_run, tmp_path):
@@ -174,6 +181,7 @@ def test_long_names_of_classes_take_no_room_from_the_matrix(monkeypatch, tmp_pat
     ("change", "message"),
     [
         ({"mean": [1.0]}, "is no checkpoint of train.py"),
+        ({"std": [1.0]}, "is no checkpoint of train.py"),
         ({"epoch": "1"}, "is no checkpoint of train.py"),
         ({"classes": [0]}, "is no checkpoint of train.py"),
         ({"args": {}}, "is no checkpoint of train.py"),
@@ -250,6 +258,39 @@ def test_the_held_out_images_are_evaluated_as_the_run_did(call_main, run_with_va
     assert (status, "are not those that the run held out: name its data with --data" in errors) == (2, True)
 
 
+def test_a_checkpoint_without_digests_is_evaluated_on_what_there_is(call_main, run_with_val, tmp_path):
+    """As an older version of train.py has written it."""
+    checkpoint = torch.load(run_with_val / "latest.pth", weights_only=True)
+    for digests in (None, {}):
+        torch.save({**checkpoint, "args": checkpoint["args"] | {"digests": digests}}, tmp_path / "latest.pth")
+        status, out, errors = call_main(evaluate, tmp_path, "--val")
+        assert (status, "digits, 50 val images, epoch 1" in out) == (0, True), errors
+
+
+def test_held_out_pictures_of_a_folder_have_numbers_in_their_predictions(call_main, pictures, tmp_path):
+    """They are drawn from the training part, so that the files of the test part are not theirs."""
+    flags = [*TINY[2:6], "--device", "cpu", "--dataset", "folder", "--data", pictures, "--val", 4, "--epochs", 1, "--no-plot"]
+    assert call_main(train, *flags, "--drop-rate", 0, "--save", tmp_path / "run")[0] == 0
+    status, _, errors = call_main(evaluate, tmp_path / "run", "--val", "--predictions", tmp_path / "val.csv")
+    assert status == 0, errors
+    assert pd.read_csv(tmp_path / "val.csv")["picture"].tolist() == [0, 1, 2, 3]
+
+
+def test_only_the_folders_that_are_written_to_have_to_be_writable(monkeypatch, tmp_path):
+    """Pictures are classified by a net in a folder of others, and their classes go to a device of others."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    args = SimpleNamespace(image=["a.png"], predictions=None, out=None, checkpoint=tmp_path / "net.pth")
+    evaluate.refuse_unwritable(args)
+    args.predictions = Path("/dev/null")
+    evaluate.refuse_unwritable(args)
+    args.predictions = tmp_path / "new.csv"
+    with pytest.raises(Refused, match="name another by --predictions"):
+        evaluate.refuse_unwritable(args)
+    args = SimpleNamespace(image=None, predictions=None, out=None, checkpoint=tmp_path / "net.pth")
+    with pytest.raises(Refused, match=f"{tmp_path} is no folder that can be written to: name another by --out"):
+        evaluate.refuse_unwritable(args)
+
+
 def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path):
     table = tmp_path / "new" / "predictions.csv"
     command = [evaluate, tiny_run / "latest.pth", "--predictions", table]
@@ -282,6 +323,8 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
         (["--export", "new.pth", "--predictions", "p.csv"], "--export evaluates nothing"),
         (["--export", "new.pth", "--out", "folder"], "--export evaluates nothing"),
         (["--image", "a.png", "--data", "data"], "--image is of your own pictures, not of a data set: leave out --val, --data"),
+        (["--image", "a.png", "--val"], "--image is of your own pictures"),
+        (["--image", "a.png", "--out", "folder"], "--image is of your own pictures"),
     ],
 )
 def test_flags_that_contradict_each_other(call_main, tiny_run, flags, message):

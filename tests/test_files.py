@@ -5,7 +5,8 @@ import pytest
 from conftest import contents
 
 import files
-from files import replace_file
+from endings import Refused
+from files import refuse_existing, replace_file, write_text
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -56,3 +57,32 @@ def test_flushing_what_cannot_be_flushed(capsys):
     assert capsys.readouterr().out == (
         "/proc/self: its file system cannot flush a file (Invalid argument): a power cut may damage the run\n"
     )
+
+
+def test_a_file_behind_a_link_is_written_beside_itself(monkeypatch, tmp_path):
+    """Not beside the link: from one disk to another, nothing can be renamed."""
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: [renamed.append((old, new)), replace(old, new)])
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "file")
+    replace_file(tmp_path / "here" / "link", b"new")
+    assert renamed == [(tmp_path / "there" / "file.tmp", tmp_path / "there" / "file")]
+
+
+def test_a_text_has_a_name_of_its_own_until_it_is_written(disk, tmp_path, capsys):
+    """Two programs may write the same table; what is not Unicode is escaped."""
+    write_text(tmp_path / "table.csv", "bad\udcff\n")
+    assert ("replace", f"table.csv.{os.getpid()}.tmp", "table.csv") in disk
+    assert contents(tmp_path) == {"table.csv": b"bad\\udcff\n"}
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'table.csv'}\n"
+
+
+def test_only_a_device_may_be_there_and_be_named_twice(tmp_path):
+    refuse_existing(Path("/dev/null"), Path("/dev/null"), None, None, tmp_path / "new")
+    (tmp_path / "file").touch()
+    for taken in (tmp_path / "file", tmp_path):
+        with pytest.raises(Refused, match=f"{taken} exists already: name another file, or remove it"):
+            refuse_existing(None, taken)
+    with pytest.raises(Refused, match="new is named for two files"):
+        refuse_existing(tmp_path / "new", None, tmp_path / "new")

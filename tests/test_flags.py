@@ -111,6 +111,26 @@ def test_what_was_faster_is_the_default_where_it_is_possible(monkeypatch, argume
     assert (args.capture, args.efficient) == (capture, efficient)
 
 
+@pytest.mark.parametrize(
+    ("hip", "triton", "expected"), [(None, True, (True, True)), (None, False, (True, False)), ("6.4", True, (False, False))]
+)
+def test_what_is_fast_on_other_machines_is_not_the_default_on_this_one(monkeypatch, hip, triton, expected):
+    """A GPU of AMD, or one without what compiles the kernels."""
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(flags, "triton_runs", lambda device: triton)
+    args = parse_args(train.build_parser(), [])
+    fill_in(args, torch.device("cuda"))
+    assert (args.capture, args.efficient) == expected
+
+
+def test_statistics_of_all_processes_and_of_one_are_refused_together():
+    with pytest.raises(Refused, match="--sync-bn does not go with --efficient, whose statistics are of one process"):
+        refuse_contradictions(parse("--sync-bn", "--efficient"), torch.device("cpu"), 2)
+    for way in ("--sync-bn", "--efficient"):
+        refuse_contradictions(parse(way), torch.device("cpu"), 2)
+
+
 # ------------------------------------------------------------------------------------- every flag of every program
 
 
@@ -237,3 +257,9 @@ def test_a_run_that_was_renamed_goes_on_where_it_is():
     begun = {"save": "work/elsewhere", "epochs": 7, "resume": False, "force": True}
     args = flags.parse_args(train.build_parser(), ["--resume"], begun=begun)
     assert (args.save, args.epochs, args.force) == (Path("work", "cifar10.base"), 7, False)
+
+
+def test_a_run_is_not_continued_and_replaced_at_once(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("--resume", "--force")
+    assert "argument --force: not allowed with argument --resume" in capsys.readouterr().err

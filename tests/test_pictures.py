@@ -433,3 +433,13 @@ def test_after_ten_broken_files_the_rest_is_not_read(monkeypatch):
     with pytest.raises(Refused, match="perhaps more"):
         pictures.read_pictures([str(i) for i in range(100)], 8)
     assert len(read) <= pictures.MANY_UNREADABLE + 1
+
+
+@pytest.mark.parametrize(("error", "reason"), [(EOFError(), "EOFError"), (OSError("one\ntwo"), "one")])
+def test_a_reason_is_one_line_or_the_name_of_an_error_that_says_nothing(monkeypatch, tmp_path, error, reason):
+    def fail(path):
+        raise error
+
+    (tmp_path / "a.png").write_bytes(b"broken")
+    monkeypatch.setattr(pictures.Image, "open", fail)
+    assert str(pictures.read_picture(tmp_path / "a.png", 8)) == reason

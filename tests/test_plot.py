@@ -654,3 +654,9 @@ def test_fonts_of_a_pdf_are_truetype(call_main, tmp_path):
     assert call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "one.pdf")[0] == 0
     content = (tmp_path / "one.pdf").read_bytes()
     assert (b"/FontFile2" in content, b"/Type3" in content) == (True, False)
+
+
+def test_a_figure_has_a_name_of_its_own_until_it_is_written(call_main, disk, tmp_path):
+    """A run and a person may draw the same one at the same time."""
+    assert call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "curve.png")[0] == 0
+    assert ("replace", f"curve.png.{os.getpid()}.tmp", "curve.png") in disk

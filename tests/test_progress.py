@@ -1,8 +1,14 @@
 """How far a program is, where there is no terminal."""
 
+import os
+import pty
 import re
+import sys
+import termios
 
 from conftest import TINY
+
+import progress
 
 # A run in whose log a line is due at each step.
 OFTEN = """
@@ -24,7 +30,21 @@ def test_a_log_gets_lines_within_an_epoch_and_within_its_test(forked, tmp_path):
     assert told.count("2") > 40
     assert any(re.fullmatch(r"test: \d of 2 batches, .* left", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in lines)
+    assert all(lines)  # none is empty
 
 
 def test_a_short_run_has_its_epochs_lines_alone(tiny_run):
     assert len((tiny_run / "stdout").read_text().splitlines()) == 6
+
+
+def test_a_terminal_without_width_or_height_shows_no_bar(monkeypatch):
+    """As some editors and containers have them."""
+    master, slave = pty.openpty()
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        shown = []
+        for size in [(0, 0), (40, 0), (0, 160), (40, 160)]:
+            termios.tcsetwinsize(slave, size)
+            shown.append(progress.on_terminal())
+    os.close(master)
+    assert shown == [False, False, False, True]

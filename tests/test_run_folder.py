@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -812,3 +813,61 @@ def test_ctrl_c_is_not_meant_for_the_figures(tmp_path):
     finally:
         plots.process.kill()
         plots.process.communicate()
+
+
+def test_a_figure_that_failed_is_reported_when_the_next_is_drawn(tmp_path, capsys):
+    """By the error itself, not by the line behind a bug's traceback."""
+    plots = run_folder.Plots(tmp_path, enabled=True)
+    bug = "error = ValueError('of the figure'); error.add_note('plot.py: this is a bug'); raise error"
+    plots.command = [sys.executable, "-c", bug]
+    plots.redraw()
+    plots.process.wait()
+    plots.command = [sys.executable, "-c", ""]
+    plots.redraw()
+    plots.wait()
+    assert capsys.readouterr().out == "the figures could not be drawn, training goes on: ValueError: of the figure\n"
+
+
+@pytest.mark.parametrize("number", sorted(run_folder.NO_LOCKS))
+def test_every_way_to_say_that_there_are_no_locks(monkeypatch, capsys, tmp_path, number):
+    """EINVAL, too, as some network file systems say."""
+    assert errno.EINVAL in run_folder.NO_LOCKS
+
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with run_folder.locked(tmp_path):
+        assert capsys.readouterr().out.startswith(f"{tmp_path}: its file system has no locks: make sure")
+
+
+def test_figures_of_a_folder_whose_name_begins_as_a_flag(tiny_run, monkeypatch, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "-run", ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.chdir(tmp_path)
+    plots = run_folder.Plots(Path("-run"), enabled=True)
+    plots.redraw()
+    plots.wait()
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "-run" / "loss.png").exists()
+
+
+def test_memory_that_runs_out_is_advised_by_how_the_run_was_begun(call_main, monkeypatch, tmp_path):
+    """Not to choose what it has chosen already."""
+    flags = [*TINY, "--limit", 8, "--no-plot", "--efficient", "--epochs", 1, "--save", tmp_path / "run"]
+    assert call_main(train, *flags)[0] == 0
+
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "load_data", full)
+    status, _, errors = call_main(train, "--save", tmp_path / "run", "--resume")
+    advice = "memory ran out for batches of 64 and a net of L=10, k=2: choose a machine with more memory"
+    assert (status, advice in errors) == (1, True), errors
+
+
+def test_a_run_that_has_begun_and_has_no_checkpoint_is_not_called_none(call_main, tmp_path):
+    flags = [*TINY, "--limit", 8, "--no-plot", "--epochs", 1, "--save", tmp_path / "run"]
+    assert call_main(train, *flags)[0] == 0
+    (tmp_path / "run" / "latest.pth").unlink()
+    status, out, errors = call_main(train, *flags, "--resume")
+    assert (status, "from the start" in out, "holds no run yet" in out) == (0, True, False), errors

@@ -886,3 +886,34 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_does(call_main, monkeypat
     status, _, errors = call_main(train, *words, "--epochs", 3, "--resume")
     assert status == 0, errors
     assert [(bar["initial"], bar["total"]) for bar in bars] == [(96, 288)]
+
+
+def test_a_new_classifier_is_told_of_by_one_rank(capsys):
+    args, trained = parse(*TINY, "--init", "net.pth"), DenseNet(depth=10, growth_rate=2, num_classes=2)
+    train.initial_net(args, ["blue", "red"], {"net": trained.state_dict(), "classes": ["red", "blue"]}, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_how_the_steps_are_taken_is_said(tmp_path):
+    args, dataset = parse(*TINY, "--efficient", "--compile", "--precision", "bf16"), data.load("digits", ".", limit=8)
+    args.capture = True
+    _, how = train.opening_lines(DenseNet(depth=10, growth_rate=2), dataset, args, None)
+    assert how.endswith(", bf16, capture, compile, efficient, work/digits.base")
+
+
+def test_the_host_may_wait_for_the_device_again_when_one_step_was_watched(streams_of_nothing):
+    before = torch.cuda.get_sync_debug_mode()
+    with pytest.raises(ZeroDivisionError), step.noted_waits():
+        raise ZeroDivisionError
+    assert torch.cuda.set_sync_debug_mode.call_args_list == [mock.call("warn"), mock.call(before)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_no_weight_is_kept_rounded_for_the_next_step(precision):
+    """A captured step computes what it reads; a cache would be filled in a step before it."""
+    net, cached = torch.nn.Linear(2, 2), []
+    net.register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    TrainingStep(net, parse("--precision", precision), torch.device("cpu"), World())(
+        torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), 1.0
+    )
+    assert cached == [False]
