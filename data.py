@@ -81,9 +81,9 @@ def hold_out(split, val, limit):
     """(training split of at most `limit` images, held-out split of `val` images); independent of the seed."""
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
-    if len(kept) < (limit or 1):
-        asked = " and ".join([f"--val {val}"] * bool(val) + [f"--limit {limit}"] * bool(limit))
-        raise Refused(f"there are {len(split):,} training images, too few for {asked}: choose less")
+    if len(kept) < (limit or 1) or len(split.labels[order[val:]].unique()) < len(split.labels.unique()):
+        needed = f"hold out {val} and train on {limit or 'every class'}"
+        raise Refused(f"{len(split):,} training images are too few to {needed}: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
 
 
@@ -172,8 +172,7 @@ def normalize(images, mean, std):
 def crop_and_flip(images, top, left, flip):
     """For each image: zero-pad by H // 8, cut out the window of the old size at (top, left), mirror it where flip is true.
 
-    images (N, C, H, W), normalised, so that the padding is the mean colour; top and left (N,) int64 in 0..2 * (H // 8), flip
-    (N,) bool.
+    images (N, C, H, W), normalised: the padding is the mean colour; top and left (N,) int64 in 0..2 * (H // 8), flip (N,) bool.
     """
     n, _, height, width = images.shape
     windows = F.pad(images, [height // 8] * 4).unfold(2, height, 1).unfold(3, width, 1)  # at 32 (N, C, 9, 9, H, W), a view

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import textwrap
 import warnings
 
@@ -37,16 +38,23 @@ def new_figure(width, height):
 
 
 def make_logarithmic(axes):
-    """Makes the y axis logarithmic, with numbers at 1, 2 and 5 of each decade or denser, unless no value is above 0."""
+    """Makes the y axis logarithmic, unless no value is above 0; 3 to 16 numbers, at 1, 2, 5 of each decade if they fit."""
     if axes.dataLim.ymax <= 0:
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    locators = (LogLocator(subs=(1, 2, 5)), LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-    enough = (each for each in locators if sum(low <= tick <= high for tick in each.tick_values(low, high)) >= 3)
-    axes.yaxis.set_major_locator(next(enough, AutoLocator()))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.12f}".rstrip("0").rstrip("."))
+    locators = [LogLocator(subs=subs, numticks=15) for subs in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1,))]
+    fits = (each for each in locators if 3 <= sum(low <= tick <= high for tick in each.tick_values(low, high)) <= 16)
+    axes.yaxis.set_major_locator(next(fits, AutoLocator()))
+    axes.yaxis.set_major_formatter(lambda value, _: number(value))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def number(value):
+    """A number of an axis as text, 0.001 or 1e9."""
+    if 9e-6 < value < 1e7:
+        return f"{value:.12f}".rstrip("0").rstrip(".")
+    return re.sub(r"e\+?(-?)0?", r"e\1", f"{value:g}")
 
 
 def as_text(names):

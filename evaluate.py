@@ -132,7 +132,8 @@ def read_split(checkpoint, root, part):
     source = "train" if part == "val" else "test"
     split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
     if classes != checkpoint["classes"]:
-        raise Refused(f"the classes in {root} are not those that the net was trained on: name its data with --data")
+        differing = ", ".join(sorted({*classes} ^ {*checkpoint["classes"]})[:5]) or "their order"
+        raise Refused(f"{root} has not the classes that the net was trained on ({differing} differ): name its data by --data")
     if part == "test":
         return split
     _, held_out = data.hold_out(split, run["val"], None)
@@ -212,7 +213,7 @@ def classify(net, checkpoint, args, device):
 
 def named_pictures(path):
     """The picture of --image, or those in the folder, with a line on what else is there."""
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is one of the pictures that cannot be read
         raise Refused(f"--image {path} does not exist: name a picture, or a folder with pictures")
     if not path.is_dir():
         return [path]

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside, flushed and renamed. JSON that is read, or refused."""
 
+import contextlib
 import functools
 import json
 import os
@@ -53,7 +54,8 @@ def replace_file(path, content, alone=True):
             os.replace(temporary, path)
             flush_to_disk(path.parent)
     except BaseException:  # Ctrl-C, too
-        temporary.unlink(missing_ok=True)  # frees space on a full disk
+        with contextlib.suppress(OSError):  # such as another one of a folder that is read-only
+            temporary.unlink()  # frees space on a full disk
         raise
 
 

@@ -176,7 +176,7 @@ def draw(curves, columns, path, title, since, logarithmic):
             colors = [color for curve, (color, _) in zip(curves.values(), looks, strict=True) if change in curve.changes]
             axes.axvline(change, zorder=0, **CHANGE | ({"color": colors[0]} if len(colors) == 1 < len(curves) else {}))
         axes.set(xlabel="epoch", ylabel=LABELS[column])
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         if logarithmic[column]:
             drawing.make_logarithmic(axes)
         axes.grid(alpha=0.3)
@@ -196,6 +196,8 @@ def draw_curve(axes, column, curve, since, color, marker):
             if curve.runs > 1:  # more bands of one colour could not be told apart
                 axes.fill_between(table.index, table["min"], table["max"], color=color, **BAND)
             look = look | {"marker": marker or ("o" if len(table) <= 20 else None), "markevery": max(1, len(table) // 12)}
+        elif len(table) == 1:
+            look = look | {"marker": "_" if part == "val" else ".", "markersize": 5}
         axes.plot(table.index, table["mean"], color=color, **look)
 
 

@@ -68,15 +68,15 @@ def is_fresh(save, resume):
 
 
 def read_arguments(save):
-    """args.json of the run in the folder, or {}. The values of flags are checked by flags.parse_args."""
+    """args.json of the run in the folder, or {}. The values of other flags are checked by flags.parse_args."""
     path = save / "args.json"
     if not path.exists():
         if (save / "latest.pth").exists():
             raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
         return {}
     facts = read_json(path, REMEDY)
-    known = isinstance(facts, dict) and type(facts.get("epochs")) is int and isinstance(facts.get("digests", {}), dict)
-    if not known:
+    kinds = {"epochs": int, "digests": dict | None, "capture": bool | None, "efficient": bool | None}
+    if not (isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())):
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
 

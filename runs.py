@@ -40,7 +40,7 @@ def read_csv(path):
 def refuse_missing(path):
     """Refused if a file of a run is not there."""
     if not path.exists():
-        raise Refused(f"{path} does not exist: name the folder of a run of train.py")
+        raise Refused(f"{path} does not exist: put it back, or name a run that has it")
 
 
 def whole_rows(lines, columns, path):

@@ -232,11 +232,11 @@ def no_rows(run):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_run, "args.json does not exist: name the folder of a run of train.py"),
-        (a_file, "args.json does not exist: name the folder of a run of train.py"),
-        (no_arguments, "args.json does not exist: name the folder of a run of train.py"),
+        (no_run, "args.json does not exist: put it back, or name a run that has it"),
+        (a_file, "args.json does not exist: put it back, or name a run that has it"),
+        (no_arguments, "args.json does not exist: put it back, or name a run that has it"),
         (half_the_arguments, "args.json is damaged"),
-        (no_rows, "test.csv does not exist: name the folder of a run of train.py"),
+        (no_rows, "test.csv does not exist: put it back, or name a run that has it"),
     ],
 )
 def test_what_is_no_run_is_one_sentence_and_status_2(call_main, tmp_path, spoil, message):

@@ -99,9 +99,9 @@ def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
     assert torch.equal(whole.train.images[:100], part.train.images)
     rows = {image.numpy().tobytes() for image in torch.cat([whole.train.images, whole.val.images])}
     assert rows == {image.numpy().tobytes() for image in data.load("digits", ".").train.images}
-    with pytest.raises(Refused, match="there are 1,437 training images, too few for --val 1437: choose less"):
+    with pytest.raises(Refused, match="1,437 training images are too few to hold out 1437 and train on every class"):
         data.load("digits", ".", val=1437)
-    with pytest.raises(Refused, match="there are 1,437 training images, too few for --val 1000 and --limit 438: choose less"):
+    with pytest.raises(Refused, match="1,437 training images are too few to hold out 1000 and train on 438: choose less"):
         data.load("digits", ".", val=1000, limit=438)
 
 
@@ -257,9 +257,19 @@ def test_the_permutation_is_the_one_that_it_always_was():
 
 def test_the_first_images_are_kept_and_all_stay_in_their_order():
     """Of ten, by the permutation above, 4, 1 and 7 are held out."""
-    split = Split(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), torch.arange(10))
+    split = Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.zeros(10))
     kept, held_out = data.hold_out(split, 3, 4)
-    assert (kept.labels.tolist(), held_out.labels.tolist()) == ([0, 2, 3, 5], [1, 4, 7])
+    assert (kept.images.flatten().tolist(), held_out.images.flatten().tolist()) == ([0, 2, 3, 5], [1, 4, 7])
+
+
+def test_a_class_that_would_be_held_out_whole_is_refused(pictures):
+    for path in sorted((pictures / "train" / "red").iterdir())[1:]:
+        path.unlink()
+    red = data.load("folder", pictures).train.labels.tolist().index(1)
+    last = folder.fixed_permutation(7).tolist().index(red)  # as many may be held out
+    assert len(data.load("folder", pictures, last).train) == 7 - last
+    with pytest.raises(Refused, match=f"7 training images are too few to hold out {last + 1} and train on every class"):
+        data.load("folder", pictures, last + 1)
 
 
 def test_a_set_without_limit_and_held_out_images_is_not_copied():

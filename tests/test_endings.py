@@ -197,8 +197,8 @@ def test_a_log_that_does_not_fit_on_the_disk(run, printing):
         done = run(*printing, stdout=full.fileno())
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    kept = "; what was done up to the last checkpoint is kept" if printing[0] == "train.py" else "\n"
-    assert f"No space left on device: make room there, or name another place{kept}" in done.stderr
+    advice = "; this continues the run: " if printing[0] == "train.py" else ", or name another place\n"
+    assert f"No space left on device: make room there{advice}" in done.stderr
 
 
 def test_a_bug_shows_its_traceback_and_how_to_go_on(run, call_main, tiny_run, tmp_path):
@@ -341,8 +341,8 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
     module, *arguments = command[name]
     monkeypatch.setattr(place, raising(OSError(13, "Permission denied", "some/file")))
     told, _, errors = call_main(module, *arguments)
-    kept = f"; {endings.KEPT}" * (status == 1)
-    assert (told, errors.splitlines()[-1].endswith(f": some/file: Permission denied{kept}")) == (status, True)
+    go_on = "; this continues the run: " * (status == 1)
+    assert (told, f": some/file: Permission denied{go_on}" in errors.splitlines()[-1]) == (status, True)
     assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
     monkeypatch.setattr(place, raising(OSError(28, "No space left on device", "some/file")))
     told, _, errors = call_main(module, *arguments, *["--force"] * (name[:5] == "train"))

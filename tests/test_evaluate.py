@@ -74,7 +74,8 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
     checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
     torch.save({**checkpoint, "classes": [*checkpoint["classes"][:-1], "ten"]}, tmp_path / "latest.pth")
     status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
-    assert (status, "are not those that the net was trained on" in errors) == (2, True)
+    told = "has not the classes that the net was trained on (9, ten differ): name its data by --data"
+    assert (status, told in errors) == (2, True)
     assert not (tmp_path / "confusion.csv").exists()
 
 
@@ -92,9 +93,11 @@ def test_data_that_are_here_go_before_those_where_the_run_had_them(monkeypatch, 
 
 def test_a_picture_that_cannot_be_read(call_main, tiny_run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
+    (tmp_path / "dangling.png").symlink_to("nowhere")
     for name, told in [
         ("broken", "cannot be read as pictures: {} (cannot identify"),
         ("lost", "--image {} does not exist: name a"),
+        ("dangling", "cannot be read as pictures: {} (there is no such file)"),
     ]:
         picture = tmp_path / f"{name}.png"
         status, _, errors = call_main(evaluate, tiny_run / "latest.pth", "--image", picture)

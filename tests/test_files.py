@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -76,6 +77,19 @@ def test_a_text_has_a_name_of_its_own_until_it_is_written(disk, tmp_path, capsys
     assert ("replace", f"table.csv.{os.getpid()}.tmp", "table.csv") in disk
     assert contents(tmp_path) == {"table.csv": b"bad\\udcff\n"}
     assert capsys.readouterr().out == f"wrote {tmp_path / 'table.csv'}\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_by_the_name_of_the_file(monkeypatch, tmp_path):
+    """Not by that of the temporary file, which cannot be removed either."""
+
+    def refuse(path, *arguments):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        replace_file(tmp_path / "table.csv", b"new", alone=False)
+    assert caught.value.filename == str(tmp_path / "table.csv")
 
 
 def test_only_a_device_may_be_there_and_be_named_twice(tmp_path):

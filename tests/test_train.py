@@ -702,10 +702,10 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--reduction", 1.5], "reduction 1.5 is out of range"),
         (["--drop-rate", 1], "drop_rate 1.0 is out of range"),
         (["--lr", "nan"], "nan is out of range"),
-        (["--limit", 2000], "there are 1,437 training images, too few for --limit 2000: choose less"),
+        (["--limit", 2000], "1,437 training images are too few to hold out 0 and train on 2000: choose less"),
         (
             ["--val", 1437, "--limit", 1],
-            "there are 1,437 training images, too few for --val 1437 and --limit 1: choose",
+            "1,437 training images are too few to hold out 1437 and train on 1: choose",
         ),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz there"),
