@@ -133,7 +133,7 @@ def read_split(checkpoint, root, part):
     split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
     if classes != checkpoint["classes"]:
         differing = ", ".join(sorted({*classes} ^ {*checkpoint["classes"]})[:5]) or "their order"
-        raise Refused(f"{root} has not the classes that the net was trained on ({differing} differ): name its data by --data")
+        raise Refused(f"the classes in {root} differ from those of the net ({differing}): name its data by --data")
     if part == "test":
         return split
     _, held_out = data.hold_out(split, run["val"], None)
@@ -177,9 +177,11 @@ def draw(confusion, classes, what, path):
     axes = figure.add_subplot()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for draw_lines in (axes.hlines, axes.vlines):  # without them full cells side by side are one
+        draw_lines(np.arange(0.5, len(classes) - 1), -0.5, len(classes) - 0.5, "white", linewidth=min(0.5, 10 / len(classes)))
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
     names, style = drawing.as_text(map(shortened, classes))
-    style["fontsize"] = 9 if len(classes) <= 20 else 4
+    style["fontsize"] = min(9, 600 / len(classes))
     axes.set_xticks(range(len(classes)), names, rotation=90, **style)
     totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
     axes.set_yticks(range(len(classes)), totals, **style)

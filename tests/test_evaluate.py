@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import itertools
 import os
 import re
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
     checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
     torch.save({**checkpoint, "classes": [*checkpoint["classes"][:-1], "ten"]}, tmp_path / "latest.pth")
     status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
-    told = "has not the classes that the net was trained on (9, ten differ): name its data by --data"
+    told = " differ from those of the net (9, ten): name its data by --data"
     assert (status, told in errors) == (2, True)
     assert not (tmp_path / "confusion.csv").exists()
 
@@ -178,6 +179,16 @@ def test_long_names_of_classes_take_no_room_from_the_matrix(monkeypatch, tmp_pat
     for text in (*figures[1].axes[0].get_yticklabels(), *figures[1].axes[0].get_xticklabels(), figures[1].axes[0].title):
         box = text.get_window_extent()
         assert min(box.x0, box.y0, figures[1].bbox.width - box.x1, figures[1].bbox.height - box.y1) > -2, text
+
+
+@pytest.mark.parametrize("number", [21, 100])
+def test_names_of_many_classes_are_as_large_as_their_rows_are_high(monkeypatch, tmp_path, number):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), figure.draw_without_rendering()])
+    evaluate.draw(np.eye(number, dtype=int), [f"class {i}" for i in range(number)], "test images", tmp_path / "a.png")
+    boxes = [label.get_window_extent() for label in figures[0].axes[0].get_yticklabels()]
+    assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
+    assert boxes[0].height * 72 / figures[0].dpi > 5  # points
 
 
 @pytest.mark.parametrize(
