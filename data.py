@@ -82,8 +82,8 @@ def hold_out(split, val, limit):
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     if len(kept) < (limit or 1) or len(split.labels[order[val:]].unique()) < len(split.labels.unique()):
-        needed = f"hold out {val} and train on {limit or 'every class'}"
-        raise Refused(f"{len(split):,} training images are too few to {needed}: choose less")
+        asked = f"--val {val}" + f" and --limit {limit}" * bool(limit)
+        raise Refused(f"{len(split):,} training images are too few for {asked}, or a class would have none left: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
 
 

@@ -94,8 +94,8 @@ def last_words(error, ending):
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, f"its output was closed{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
-        room = ": make room there" * (error.errno in (errno.ENOSPC, errno.EDQUOT))
-        room += ", or name another place" * (room != "" and not ending.resume)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        room = (": make room there" + ", or name another place" * (not ending.resume)) * full
         return 1 if ending.resume or error.errno in FAILED_LATER else 2, f"{error.filename}: {error.strerror}{room}{go_on}"
     return None, f"this is a bug{go_on}"
 

@@ -54,7 +54,7 @@ def replace_file(path, content, alone=True):
             os.replace(temporary, path)
             flush_to_disk(path.parent)
     except BaseException:  # Ctrl-C, too
-        with contextlib.suppress(OSError):  # such as another one of a folder that is read-only
+        with contextlib.suppress(OSError):  # it may not exist, or its folder may be read-only
             temporary.unlink()  # frees space on a full disk
         raise
 

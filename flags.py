@@ -42,7 +42,11 @@ def add_model_flags(group, depth=100):
     add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU: k <= 16, no dropout, not fp32)")
+    add(
+        "--efficient",
+        action=switch,
+        help="dense blocks in linear memory (on a GPU, with k <= 16, no dropout, no fp32)",
+    )
 
 
 def add_optimisation_flags(group):
@@ -118,7 +122,9 @@ def words_of(begun, names, parser, source, remedy):
     words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
     parser.exit_on_error = False
     try:
-        parser.parse_known_args(words)
+        _, unknown = parser.parse_known_args(words)
+        if unknown:
+            raise argparse.ArgumentError(None, f"no flag is {unknown[0]}")
     except argparse.ArgumentError as error:
         raise Refused(f"{source} is damaged ({error}): {remedy}") from error
     parser.exit_on_error = True

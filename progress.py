@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from endings import say
 
-tqdm.monitor_interval = 0  # no thread that watches: each update looks at the clock
 LOG_SECONDS = 120
 LOG_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}{postfix}, {remaining} left"
 
@@ -28,8 +27,14 @@ def on_terminal():
     return sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
 
 
+class Bar(tqdm):
+    """Looks at the clock in each update, so that no thread has to."""
+
+    monitor_interval = 0
+
+
 def progress(iterable=None, shown=True, **options):
     """tqdm with its options; what it shows on a terminal is gone in the end."""
     if not on_terminal():
         options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
-    return tqdm(iterable, disable=not shown, miniters=1, leave=False, dynamic_ncols=True, **options)
+    return Bar(iterable, disable=not shown, miniters=1, leave=False, dynamic_ncols=True, **options)

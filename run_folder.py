@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import encoded, fits, load_checkpoint
+from checkpoint import encoded, fits, load_checkpoint, of_kinds
 from endings import Refused, naming, say
 from files import as_json, flush_to_disk, read_json, replace_file
 
@@ -76,7 +76,7 @@ def read_arguments(save):
         return {}
     facts = read_json(path, REMEDY)
     kinds = {"epochs": int, "digests": dict | None, "capture": bool | None, "efficient": bool | None}
-    if not (isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())):
+    if not (isinstance(facts, dict) and of_kinds(facts, kinds)):
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
 

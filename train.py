@@ -250,7 +250,7 @@ class EpochLog:
         self.rows = []  # (loss, error) of the steps written
 
     def add(self, result, stop, bar):
-        """Adds a step's (loss, error), writes a full group; Stopped after a signal, of several processes at a group's end."""
+        """Adds a step's (loss, error), writes full groups. Raises Stopped after a signal, of several ranks at a group's end."""
         self.group.append(result)
         done = len(self.rows) + len(self.group)
         bar.update(self.sizes[done - 1])

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -341,8 +342,8 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
     module, *arguments = command[name]
     monkeypatch.setattr(place, raising(OSError(13, "Permission denied", "some/file")))
     told, _, errors = call_main(module, *arguments)
-    go_on = "; this continues the run: " * (status == 1)
-    assert (told, f": some/file: Permission denied{go_on}" in errors.splitlines()[-1]) == (status, True)
+    go_on = "; this continues the run: .+" * (status == 1)
+    assert (told, bool(re.search(f": some/file: Permission denied{go_on}$", errors.splitlines()[-1]))) == (status, True)
     assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
     monkeypatch.setattr(place, raising(OSError(28, "No space left on device", "some/file")))
     told, _, errors = call_main(module, *arguments, *["--force"] * (name[:5] == "train"))

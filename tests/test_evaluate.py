@@ -73,11 +73,12 @@ def test_own_pictures_are_named(call_main, tiny_run, tmp_path):
 
 def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
     checkpoint = torch.load(tiny_run / "latest.pth", weights_only=True)
-    torch.save({**checkpoint, "classes": [*checkpoint["classes"][:-1], "ten"]}, tmp_path / "latest.pth")
-    status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
-    told = " differ from those of the net (9, ten): name its data by --data"
-    assert (status, told in errors) == (2, True)
-    assert not (tmp_path / "confusion.csv").exists()
+    digits = checkpoint["classes"]
+    for classes, told in [([*digits[:-1], "ten"], "9, ten"), (digits[::-1], "their order"), ([*"abcdefghij"], "0, 1, 2, 3, 4")]:
+        torch.save({**checkpoint, "classes": classes}, tmp_path / "latest.pth")
+        status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
+        assert (status, f" differ from those of the net ({told}): name its data by --data" in errors) == (2, True)
+        assert not (tmp_path / "confusion.csv").exists()
 
 
 def test_data_that_are_here_go_before_those_where_the_run_had_them(monkeypatch, tmp_path):
@@ -189,6 +190,7 @@ def test_names_of_many_classes_are_as_large_as_their_rows_are_high(monkeypatch, 
     boxes = [label.get_window_extent() for label in figures[0].axes[0].get_yticklabels()]
     assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
     assert boxes[0].height * 72 / figures[0].dpi > 5  # points
+    assert [len(lines.get_segments()) for lines in figures[0].axes[0].collections] == [number - 1] * 2  # between the cells
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,7 @@ def test_the_predictions_of_a_folder_are_of_its_pictures_one_by_one(call_main, p
     assert ours["class"].tolist() == theirs["class"].tolist()
     np.testing.assert_allclose(ours["probability"], theirs["probability"], atol=1e-5)
     assert ours["probability"].nunique() > 1
+
+
+def test_names_in_letters_of_another_width_look_alike():
+    assert folder.spelling("\uff43\uff41\uff54") == folder.spelling("Cat")  # as a Japanese keyboard writes it

@@ -702,10 +702,10 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--reduction", 1.5], "reduction 1.5 is out of range"),
         (["--drop-rate", 1], "drop_rate 1.0 is out of range"),
         (["--lr", "nan"], "nan is out of range"),
-        (["--limit", 2000], "1,437 training images are too few to hold out 0 and train on 2000: choose less"),
+        (["--limit", 2000], "1,437 training images are too few for --val 0 and --limit 2000"),
         (
             ["--val", 1437, "--limit", 1],
-            "1,437 training images are too few to hold out 1437 and train on 1: choose",
+            "1,437 training images are too few for --val 1437 and --limit 1",
         ),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz there"),
@@ -894,7 +894,7 @@ def test_a_new_classifier_is_told_of_by_one_rank(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_how_the_steps_are_taken_is_said(tmp_path):
+def test_how_the_steps_are_taken_is_said():
     args, dataset = parse(*TINY, "--efficient", "--compile", "--precision", "bf16"), data.load("digits", ".", limit=8)
     args.capture = True
     _, how = train.opening_lines(DenseNet(depth=10, growth_rate=2), dataset, args, None)
