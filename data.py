@@ -81,7 +81,7 @@ def hold_out(split, val, limit):
     """(training split of at most `limit` images, held-out split of `val` images); independent of the seed."""
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
-    if len(kept) < (limit or 1) or len(split.labels[order[val:]].unique()) < len(split.labels.unique()):
+    if len(kept) < (limit or 1) or (val and len(split.labels[order[val:]].unique()) < len(split.labels.unique())):
         asked = f"--val {val}" + f" and --limit {limit}" * bool(limit)
         raise Refused(f"{len(split):,} training images are too few for {asked}, or a class would have none left: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied

@@ -42,11 +42,7 @@ def add_model_flags(group, depth=100):
     add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    add(
-        "--efficient",
-        action=switch,
-        help="dense blocks in linear memory (on a GPU, with k <= 16, no dropout, no fp32)",
-    )
+    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with k <= 16, no dropout, no fp32)")
 
 
 def add_optimisation_flags(group):

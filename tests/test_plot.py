@@ -507,11 +507,8 @@ def test_what_has_one_point_yet_is_marked(call_main, saved, tmp_path):
     (run / "test.csv").write_text("epoch,loss,error,val_loss,val_error\n1,2.2,89,2.1,88\n")
     call_main(plot, run, "--out", tmp_path / "one.png")
     axes = saved[0].axes[0]
-    assert {line.get_ydata()[0]: line.get_marker() for line in axes.lines if len(line.get_ydata())} == {
-        2.3: ".",
-        2.1: "_",
-        2.2: "o",
-    }
+    marks = {line.get_ydata()[0]: line.get_marker() for line in axes.lines if len(line.get_ydata())}
+    assert marks == {2.3: ".", 2.1: "_", 2.2: "o"}
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
 

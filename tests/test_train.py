@@ -702,10 +702,13 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--reduction", 1.5], "reduction 1.5 is out of range"),
         (["--drop-rate", 1], "drop_rate 1.0 is out of range"),
         (["--lr", "nan"], "nan is out of range"),
-        (["--limit", 2000], "1,437 training images are too few for --val 0 and --limit 2000"),
+        (
+            ["--limit", 2000],
+            "1,437 training images are too few for --val 0 and --limit 2000, or a class would have none left: choose less",
+        ),
         (
             ["--val", 1437, "--limit", 1],
-            "1,437 training images are too few for --val 1437 and --limit 1",
+            "1,437 training images are too few for --val 1437 and --limit 1, or a class would have none left: choose less",
         ),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz there"),
