@@ -52,9 +52,10 @@ def dense_block(x, layers, transition=None):
     With a transition, its output for these maps. Differentiable once, with respect to x and all parameters. Updates the running
     statistics as the plain layers would. The layers must be `computable`, and a transition `joinable`.
     """
+    kernels = fitting_kernels(x, layers)
     if not layers[0].training:
-        return infer(x, layers, transition)
-    block = Block(layers, transition, fitting_kernels(x, layers) or sys.modules[__name__])
+        return infer(x, layers, transition, kernels)
+    block = Block(layers, transition, kernels or sys.modules[__name__])
     return DenseBlockFunction.apply(x, block, *block.parameters())
 
 
@@ -64,9 +65,7 @@ def computable(x, layers):
     Asked before each pass, which takes some 20 us a layer: a hook may be added at any time. A replayed CUDA graph does not ask.
     """
     training = layers[0].training
-    if transformed(x) or not (training or may_infer(x, layers)) or torch.nn.modules.module._has_any_global_hook():
-        return False
-    if x.dim() != 4 or x[:, 0].numel() < 2:  # of one pixel batch norm cannot take statistics
+    if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # of one pixel batch norm cannot take statistics
         return False
     channels = x.shape[1]
     for layer in layers:
@@ -79,23 +78,25 @@ def computable(x, layers):
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
+    if not (training or fitting_kernels(x, layers)):
+        return False
     return as_defined(type(layers[0]), type(layers[0]).forward, defined_layer)
 
 
-def transformed(x):
-    """Whether more is asked of an operation than its value and its gradient: by a tracer, functorch or forward-mode AD."""
-    if torch.compiler.is_compiling():  # dense_block is a graph break
-        return False
+def observed(x, training):
+    """Whether more is asked of an operation than its value and its gradient: by a tracer, functorch, forward-mode AD or a hook.
+
+    In evaluation mode, where kernels.py gives the values alone, also by autograd, a compiler or a dispatch mode.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    if torch.compiler.is_compiling():  # in training, dense_block is a graph break
+        return not training
     traced = not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or get_proxy_mode() is not None
-    return traced or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
-
-
-def may_infer(x, layers):
-    """Whether kernels.py computes the block in evaluation mode: not under autograd, a compiler or a dispatch mode."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    usual = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0
-    return usual and fitting_kernels(x, layers) is not None
+    if traced or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
+        return True
+    values_alone = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
+    return not (training or values_alone)
 
 
 @torch.compiler.disable
@@ -228,9 +229,8 @@ def cast(convolutions, maps):
     return [conv.weight.to(maps.dtype) for conv in convolutions]
 
 
-def infer(x, layers, transition):
+def infer(x, layers, transition, kernels):
     """dense_block in evaluation mode, on a GPU."""
-    kernels = fitting_kernels(x, layers)
     with no_autocast(x.device), torch.cuda.device_of(x):
         maps = empty_maps(x, out_channels(layers), kernels.ALIGNMENT)[..., : out_channels(layers)]
         maps[..., : x.shape[1]] = nhwc(x)

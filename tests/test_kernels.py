@@ -354,6 +354,10 @@ def hooked(module):
     handle.remove()
 
 
+def wrapped(layer):
+    return mock.patch.dict(layer._modules, conv2=nn.Sequential(layer.conv2))
+
+
 class LooksOn(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **kwargs or {})
@@ -364,6 +368,7 @@ LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "autograd": (lambda net: torch.enable_grad(), 0, 0),
     "a hook on a block": (lambda net: hooked(net.dense1), 1, 3),
     "a hook on a layer": (lambda net: hooked(net.dense1[0]), 1, 2),
+    "a layer's convolution in a wrapper": (lambda net: wrapped(net.dense1[0]), 1, 2),
     "a hook on a transition": (lambda net: hooked(net.trans1), 1, 3),
     "a hook in a transition": (lambda net: hooked(net.trans1.conv1), 1, 3),
     "forward-mode differentiation": (lambda net: torch.autograd.forward_ad.dual_level(), 0, 0),
