@@ -59,117 +59,6 @@ def dense_block(x, layers, transition=None):
     return DenseBlockFunction.apply(x, block, *block.parameters())
 
 
-def computable(x, layers):
-    """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
-
-    Asked before each pass, which takes some 20 us a layer: a hook may be added at any time. A replayed CUDA graph does not ask.
-    """
-    training = layers[0].training
-    if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # of one pixel batch norm cannot take statistics
-        return False
-    channels = x.shape[1]
-    for layer in layers:
-        if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
-            return False
-        if layer.dropout.p == 1:  # all is dropped, and what stays is divided by 0
-            return False
-        if not all(plain(*half, training) for half in bn_convs(layer)):
-            return False
-        if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
-            return False
-        channels += new_channels(layer)
-    if not (training or fitting_kernels(x, layers)):
-        return False
-    return as_defined(type(layers[0]), type(layers[0]).forward, defined_layer)
-
-
-def observed(x, training):
-    """Whether more is asked of an operation than its value and its gradient: by a tracer, functorch, forward-mode AD or a hook.
-
-    In evaluation mode, where kernels.py gives the values alone, also by autograd, a compiler or a dispatch mode.
-    """
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
-    if torch.compiler.is_compiling():  # in training, dense_block is a graph break
-        return not training
-    traced = not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or get_proxy_mode() is not None
-    if traced or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
-        return True
-    values_alone = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
-    return not (training or values_alone)
-
-
-@torch.compiler.disable
-@functools.cache
-def as_defined(kind, forward, definition):
-    """Whether the forward method of a class of layers or transitions gives what is computed here; somebody may have edited it.
-
-    Tried in float64 on a small module, with a warning if not.
-    """
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        module, x = kind(4, 2).double(), torch.randn(2, 4, 4, 4, dtype=torch.float64)
-        same = torch.allclose(definition(x, module), forward(module, x))
-    if not same:
-        warnings.warn(f"{kind.__name__}.forward is not what dense_block.py computes: efficient has no effect", stacklevel=2)
-    return same
-
-
-def defined_layer(x, layer):
-    return dense_block(x, [layer])  # (N, C + k, H, W)
-
-
-def defined_transition(x, transition):
-    return F.avg_pool2d(transition.conv1(F.relu(transition.bn1(x))), kernel_size=2)  # (N, out_channels, H/2, W/2)
-
-
-@torch.compiler.disable
-def joinable(x, layers, transition):
-    """Whether dense_block also computes the transition behind computable layers: by kernels.py, if it is unchanged."""
-    bn, conv, training = transition.bn1, transition.conv1, layers[0].training
-    if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
-        return False
-    kernels = fitting_kernels(x, layers)
-    alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
-    fits = alike and kernels is not None and kernels.fit_transition(x, transition)
-    return fits and as_defined(type(transition), type(transition).forward, defined_transition)
-
-
-def bn_convs(module):
-    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition only the first two count."""
-    if hasattr(module, "bn2"):
-        return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
-    return [(module.bn1, module.conv1, 3)]
-
-
-def untouched(module, kind, training):
-    """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and module.training == training and not any(hooks) and "forward" not in module.__dict__
-
-
-def plain(bn, conv, side, training):
-    """Whether the batch norm has weights and running statistics with a momentum; the convolution zero padding and no bias."""
-    made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
-    if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
-        return False
-    if any(buffer is None for buffer in bn._buffers.values()):
-        return False
-    if not all(type(p) is nn.Parameter for p in (bn.weight, bn.bias, conv.weight)):  # as in torch.func.functional_call
-        return False
-    shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
-    return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
-
-
-def new_channels(layer):
-    """The number of maps that the layer adds."""
-    return bn_convs(layer)[-1][1].out_channels
-
-
-def out_channels(layers):
-    """The number of maps behind the last layer."""
-    return layers[-1].bn1.num_features + new_channels(layers[-1])
-
-
 class Block(NamedTuple):
     """The modules of a block, and the functions that compute them."""
 
@@ -187,6 +76,23 @@ class Block(NamedTuple):
 
     def drop_rates(self):
         return [module.dropout.p for module in self.modules]
+
+
+def bn_convs(module):
+    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition only the first two count."""
+    if hasattr(module, "bn2"):
+        return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
+    return [(module.bn1, module.conv1, 3)]
+
+
+def new_channels(layer):
+    """The number of maps that the layer adds."""
+    return bn_convs(layer)[-1][1].out_channels
+
+
+def out_channels(layers):
+    """The number of maps behind the last layer."""
+    return layers[-1].bn1.num_features + new_channels(layers[-1])
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -229,18 +135,6 @@ def cast(convolutions, maps):
     return [conv.weight.to(maps.dtype) for conv in convolutions]
 
 
-def infer(x, layers, transition, kernels):
-    """dense_block in evaluation mode, on a GPU."""
-    with no_autocast(x.device), torch.cuda.device_of(x):
-        maps = empty_maps(x, out_channels(layers), kernels.ALIGNMENT)[..., : out_channels(layers)]
-        maps[..., : x.shape[1]] = nhwc(x)
-        kernels.infer(maps, layers, weights_of(layers, x, kernels))
-        if transition:
-            (rstd,) = kernels.running_rstd([transition.bn1])
-            maps = kernels.transition_forward(maps, transition.bn1.running_mean, rstd, transition)
-    return nchw(maps).contiguous(memory_format=torch.channels_last)
-
-
 def no_autocast(device):
     """All is computed in the type of the block's input. The meta device, on which memory is counted, has no autocast."""
     known = torch.amp.is_autocast_available(device.type)
@@ -264,34 +158,6 @@ def forward_layers(x, block, weights):
     return buffer, mean, rstd, kept
 
 
-def fitting_kernels(x, layers):
-    """kernels.py if it computes these layers, which are bottlenecks without dropout on a GPU; else None."""
-    if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
-        return None
-    kernels = load_kernels()
-    return kernels if kernels.fit(x, layers) else None
-
-
-@functools.cache
-def load_kernels():
-    """kernels.py beside this file. torch.hub has taken the folder off the path, and other packages have that name, too."""
-    spec = importlib.util.spec_from_file_location("kernels", Path(__file__).with_name("kernels.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@functools.cache
-def triton_runs(device):
-    """Whether Triton is there and can compile for the device; on a CPU, whether it interprets kernels, as in tests."""
-    if device.type != "cuda":
-        return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # of C: each kernel gets a small launcher
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return capable and compiler and headers and importlib.util.find_spec("triton") is not None
-
-
 def empty_maps(x, channels, alignment):
     """An empty tensor for maps (N, H, W, channels) of the batch x (N, C, H, W); channels are rounded up to the alignment."""
     n, _, h, w = x.shape
@@ -307,14 +173,6 @@ def forward(maps, mean, rstd, var, layers, weights):
         write_maps(maps[..., c:], mean[c:], rstd[c:], var[c:], out, layer.bn1.eps)
         kept.append(tensors)
     return kept
-
-
-def update_running_statistics(norms, mean, var):
-    """As each batch norm does it: with its own momentum, for the first channels, those that it reads. var is unbiased."""
-    weights = [bn.momentum for bn in norms]
-    for name, values in [("running_mean", mean), ("running_var", var)]:
-        running = [getattr(bn, name) for bn in norms]
-        torch._foreach_lerp_(running, [values[: len(r)].to(r.dtype) for r in running], weights)
 
 
 def write_maps(maps, mean, rstd, var, new, eps):
@@ -362,6 +220,14 @@ def dropout(x, rate):
         return x, None
     mask = torch.empty_like(nchw(x)).bernoulli_(1 - rate)
     return x * nhwc(mask) / (1 - rate), nhwc(mask).bool()
+
+
+def update_running_statistics(norms, mean, var):
+    """As each batch norm does it: with its own momentum, for the first channels, those that it reads. var is unbiased."""
+    weights = [bn.momentum for bn in norms]
+    for name, values in [("running_mean", mean), ("running_var", var)]:
+        running = [getattr(bn, name) for bn in norms]
+        torch._foreach_lerp_(running, [values[: len(r)].to(r.dtype) for r in running], weights)
 
 
 def slices(maps):
@@ -473,3 +339,143 @@ def convolution_backward(grad, x, weight):
 
 def undo_dropout(grad, mask, rate):
     return grad if mask is None else grad * mask / (1 - rate)
+
+
+# --------------------------------------------------------------------------------------- where kernels.py computes them
+
+
+def fitting_kernels(x, layers):
+    """kernels.py if it computes these layers, which are bottlenecks without dropout on a GPU; else None."""
+    if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
+        return None
+    kernels = load_kernels()
+    return kernels if kernels.fit(x, layers) else None
+
+
+@functools.cache
+def load_kernels():
+    """kernels.py beside this file. torch.hub has taken the folder off the path, and other packages have that name, too."""
+    spec = importlib.util.spec_from_file_location("kernels", Path(__file__).with_name("kernels.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def triton_runs(device):
+    """Whether Triton is there and can compile for the device; on a CPU, whether it interprets kernels, as in tests."""
+    if device.type != "cuda":
+        return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # of C: each kernel gets a small launcher
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return capable and compiler and headers and importlib.util.find_spec("triton") is not None
+
+
+def infer(x, layers, transition, kernels):
+    """dense_block in evaluation mode, on a GPU."""
+    with no_autocast(x.device), torch.cuda.device_of(x):
+        maps = empty_maps(x, out_channels(layers), kernels.ALIGNMENT)[..., : out_channels(layers)]
+        maps[..., : x.shape[1]] = nhwc(x)
+        kernels.infer(maps, layers, weights_of(layers, x, kernels))
+        if transition:
+            (rstd,) = kernels.running_rstd([transition.bn1])
+            maps = kernels.transition_forward(maps, transition.bn1.running_mean, rstd, transition)
+    return nchw(maps).contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------- whether a block is as it was made
+
+
+def computable(x, layers):
+    """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
+
+    Asked before each pass, which takes some 20 us a layer: a hook may be added at any time. A replayed CUDA graph does not ask.
+    """
+    training = layers[0].training
+    if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # of one pixel batch norm cannot take statistics
+        return False
+    channels = x.shape[1]
+    for layer in layers:
+        if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
+            return False
+        if layer.dropout.p == 1:  # all is dropped, and what stays is divided by 0
+            return False
+        if not all(plain(*half, training) for half in bn_convs(layer)):
+            return False
+        if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
+            return False
+        channels += new_channels(layer)
+    if not (training or fitting_kernels(x, layers)):
+        return False
+    return as_defined(type(layers[0]), type(layers[0]).forward, defined_layer)
+
+
+def observed(x, training):
+    """Whether more is asked of an operation than its value and its gradient: by a tracer, functorch, forward-mode AD or a hook.
+
+    In evaluation mode, where kernels.py gives the values alone, also by autograd, a compiler or a dispatch mode.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    if torch.compiler.is_compiling():  # in training, dense_block is a graph break
+        return not training
+    traced = not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or get_proxy_mode() is not None
+    if traced or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
+        return True
+    values_alone = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
+    return not (training or values_alone)
+
+
+def untouched(module, kind, training):
+    """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and module.training == training and not any(hooks) and "forward" not in module.__dict__
+
+
+def plain(bn, conv, side, training):
+    """Whether the batch norm has weights and running statistics with a momentum; the convolution zero padding and no bias."""
+    made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
+    if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
+        return False
+    if any(buffer is None for buffer in bn._buffers.values()):
+        return False
+    if not all(type(p) is nn.Parameter for p in (bn.weight, bn.bias, conv.weight)):  # as in torch.func.functional_call
+        return False
+    shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
+    return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
+
+
+@torch.compiler.disable
+def joinable(x, layers, transition):
+    """Whether dense_block also computes the transition behind computable layers: by kernels.py, if it is unchanged."""
+    bn, conv, training = transition.bn1, transition.conv1, layers[0].training
+    if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
+        return False
+    kernels = fitting_kernels(x, layers)
+    alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
+    fits = alike and kernels is not None and kernels.fit_transition(x, transition)
+    return fits and as_defined(type(transition), type(transition).forward, defined_transition)
+
+
+@torch.compiler.disable
+@functools.cache
+def as_defined(kind, forward, definition):
+    """Whether the forward method of a class of layers or transitions gives what is computed here; somebody may have edited it.
+
+    Tried in float64 on a small module, with a warning if not.
+    """
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        module, x = kind(4, 2).double(), torch.randn(2, 4, 4, 4, dtype=torch.float64)
+        same = torch.allclose(definition(x, module), forward(module, x))
+    if not same:
+        warnings.warn(f"{kind.__name__}.forward is not what dense_block.py computes: efficient has no effect", stacklevel=2)
+    return same
+
+
+def defined_layer(x, layer):
+    return dense_block(x, [layer])  # (N, C + k, H, W)
+
+
+def defined_transition(x, transition):
+    return F.avg_pool2d(transition.conv1(F.relu(transition.bn1(x))), kernel_size=2)  # (N, out_channels, H/2, W/2)
