@@ -488,9 +488,12 @@ class Sizes(NamedTuple):
         return cls(n * h * w, maps.stride(2) // 8, h, w, growth_rate, 4 * growth_rate, unit)
 
     def tile(self, kernel, maps):
-        timed = self.K <= 64 and hopper(maps)
-        column = 3 if not timed else 0 if self.P >= 2**16 else 1 if self.P >= 2**14 else 2
-        return TILES["bits16" if maps.element_size() == 2 else products(maps)][kernel][column]
+        """The kernel's row of numbers in TILES."""
+        kind = "bits16" if maps.element_size() == 2 else products(maps)
+        many, some, few, untimed = TILES[kind][kernel]
+        if self.K > 64 or not hopper(maps):
+            return untimed
+        return many if self.P >= 2**16 else some if self.P >= 2**14 else few
 
 
 def hopper(maps):
