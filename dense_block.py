@@ -100,7 +100,7 @@ class DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, x, block, *parameters):
         with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
             weights = weights_of(block.layers, x, block.passes)
-            buffer, mean, rstd, kept = forward_layers(x, block, weights)
+            buffer, mean, rstd, kept = forward_block(x, block, weights)
             maps = buffer[..., : out_channels(block.layers)]
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
@@ -120,14 +120,15 @@ class DenseBlockFunction(torch.autograd.Function):
         each = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):
-            grad_x, parameter_grads = backward_layers(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
+            grad_x, parameter_grads = backward_block(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
         return grad_x, None, *parameter_grads
 
 
 def weights_of(layers, x, passes):
     """For each layer the weights of its convolutions, in the type and layout that the passes need for maps like x."""
-    convolutions = zip(*([conv for _, conv, _ in bn_convs(layer)] for layer in layers), strict=True)
-    return [*zip(*(passes.cast(each, x) for each in convolutions), strict=True)]
+    by_layer = [[conv for _, conv, _ in bn_convs(layer)] for layer in layers]
+    by_place = [passes.cast(convolutions, x) for convolutions in zip(*by_layer, strict=True)]  # all first ones, all second ones
+    return [*zip(*by_place, strict=True)]
 
 
 def cast(convolutions, maps):
@@ -144,7 +145,7 @@ def no_autocast(device):
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward_layers(x, block, weights):
+def forward_block(x, block, weights):
     """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and what else each layer's backward needs."""
     layers, passes = block.layers, block.passes
     torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _, _ in bn_convs(module)], 1)
@@ -253,7 +254,7 @@ def nhwc(x):
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def backward_layers(grad, buffer, statistics, block, weights, kept):
+def backward_block(grad, buffer, statistics, block, weights, kept):
     """The gradient of the block's input (N, C, H, W), and those of block.parameters()."""
     passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
     moments = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope of the derivation
