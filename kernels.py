@@ -418,19 +418,19 @@ def fit(x, layers):
     """Whether the kernels compute the layers, all of them Bottlenecks, for the input x (N, C, H, W)."""
     bn, growth_rate = layers[0].bn1, layers[0].conv2.out_channels
     types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
-    plain = all(map(steady, layers))
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     channels = layers[-1].bn1.num_features + growth_rate  # of the block's output
     offsets = pixels * max(8 * triton.cdiv(channels, 8), 4 * growth_rate) < 2**31  # they have 32 bits
-    return types and plain and widths and offsets and growth_rate <= (16 if exact(x) else 56)  # beyond, registers spill
+    fits = types and widths and offsets and all(map(without_dropout, layers))
+    return fits and growth_rate <= (16 if exact(x) else 56)  # beyond, registers spill
 
 
 def fit_transition(x, transition):
     """Whether the kernels compute the transition behind layers that they compute for the input x."""
     types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
     rounded = exact(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS
-    return types and steady(transition) and min(x.shape[2:]) >= 2 and not rounded
+    return types and without_dropout(transition) and min(x.shape[2:]) >= 2 and not rounded
 
 
 def exact(x):
@@ -438,8 +438,8 @@ def exact(x):
     return x.dtype == torch.float32 and products(x) == "tf32x3"
 
 
-def steady(module):
-    """Whether a layer or transition is without dropout, as it is in evaluation mode."""
+def without_dropout(module):
+    """Whether a layer or transition drops nothing, as in evaluation mode."""
     return not module.training or module.dropout.p == 0
 
 
@@ -508,8 +508,8 @@ def products(maps):
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
-def power(n):
-    """The side of a tile for n columns."""
+def padded(n):
+    """The width of a tile for n columns: a power of 2, and 16 at least for a matrix product."""
     return max(16, triton.next_power_of_2(n))
 
 
@@ -559,8 +559,8 @@ def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     P, K, bn1, bn2 = size.P, size.K, layer.bn1, layer.bn2
     part, pixels = convolve_first(maps, *statistics[:2], layer, w1, z, *statistics2[:2], size, training=True)
     join(part, statistics2, P, pixels, 0, bn2.eps)
-    grid, warps = (triton.cdiv(P, 32),), max(1, power(K) // 32)
-    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, power(K), 32, products(maps), num_warps=warps)
+    grid, warps = (triton.cdiv(P, 32),), max(1, padded(K) // 32)
+    activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, padded(K), 32, products(maps), num_warps=warps)
     part, pixels = convolve_second(maps, layer, w2, b, size, training=True)
     join(part, statistics, P, pixels, bn1.num_features, bn1.eps)
 
@@ -572,7 +572,7 @@ def convolve_first(maps, mean, rstd, layer, w1, z, mean2, rstd2, size, training)
     part = maps.new_empty(triton.cdiv(size.P, pixels), 2, K, dtype=torch.float32)
     first_convolution[(len(part),)](
         maps, mean, rstd, bn1.weight, bn1.bias, w1, z, mean2, rstd2, bn2.weight, bn2.bias, part, size.P, size.S8,
-        bn1.num_features // size.UNIT, size.UNIT, K, power(K), pixels, channels, products(maps), training,
+        bn1.num_features // size.UNIT, size.UNIT, K, padded(K), pixels, channels, products(maps), training,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return part, pixels
@@ -584,7 +584,7 @@ def convolve_second(maps, layer, w2, b, size, training):
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](
-        b, w2, maps, part, P, S8, layer.bn1.num_features // UNIT, H, W, UNIT, K, N, power(N), pixels, channels, products(maps),
+        b, w2, maps, part, P, S8, layer.bn1.num_features // UNIT, H, W, UNIT, K, N, padded(N), pixels, channels, products(maps),
         training, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return part, pixels
@@ -649,7 +649,7 @@ def backward_second(g, layer, w2, tensors, dz, size):
     pixels, channels, warps, stages, turns = size.tile("second_backward", g)
     part = g.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
     second_backward[(len(part), triton.cdiv(K, channels))](
-        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, turns, H, W, K, channels, N, power(9 * N), pixels, products(g),
+        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, turns, H, W, K, channels, N, padded(9 * N), pixels, products(g),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return added_up(part, 0, bn, *statistics, P, S8, MOMENTS=False)  # the statistics are not looked at
@@ -663,7 +663,7 @@ def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, gra
     part = maps.new_empty(triton.cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
     first_backward[(len(part), triton.cdiv(C, channels))](
         dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S8,
-        C // UNIT, turns, UNIT, K, power(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
+        C // UNIT, turns, UNIT, K, padded(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return added_up(part, K * C, bn1, rstd, moments, P, S8, MOMENTS=True)
 
