@@ -29,7 +29,7 @@ from flags import add_device_flag
 from folder import left_out, list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
-from pictures import Unreadable, each_picture, refuse_unreadable
+from pictures import read_pictures, refuse_unreadable
 from run_folder import read_arguments
 
 
@@ -203,11 +203,8 @@ def shortened(name):
 def classify(net, checkpoint, args, device):
     """Classifies the pictures that can be read; a folder stands for the pictures in it. Refused then, if some cannot be."""
     paths = [picture for path in args.image for picture in named_pictures(path)]
-    pictures = [*each_picture(paths, image_size_of(checkpoint))]
-    unreadable = {path: each for path, each in zip(paths, pictures, strict=True) if isinstance(each, Unreadable)}
-    readable = [path for path in paths if path not in unreadable]
+    images, readable, unreadable = read_pictures(paths, image_size_of(checkpoint))
     if readable:
-        images = torch.stack([each for each in pictures if torch.is_tensor(each)])
         logits = predict(net, images.to(device), *normalization(checkpoint, device))
         tell_classes(readable, logits, checkpoint["classes"], args.predictions)
     refuse_unreadable(unreadable)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from endings import Refused, say
-from pictures import EXTENSIONS, read_pictures
+from pictures import EXTENSIONS, read_pictures, refuse_unreadable
 
 MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
 
@@ -32,7 +32,8 @@ def read_part(root, part, image_size, quiet=False):
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
     title = None if quiet else f"reading {len(files):,} pictures in {root / part}"
-    images = read_pictures([files[i] for i in order.tolist()], image_size, title)
+    images, _, unreadable = read_pictures([files[i] for i in order.tolist()], image_size, title)
+    refuse_unreadable(unreadable)
     return images, labels[order], list(classes)
 
 

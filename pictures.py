@@ -15,7 +15,6 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from endings import Refused, say
-from machine import num_cpus
 from progress import on_terminal, progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -29,42 +28,33 @@ SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def read_pictures(paths, size, title=None):
-    """All pictures as one tensor (M, 3, size, size) uint8; the title is that of a bar, or printed where no terminal is.
+    """(images (M, 3, size, size) uint8, the M paths that could be read, {path: why not, an Unreadable} of the others).
 
-    Refused if some cannot be read; after MANY_UNREADABLE of these the rest is not looked at.
+    The title is that of a bar, or printed where no terminal is.
     """
-    images, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), {}
-    with contextlib.closing(each_picture(paths, size, title)) as pictures:
-        for i, picture in enumerate(pictures):
-            if isinstance(picture, Unreadable):
-                unreadable[paths[i]] = picture
-            else:
-                images[i] = picture
-            if len(unreadable) == MANY_UNREADABLE:
-                break
-    refuse_unreadable(unreadable)
-    return images
-
-
-def each_picture(paths, size, title=None):
-    """Yields each picture as a tensor (3, size, size) uint8, or why it cannot be read, an Unreadable."""
-    pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
+    images, readable, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], {}
+    pool = ThreadPoolExecutor(min(os.cpu_count(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     if title and not on_terminal():
         say(title)
     with warnings.catch_warnings(action="ignore"):  # what Pillow warns of is harmless, or an error as well
         try:
             read = pool.map(partial(read_picture, size=size), paths)
-            yield from progress(read, shown=bool(title), desc=title, total=len(paths), unit="")
+            for path, picture in zip(paths, progress(read, bool(title), desc=title, total=len(paths), unit=""), strict=True):
+                if isinstance(picture, Unreadable):
+                    unreadable[path] = picture
+                else:
+                    images[len(readable)] = picture
+                    readable.append(path)
         finally:  # an error or Ctrl-C waits for the pictures that are being read, not for those that are queued
             pool.shutdown(cancel_futures=True)
+    return images[: len(readable)], readable, unreadable
 
 
 def refuse_unreadable(reasons):
     """Refused if there is a reason, {path: why it cannot be read}; some are named."""
     if reasons:
         named = ", ".join(f"{path} ({reason})" for path, reason in [*reasons.items()][:MANY_UNREADABLE])
-        unnamed = len(reasons) - MANY_UNREADABLE
-        more = f" and {unnamed} more" if unnamed > 0 else ", perhaps more" * (unnamed == 0)
+        more = f" and {len(reasons) - MANY_UNREADABLE:,} more" if len(reasons) > MANY_UNREADABLE else ""
         raise Refused(f"cannot be read as pictures: {named}{more}: put 8-bit RGB there, or remove them")
 
 

@@ -64,8 +64,8 @@ def test_the_checkpoint_knows_the_size(call_main, run, pictures, monkeypatch, tm
     shares = [[int(number) for number in row] for row in re.findall(r"\((\d+) of (\d+) wrong\)", out)]
     mean = 100 * np.mean([wrong / total for wrong, total in shares])
     assert f"mean of the classes' errors {mean:.2f} %\n" in out
-    sizes, each_picture = [], evaluate.each_picture
-    monkeypatch.setattr(evaluate, "each_picture", lambda paths, size: [sizes.append(size), each_picture(paths, size)][1])
+    sizes, read_pictures = [], evaluate.read_pictures
+    monkeypatch.setattr(evaluate, "read_pictures", lambda paths, size: [sizes.append(size), read_pictures(paths, size)][1])
     status, out, errors = call_main(evaluate, net, "--image", pictures / "test" / "dark" / "0.jpg")
     assert (status, out.count(" %"), sizes) == (0, 2, [64]), errors
     status, _, errors = run(tmp_path / "more", "--init", net)

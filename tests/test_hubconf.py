@@ -139,7 +139,7 @@ def test_a_picture_becomes_what_evaluate_gives_the_net(tmp_path, name, size):
     """The same bits; also a second time, from a picture that is decoded by then and still lies as it did."""
     FILES[name](tmp_path / name)
     mean, std = normalization(load_checkpoint(RUNS["densenet_bc_40_12"] / "net.pth"), torch.device("cpu"))
-    expected = data.normalize(read_pictures([tmp_path / name], size or 32), mean, std)
+    expected = data.normalize(read_pictures([tmp_path / name], size or 32)[0], mean, std)
     preprocess, picture = load("preprocess", size=size), Image.open(tmp_path / name)
     before = picture.size
     assert torch.equal(preprocess(picture), expected)
@@ -152,7 +152,7 @@ def test_a_photograph_is_the_same_to_rounding_and_keeps_its_size(tmp_path):
     picture = Image.open(tmp_path / "large.jpg")
     std = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
     mean = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
-    difference = load("preprocess")(picture) * std + mean - read_pictures([tmp_path / "large.jpg"], 32)
+    difference = load("preprocess")(picture) * std + mean - read_pictures([tmp_path / "large.jpg"], 32)[0]
     assert difference.abs().max() <= 6.001  # evaluate.py decodes large photographs at a half or less
     assert picture.size == (800, 600)
 

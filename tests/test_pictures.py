@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import struct
-import threading
 import zlib
 
 import numpy as np
@@ -29,7 +28,9 @@ UNDO = {  # an upright picture is stored like this where its EXIF orientation is
 
 
 def read(path, size=32):
-    return pictures.read_pictures([path], size)[0]
+    images, _, unreadable = pictures.read_pictures([path], size)
+    pictures.refuse_unreadable(unreadable)
+    return images[0]
 
 
 def colours(path):
@@ -365,38 +366,32 @@ def twenty(tmp_path):
 def test_the_number_of_threads_changes_nothing(twenty, monkeypatch):
     results = []
     for threads in (1, 2, 7):
-        monkeypatch.setattr(pictures, "num_cpus", lambda threads=threads: threads)
-        results.append(pictures.read_pictures(twenty, 16))
+        monkeypatch.setattr(pictures, "MAX_THREADS", threads)
+        results.append(pictures.read_pictures(twenty, 16)[0])
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(results[0], torch.stack([read(path, 16) for path in twenty]))
 
 
-def test_all_broken_files_are_named(twenty, monkeypatch):
-    monkeypatch.setattr(pictures, "num_cpus", lambda: 7)
+def test_all_broken_files_are_told_and_the_others_read(twenty, monkeypatch):
+    monkeypatch.setattr(pictures.os, "cpu_count", lambda: 7)
     twenty[5].write_bytes(twenty[5].read_bytes()[:-20])  # found out late
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
-    for _ in range(5):
-        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): put"):
-            pictures.read_pictures(twenty, 16)
-
-
-def test_of_many_broken_files_ten_are_named(twenty):
-    for path in twenty[4:]:
-        path.write_bytes(b"")
-    with pytest.raises(Refused) as refusal:
-        pictures.read_pictures(twenty, 16)
-    assert [str(path) in str(refusal.value) for path in twenty] == [False] * 4 + [True] * 10 + [False] * 6
+    paths = [*twenty, twenty[9], twenty[0]]  # some twice
+    images, readable, unreadable = pictures.read_pictures(paths, 16)
+    assert list(unreadable) == [twenty[5], twenty[6], twenty[9]]
+    assert readable == [path for path in paths if path not in unreadable]
+    assert torch.equal(images, torch.stack([read(path, 16) for path in readable]))
 
 
 def test_a_picture_that_cannot_be_read_is_not_kept(tmp_path):
     """Its reason is, and that has no frames: they would hold its pixels."""
     (tmp_path / "a.png").write_bytes(b"broken")
-    (reason,) = pictures.each_picture([tmp_path / "a.png"], 8)
+    (reason,) = pictures.read_pictures([tmp_path / "a.png"], 8)[2].values()
     assert (str(reason), reason.__traceback__, reason.__cause__) == (NO_FORMAT, None, None)
 
 
-@pytest.mark.parametrize(("number", "more"), [(9, ""), (10, ", perhaps more"), (11, " and 1 more")])
+@pytest.mark.parametrize(("number", "more"), [(9, ""), (10, ""), (11, " and 1 more")])
 def test_ten_that_cannot_be_read_are_named(number, more):
     with pytest.raises(Refused) as refusal:
         pictures.refuse_unreadable({str(i): "broken" for i in range(number)})
@@ -409,30 +404,6 @@ def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):
     assert capsys.readouterr() == ("reading 20 pictures\n", "")
     pictures.read_pictures(twenty, 16)
     assert capsys.readouterr() == ("", "")
-
-
-def test_after_ten_broken_files_the_rest_is_not_read(monkeypatch):
-    """One thread; the others wait in its queue."""
-    read, proceed = [], threading.Event()
-
-    def broken(path, size):
-        read.append(path)
-        if len(read) > pictures.MANY_UNREADABLE:
-            proceed.wait()
-        return pictures.Unreadable("broken")
-
-    class Pool(pictures.ThreadPoolExecutor):
-        def shutdown(self, **options):
-            super().shutdown(wait=False, **options)
-            proceed.set()
-            super().shutdown()
-
-    monkeypatch.setattr(pictures, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(pictures, "num_cpus", lambda: 1)
-    monkeypatch.setattr(pictures, "read_picture", broken)
-    with pytest.raises(Refused, match="perhaps more"):
-        pictures.read_pictures([str(i) for i in range(100)], 8)
-    assert len(read) <= pictures.MANY_UNREADABLE + 1
 
 
 @pytest.mark.parametrize(("error", "reason"), [(EOFError(), "EOFError"), (OSError("one\ntwo"), "one")])
