@@ -9,10 +9,10 @@ from endings import FAILED_LATER, Refused, naming, say
 
 
 def read_json(path, remedy):
-    """The content of a JSON file. Refused if it cannot be read."""
+    """The content of a JSON file. Refused if it is damaged."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {remedy}") from error
 
 
