@@ -96,7 +96,8 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     remedy, if that file has values that no flag takes.
     """
     given = parser.parse_args(argv)
-    words = words_of(begun, vars(given).keys() - NOT_TAKEN_OVER, parser, source, remedy) if begun else []
+    names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER  # and not what has a value and no flag
+    words = words_of(begun, names, parser, source, remedy) if begun else []
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
     args = parser.parse_args(words)

@@ -64,12 +64,14 @@ def test_the_official_implementation_computed_the_same(run_script):
     assert done.stdout.endswith("official implementation and ours are the same (bound 1e-09)\n")
 
 
-def test_a_vgg_is_trained_by_the_functions_of_train(run_script, tmp_path):
+def test_a_vgg_is_trained_and_goes_on_by_the_functions_of_train(run_script, tmp_path):
     flags = ["--dataset", "digits", "--limit", 64, "--epochs", 1, "--no-plot", "--device", "cpu", "--save", tmp_path / "run"]
     done = run_script("attic/train-vgg.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "the verdict is for the whole of cifar10 only" in done.stdout
     assert len((tmp_path / "run" / "test.csv").read_text().splitlines()) == 2
+    done = run_script("attic/train-vgg.py", *flags, "--resume")
+    assert (done.returncode, f"{tmp_path / 'run'} is complete" in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize(("place", "begun"), [("data.load", False), ("step.TrainingStep.__call__", True)])
