@@ -111,17 +111,22 @@ class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        check_unreplaced(ctx.block, ctx.parameters, ctx.rates)
         buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
-        replaced = any(now is not then for now, then in zip(ctx.block.parameters(), ctx.parameters, strict=True))
-        if replaced or ctx.block.drop_rates() != ctx.rates:
-            what = "the parameters or drop rates of an efficient block"
-            raise RuntimeError(f"{what} were replaced before its backward pass: efficient=False")
         rest = rest[len(ctx.parameters) :]
         each = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):
             grad_x, parameter_grads = backward_block(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
         return grad_x, None, *parameter_grads
+
+
+def check_unreplaced(block, parameters, rates):
+    """RuntimeError if the block has other parameters or drop rates than in its forward pass."""
+    replaced = any(now is not then for now, then in zip(block.parameters(), parameters, strict=True))
+    if replaced or block.drop_rates() != rates:
+        what = "the parameters or drop rates of an efficient block"
+        raise RuntimeError(f"{what} were replaced before its backward pass: efficient=False")
 
 
 def weights_of(layers, x, passes):
@@ -435,16 +440,28 @@ def untouched(module, kind, training):
 
 
 def plain(bn, conv, side, training):
-    """Whether the batch norm has weights and running statistics with a momentum; the convolution zero padding and no bias."""
-    made = untouched(bn, nn.BatchNorm2d, training) and untouched(conv, nn.Conv2d, training)
-    if not (made and bn.affine and bn.track_running_stats and bn.momentum is not None):
+    """Whether the batch norm and the convolution behind it, with kernels of this side, compute what is computed here."""
+    return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, side, training)
+
+
+def plain_norm(bn, training):
+    """Whether it is a BatchNorm2d with parameters, and with running statistics that have a momentum."""
+    if not untouched(bn, nn.BatchNorm2d, training) or bn.momentum is None or not bn.track_running_stats:
         return False
-    if any(buffer is None for buffer in bn._buffers.values()):
+    return are_parameters(bn.weight, bn.bias) and all(buffer is not None for buffer in bn._buffers.values())
+
+
+def plain_convolution(conv, channels, side, training):
+    """Whether it is a Conv2d of all channels, with a padding of zeros that keeps the size of the maps, and no bias."""
+    if not untouched(conv, nn.Conv2d, training) or not are_parameters(conv.weight):
         return False
-    if not all(type(p) is nn.Parameter for p in (bn.weight, bn.bias, conv.weight)):  # as in torch.func.functional_call
-        return False
-    shape = conv.weight.shape[1:] == (bn.num_features, side, side) and conv.padding == (side // 2, side // 2)
+    shape = conv.weight.shape[1:] == (channels, side, side) and conv.padding == (side // 2, side // 2)
     return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
+
+
+def are_parameters(*tensors):
+    """Whether each is a Parameter itself; by torch.func.functional_call, for one, it is another tensor."""
+    return all(type(tensor) is nn.Parameter for tensor in tensors)
 
 
 @torch.compiler.disable
