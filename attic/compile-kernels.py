@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -82,7 +83,8 @@ def compile_all(args):
     print(f"Triton {triton.__version__}, L={args.depth}, batches of {args.batch_size}\n")
     print(f"| {COLUMNS} |\n|{' --- |' * (COLUMNS.count('|') + 1)}")
     cases = []
-    with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
+    forked = multiprocessing.get_context("fork")  # with torch and Triton imported; no default from Python 3.14 on
+    with concurrent.futures.ProcessPoolExecutor(args.processes, mp_context=forked) as pool:
         for job, code in zip(jobs, pool.map(machine_code, *[*zip(*jobs, strict=True)][2:]), strict=True):
             cases.append((*job, code))
             print("|", " | ".join(cells(*cases[-1])), "|", flush=True)

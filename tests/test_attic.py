@@ -152,7 +152,8 @@ def test_a_kernel_that_is_compiled_badly_is_found(call_main, monkeypatch, change
         return compile_kernels.Code(**good | (changed if launch.name == "first_backward" else {}))
 
     monkeypatch.setattr(compile_kernels, "machine_code", machine_code)
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    threads = concurrent.futures.ThreadPoolExecutor()
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda processes, mp_context: threads)
     status, out, errors = call_main(compile_kernels, *COMPILED, "--depth", 10)
     assert status == (verdict != "right"), errors
     verdicts = {launch["kernel"]: launch["verdict"] for launch in launches(out)}
