@@ -121,8 +121,11 @@ def test_cifar10_is_the_official_one(cifar):
 
 
 def test_damaged_cifar_file_is_refused_and_kept(cifar, tmp_path):
-    shutil.copytree(cifar / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
-    damaged = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for path in (cifar / folder.name).iterdir():
+        shutil.copyfile(path, folder / path.name)  # and not its mode: the data may be read-only
+    damaged = folder / "data_batch_3"
     content = bytearray(damaged.read_bytes())
     content[1000] ^= 1
     damaged.write_bytes(content)
