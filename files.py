@@ -9,10 +9,10 @@ from endings import FAILED_LATER, Refused, naming, say
 
 
 def read_json(path, remedy):
-    """The content of a JSON file. Refused if it is damaged."""
+    """The content of a JSON file. Refused if it cannot be read."""
     try:
         return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {remedy}") from error
 
 

@@ -149,7 +149,7 @@ def rate_changes(folder, test):
     """The epochs done when the learning rate changes: by test.csv or, where that has no rates, by the schedule in args.json."""
     if "lr" in test:
         return {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
-    with contextlib.suppress(Refused, OSError):
+    with contextlib.suppress(Refused):
         args = arguments_of(folder)
         if args.get("opt") == "sgd" and args.get("lr"):
             return {math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)}

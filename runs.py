@@ -18,19 +18,29 @@ MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch"
 
 
 def name_runs(folders):
-    """{label: folder}; a label is the path from the folder that holds all. What is named twice is one run."""
+    """{label: folder}; a label is the path from the folder that holds all. Refused if one is named twice."""
     paths = [folder.resolve() for folder in folders]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice:
+        raise Refused(f"{twice} is named twice: name each run once")
     common = os.path.commonpath([path.parent for path in paths])
     return {str(path.relative_to(common)): path for path in paths}
 
 
 def read_csv(path):
-    """The rows of a CSV, but for a last one that is only half written. Refused if it is not from train.py."""
+    """The rows of a CSV, but for a last one that is only half written. Refused if it is missing or not from train.py."""
+    refuse_missing(path)
     header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")[:-1] or [",".join(COLUMNS)]
     columns = header.split(",")
     if columns[:3] != COLUMNS or len(set(columns)) < len(columns):
         raise Refused(f"{path} has no columns {', '.join(COLUMNS)}: it was not written by train.py")
     return whole_rows(lines, columns, path)
+
+
+def refuse_missing(path):
+    """Refused if a file of a run is not there."""
+    if not path.exists():
+        raise Refused(f"{path} does not exist: put it back, or name a run that has it")
 
 
 def whole_rows(lines, columns, path):
@@ -46,6 +56,8 @@ def whole_rows(lines, columns, path):
             epoch = row[0]
         else:
             damaged.append(f"line {number} ({line[:40]!r})")
+    if damaged and not rows:
+        raise Refused(f"{path} is damaged, {damaged[0]} is not {len(columns)} finite numbers: put back a whole one")
     if damaged:
         more = f" and {len(damaged) - 1} more are" if damaged[1:] else " is"
         say(f"{path}: {damaged[0]}{more} left out: damaged, or of a run that diverged")
@@ -53,10 +65,13 @@ def whole_rows(lines, columns, path):
 
 
 def arguments_of(folder):
-    """args.json of a run. Refused if it is damaged."""
-    path, remedy = folder / "args.json", "put back a whole one, or leave out this run"
+    """args.json of a run. Refused if it is missing or damaged."""
+    path = folder / "args.json"
+    remedy = "put back a whole one, or leave out this run"
+    refuse_missing(path)
     arguments = read_json(path, remedy)
-    if not isinstance(arguments, dict) or any(type(arguments.get(name)) is not int for name in ("epochs", "seed")):
+    kinds = {"epochs": (int,), "seed": (int,), "train_images": (int, type(None)), "dataset": (str, type(None))}
+    if not isinstance(arguments, dict) or any(type(arguments.get(name)) not in kinds[name] for name in kinds):
         raise Refused(f"{path} is damaged or not from train.py: {remedy}")
     return {"processes": 1} | arguments  # older runs do not say it
 
