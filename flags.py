@@ -96,7 +96,7 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     remedy, if that file has values that no flag takes.
     """
     given = parser.parse_args(argv)
-    names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER  # and not what has a value and no flag
+    names = {action.dest for action in parser._actions} & vars(given).keys() - NOT_TAKEN_OVER  # some values have no flag
     words = words_of(begun, names, parser, source, remedy) if begun else []
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))

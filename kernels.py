@@ -285,7 +285,7 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     first = tl.program_id(0) * turns * BM
     rows, end = first + tl.arange(0, BM), tl.minimum(first + turns * BM, P)
     ahead = load_tiles(dz, z, x, G, rows, rows < end, k, c, S8, C, K)  # one turn ahead, to wait less for the memory
-    for turn in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
+    for _ in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
         dz_tile, z_tile, x_tile, old = ahead
         ahead = load_tiles(dz, z, x, G, rows + BM, rows + BM < end, k, c, S8, C, K)
         norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers

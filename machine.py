@@ -69,3 +69,8 @@ def keep_freed_memory(device):
     if device.type == "cpu" and not own and hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def num_cpus():
+    """The CPUs that this process may use; a cluster gives it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from endings import Refused, say
+from machine import num_cpus
 from progress import on_terminal, progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -33,7 +34,7 @@ def read_pictures(paths, size, title=None):
     The title is that of a bar, or printed where no terminal is.
     """
     images, readable, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], {}
-    pool = ThreadPoolExecutor(min(os.cpu_count(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
+    pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
     if title and not on_terminal():
         say(title)
     with warnings.catch_warnings(action="ignore"):  # what Pillow warns of is harmless, or an error as well

@@ -83,7 +83,7 @@ def compile_all(args):
     print(f"Triton {triton.__version__}, L={args.depth}, batches of {args.batch_size}\n")
     print(f"| {COLUMNS} |\n|{' --- |' * (COLUMNS.count('|') + 1)}")
     cases = []
-    forked = multiprocessing.get_context("fork")  # with torch and Triton imported; no default from Python 3.14 on
+    forked = multiprocessing.get_context("fork")  # with torch imported; not the default from Python 3.14 on
     with concurrent.futures.ProcessPoolExecutor(args.processes, mp_context=forked) as pool:
         for job, code in zip(jobs, pool.map(machine_code, *[*zip(*jobs, strict=True)][2:]), strict=True):
             cases.append((*job, code))

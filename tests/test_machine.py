@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import distributed
+import machine
 import train
 from distributed import World
 from endings import Refused
@@ -105,6 +106,10 @@ def test_a_precision_holds_for_all_kernels_and_every_way_to_ask_for_it(put_back,
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
 
 
+def test_this_machine_has_cpus():
+    assert 1 <= machine.num_cpus() <= os.cpu_count()
+
+
 def test_under_torchrun_each_process_of_a_machine_has_a_gpu_of_its_own(four_gpus):
     """By its number on this machine, not among all: here it is the third of the second machine."""
     assert distributed.own_device(World(rank=6, local_rank=2, size=8), torch.device("cuda")) == torch.device("cuda", 2)
@@ -127,3 +132,9 @@ def test_kernels_are_deterministic_or_the_fastest(monkeypatch, deterministic):
         assert os.environ == ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {})
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def test_a_cluster_gives_fewer_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert machine.num_cpus() == 2

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -366,14 +367,14 @@ def twenty(tmp_path):
 def test_the_number_of_threads_changes_nothing(twenty, monkeypatch):
     results = []
     for threads in (1, 2, 7):
-        monkeypatch.setattr(pictures, "MAX_THREADS", threads)
+        monkeypatch.setattr(pictures, "num_cpus", lambda threads=threads: threads)
         results.append(pictures.read_pictures(twenty, 16)[0])
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(results[0], torch.stack([read(path, 16) for path in twenty]))
 
 
 def test_all_broken_files_are_told_and_the_others_read(twenty, monkeypatch):
-    monkeypatch.setattr(pictures.os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(pictures, "num_cpus", lambda: 7)
     twenty[5].write_bytes(twenty[5].read_bytes()[:-20])  # found out late
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
@@ -404,6 +405,35 @@ def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):
     assert capsys.readouterr() == ("reading 20 pictures\n", "")
     pictures.read_pictures(twenty, 16)
     assert capsys.readouterr() == ("", "")
+
+
+def test_after_ctrl_c_the_rest_is_not_read(monkeypatch):
+    """One thread; the others wait in its queue."""
+    read, proceed = [], threading.Event()
+
+    def read_picture(path, size):
+        read.append(path)
+        if len(read) > 3:
+            proceed.wait()
+        return torch.zeros(3, size, size, dtype=torch.uint8)
+
+    def progress(images, *_, **options):
+        yield next(images)
+        raise KeyboardInterrupt
+
+    class Pool(pictures.ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(wait=False, **options)
+            proceed.set()
+            super().shutdown()
+
+    monkeypatch.setattr(pictures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(pictures, "num_cpus", lambda: 1)
+    monkeypatch.setattr(pictures, "read_picture", read_picture)
+    monkeypatch.setattr(pictures, "progress", progress)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.read_pictures([str(i) for i in range(100)], 8)
+    assert len(read) <= 4
 
 
 @pytest.mark.parametrize(("error", "reason"), [(EOFError(), "EOFError"), (OSError("one\ntwo"), "one")])

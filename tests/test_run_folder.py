@@ -637,6 +637,8 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
     flags += ["--val", 200, "--no-plot", "--precision", "bf16", "--epochs", 2]
     assert call_main(train, *flags, "--save", tmp_path / "whole")[0] == 0
     assert call_main(train, *flags, "--epochs", 1, "--save", tmp_path / "parts")[0] == 0
+    begun = tmp_path / "parts" / "args.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"help": True, "later": 1}))  # no arguments of a run
     for epochs in (["--epochs", 2], []):  # the second time it is complete
         status, _, errors = call_main(train, "--save", tmp_path / "parts", "--resume", *epochs)
         assert status == 0, errors
