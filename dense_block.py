@@ -448,20 +448,16 @@ def plain_norm(bn, training):
     """Whether it is a BatchNorm2d with parameters, and with running statistics that have a momentum."""
     if not untouched(bn, nn.BatchNorm2d, training) or bn.momentum is None or not bn.track_running_stats:
         return False
-    return are_parameters(bn.weight, bn.bias) and all(buffer is not None for buffer in bn._buffers.values())
+    own = type(bn.weight) is type(bn.bias) is nn.Parameter  # unlike in torch.func.functional_call
+    return own and all(buffer is not None for buffer in bn._buffers.values())
 
 
 def plain_convolution(conv, channels, side, training):
     """Whether it is a Conv2d of all channels, with a padding of zeros that keeps the size of the maps, and no bias."""
-    if not untouched(conv, nn.Conv2d, training) or not are_parameters(conv.weight):
+    if not untouched(conv, nn.Conv2d, training) or type(conv.weight) is not nn.Parameter:
         return False
     shape = conv.weight.shape[1:] == (channels, side, side) and conv.padding == (side // 2, side // 2)
     return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
-
-
-def are_parameters(*tensors):
-    """Whether each is a Parameter itself; by torch.func.functional_call, for one, it is another tensor."""
-    return all(type(tensor) is nn.Parameter for tensor in tensors)
 
 
 @torch.compiler.disable

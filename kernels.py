@@ -282,8 +282,7 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     norm2 = gradient_of(mean2, rstd2, gamma2, sums2, P, k, K)
     grad_w = tl.zeros((KP, BC), tl.float32)
     grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
-    first = tl.program_id(0) * turns * BM
-    rows, end = first + tl.arange(0, BM), tl.minimum(first + turns * BM, P)
+    rows, end = tl.program_id(0) * turns * BM + tl.arange(0, BM), tl.minimum((tl.program_id(0) + 1) * turns * BM, P)
     ahead = load_tiles(dz, z, x, G, rows, rows < end, k, c, S8, C, K)  # one turn ahead, to wait less for the memory
     for _ in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
         dz_tile, z_tile, x_tile, old = ahead
