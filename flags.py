@@ -14,7 +14,7 @@ from endings import Refused, at_least, nonempty
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
-NOT_TAKEN_OVER = {"save", "resume", "force", "capture", "efficient"}  # by parse_args; fill_in does it with the last two
+NOT_TAKEN_OVER = {"help", "save", "resume", "force", "capture", "efficient"}  # by parse_args; fill_in does it with the last two
 SGD = {"momentum": 0.9, "nesterov": True}  # defaults of the flags that sgd alone has
 MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
 
@@ -96,7 +96,7 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     remedy, if that file has values that no flag takes.
     """
     given = parser.parse_args(argv)
-    names = {action.dest for action in parser._actions} & vars(given).keys() - NOT_TAKEN_OVER  # some values have no flag
+    names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER  # not vars(given), of which some have no flag
     words = words_of(begun, names, parser, source, remedy) if begun else []
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))

@@ -241,7 +241,7 @@ PLACES = {  # what each program calls, by the names it calls it by
     "train --resume": "run_folder.resume run_folder.compare_rates run_folder.fits run_folder.rows_until",
     "train --init": "train.load_checkpoint train.build_net train.read_init train.refuse_another_net train.checkpoint_in",
     "train on pictures": """folder.list_classes folder.left_out folder.check_classes folder.read_pictures pictures.to_rgb
-        pictures.read_picture data.mean_and_std""",
+        pictures.num_cpus pictures.read_picture data.mean_and_std""",
     "evaluate": """evaluate.load_checkpoint evaluate.build_net checkpoint.fits densenet.DenseNet.__init__
         densenet.DenseNet.forward data.read_part evaluate.predict evaluate.confusion_matrix evaluate.mean_class_error
         evaluate.class_lines evaluate.write_text evaluate.draw drawing.as_text drawing.save""",

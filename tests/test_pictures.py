@@ -379,10 +379,13 @@ def test_all_broken_files_are_told_and_the_others_read(twenty, monkeypatch):
     twenty[6].unlink()
     twenty[9].write_bytes(b"")
     paths = [*twenty, twenty[9], twenty[0]]  # some twice
-    images, readable, unreadable = pictures.read_pictures(paths, 16)
-    assert list(unreadable) == [twenty[5], twenty[6], twenty[9]]
-    assert readable == [path for path in paths if path not in unreadable]
-    assert torch.equal(images, torch.stack([read(path, 16) for path in readable]))
+    for _ in range(5):
+        images, readable, unreadable = pictures.read_pictures(paths, 16)
+        assert list(unreadable) == [twenty[5], twenty[6], twenty[9]]
+        assert readable == [path for path in paths if path not in unreadable]
+        assert torch.equal(images, torch.stack([read(path, 16) for path in readable]))
+        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): put"):
+            pictures.refuse_unreadable(unreadable)
 
 
 def test_a_picture_that_cannot_be_read_is_not_kept(tmp_path):
