@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -60,7 +59,7 @@ def build_parser(text, variants):
     group.add_argument("--rounds", type=endings.at_least(1), default=5, help="(%(default)s)")
     group.add_argument("--steps", type=endings.at_least(1), help="of a round (10; on a CPU 2)")
     group.add_argument("--image-size", metavar="N", type=flags.image_size, default=data.IMAGE_SIZE, help="(%(default)s)")
-    group.add_argument("--json", metavar="FILE", type=endings.nonempty(Path), help="write the numbers of all rounds there, too")
+    group.add_argument("--json", metavar="FILE", type=endings.new_file, help="write the numbers of all rounds there, too")
     parser.set_defaults(dataset="folder", augment=True, save=None, compile="auto")  # a folder's images have any size
     return parser
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 import endings
-from endings import nonempty, say
+from endings import new_file, nonempty, say
 from files import refuse_existing, write_text
 from runs import in_words, name_runs, read_csv, settings
 
@@ -51,7 +51,7 @@ def build_parser():
     )
     parser.add_argument("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     for kind, what in [("csv", "its numbers"), ("markdown", "it"), ("latex", "it")]:
-        parser.add_argument(f"--{kind}", type=nonempty(Path), metavar="FILE", help=f"write {what} into this file as well")
+        parser.add_argument(f"--{kind}", type=new_file, metavar="FILE", help=f"write {what} into this file as well")
     return parser
 
 

@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
@@ -183,6 +184,13 @@ def nonempty(kind):
         return kind(text)
 
     return parse
+
+
+def new_file(text):
+    """An argparse type: the path of a file to write, which the name of a folder is not."""
+    if text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it")
+    return nonempty(Path)(text)
 
 
 @contextlib.contextmanager

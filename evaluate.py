@@ -23,7 +23,7 @@ import data
 import drawing
 import endings
 from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, nonempty, say
+from endings import Refused, new_file, nonempty, say
 from files import refuse_existing, write_text
 from flags import add_device_flag
 from folder import left_out, list_classes, pictures_in
@@ -65,10 +65,10 @@ def build_parser():
     add("--val", action="store_true", help="the images that the run held out, in place of the test set")
     add("--out", metavar="DIR", type=nonempty(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
     text = "write each picture's class, its probability, and the true class if known, as CSV"
-    add("--predictions", metavar="FILE", type=nonempty(Path), help=text)
+    add("--predictions", metavar="FILE", type=new_file, help=text)
     text = "classify these pictures, or those in a folder, instead"
     add("--image", nargs="+", metavar="FILE|DIR", type=nonempty(Path), help=text)
-    add("--export", metavar="FILE", type=nonempty(Path), help="write the bare weights to this .pth file instead, and a .json")
+    add("--export", metavar="FILE", type=new_file, help="write the bare weights to this .pth file instead, and a .json")
     return parser
 
 

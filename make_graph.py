@@ -16,7 +16,7 @@ import torch
 import torchviz
 
 import endings
-from endings import naming, nonempty, say
+from endings import naming, new_file, say
 from flags import USAGE, add_model_flags, make_net
 
 
@@ -40,7 +40,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
     add_model_flags(parser, depth=10)
     text = "the files' name; .dot, .png and .svg are added (%(default)s)"
-    parser.add_argument("--out", metavar="NAME", type=nonempty(Path), default="graph", help=text)
+    parser.add_argument("--out", metavar="NAME", type=new_file, default="graph", help=text)
     return parser
 
 

@@ -210,6 +210,8 @@ def test_every_flag_takes_a_sensible_value_or_refuses_in_a_sentence(program, mon
                 assert not isinstance(value, int) or value < 2**64, (wrong, text)
         refused = verdict(action, "")
         assert action.dest == "title" or (isinstance(refused, str) and refused.startswith("argument ")), wrong
+        if action.metavar in ("FILE", "NAME"):  # that is written
+            assert str(verdict(action, "folder/")).endswith("folder/ is a folder: name a file in it"), wrong
 
 
 def test_the_programs_are_those_with_flags():
