@@ -42,7 +42,7 @@ def add_model_flags(group, depth=100):
     add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with k <= 16, no dropout, no fp32)")
+    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with k <= 12, no dropout, no fp32)")
 
 
 def add_optimisation_flags(group):
@@ -164,7 +164,7 @@ def fill_in(args, device, processes=1, begun=None):
     if args.efficient is None:
         args.efficient = had.get("efficient")
     if args.efficient is None:
-        kernels = args.bottleneck and not args.drop_rate and args.growth_rate <= 16 and args.precision != "fp32"
+        kernels = args.bottleneck and not args.drop_rate and args.growth_rate <= 12 and args.precision != "fp32"
         args.efficient = bool(alone and args.capture and kernels and not args.sync_bn and triton_runs(device))
 
 
