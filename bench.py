@@ -131,6 +131,8 @@ def worker(name, factory, device):
     try:
         yield process, connection
     finally:
+        connection.close()  # it ends by itself, and cleans up what torch.compile has left
+        process.join(timeout=5)
         process.terminate()  # it may be compiling, and would not hear otherwise
         process.join()
 
