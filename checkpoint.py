@@ -110,6 +110,7 @@ def is_card(values):
         and of_kinds(values["args"], ARGS)
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
+        and len(values["classes"]) == values["model"].get("num_classes")
     )
 
 
