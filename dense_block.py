@@ -49,8 +49,8 @@ aten = torch.ops.aten
 def dense_block(x, layers, transition=None):
     """The maps (N, C, H, W) and, behind them, those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
-    With a transition, its output for these maps. Differentiable once, with respect to x and all parameters. Updates the running
-    statistics as the plain layers would. The layers must be `computable`, and a transition `joinable`.
+    With a transition, its output for these maps. In training mode differentiable once, by x and all parameters, and the running
+    statistics are updated as by the plain layers. The layers must be `computable`, and a transition `joinable`.
     """
     kernels = fitting_kernels(x, layers)
     if not layers[0].training:
@@ -112,7 +112,7 @@ class DenseBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         check_unreplaced(ctx.block, ctx.parameters, ctx.rates)
-        buffer, mean, rstd, *rest = ctx.saved_tensors  # parameters are saved so that one changed in the meantime is an error
+        buffer, mean, rstd, *rest = ctx.saved_tensors  # autograd refuses a saved parameter that was changed in place
         rest = rest[len(ctx.parameters) :]
         each = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + each] for i in range(0, len(rest), each)]
@@ -351,7 +351,7 @@ def undo_dropout(grad, mask, rate):
 
 
 def fitting_kernels(x, layers):
-    """kernels.py if it computes these layers, which are bottlenecks without dropout on a GPU; else None."""
+    """kernels.py if it computes these layers, which are bottlenecks that drop nothing, on a GPU; else None."""
     if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
         return None
     kernels = load_kernels()
@@ -418,9 +418,9 @@ def computable(x, layers):
 
 
 def observed(x, training):
-    """Whether more is asked of an operation than its value and its gradient: by a tracer, functorch, forward-mode AD or a hook.
+    """Whether a tracer, functorch, forward-mode AD or a hook needs more of the block than its output and its gradient.
 
-    In evaluation mode, where kernels.py gives the values alone, also by autograd, a compiler or a dispatch mode.
+    In evaluation mode kernels.py gives the output alone: then also whether autograd, a compiler or a dispatch mode is on.
     """
     if torch.nn.modules.module._has_any_global_hook():
         return True

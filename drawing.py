@@ -26,7 +26,7 @@ def picture_format(path):
     """The format of the picture that the path names; None if it names a folder. Refused if it is one that is not written."""
     suffix = "" if path.is_dir() else path.suffix.lower().removeprefix(".")
     if suffix in OTHER_FORMATS:
-        raise Refused(f"{path} is no picture that can be written: name a file in .{', .'.join(FORMATS)}, or a folder")
+        raise Refused(f"{path} has a format that cannot be written: name a file in .{', .'.join(FORMATS)}, or a folder")
     return suffix if suffix in FORMATS else None
 
 

@@ -39,7 +39,7 @@ def write_text(path, text):
 def replace_file(path, content, alone=True):
     """Writes a file atomically. A device or a pipe, such as /dev/stdout, is written to and stays what it is.
 
-    Where this process is not alone, because others may write the same file at the same time, the new one has its own name.
+    alone=False: other processes may write the same file at the same time, so the temporary one has a name of its own.
     """
     if path.exists() and not path.is_file():
         with naming(path):

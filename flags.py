@@ -14,7 +14,7 @@ from endings import Refused, at_least, nonempty
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
-NOT_TAKEN_OVER = {"help", "save", "resume", "force", "capture", "efficient"}  # by parse_args; fill_in does it with the last two
+NOT_TAKEN_OVER = {"help", "save", "resume", "force", "capture", "efficient"}  # from args.json; the last two are, in fill_in
 SGD = {"momentum": 0.9, "nesterov": True}  # defaults of the flags that sgd alone has
 MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
 
@@ -29,7 +29,7 @@ def add_data_flags(group):
     add("--augment", action=switch, default=True, help="random crop and flip (yes; no for svhn and digits)")
     add("--val", metavar="N", type=at_least(0), default=0, help="hold out N training images (0; 6000 for svhn)")
     add("--limit", metavar="N", type=at_least(1), help="train on the first N images only")
-    sizes = f"N x N, N a multiple of 4 from 8 ({IMAGE_SIZE}, or what the net of --init has)"
+    sizes = f"N x N, N a multiple of 4, at least 8 ({IMAGE_SIZE}, or what the net of --init has)"
     add("--image-size", metavar="N", type=image_size, default=IMAGE_SIZE, help=f"a folder's pictures become {sizes}")
 
 
@@ -62,7 +62,7 @@ def add_machine_flags(group):
     add, switch, modes = group.add_argument, argparse.BooleanOptionalAction, ["auto", "default", "reduce-overhead", "none"]
     add_device_flag(group)
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    add("--precision", choices=[*DTYPES], help="of a step's products; bf16, fp16: autocast (tf32 on a GPU that has it)")
+    add("--precision", choices=[*DTYPES], help="of matrix products; bf16, fp16: autocast (tf32 if the GPU has it, else fp32)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
     add("--capture", action=switch, help="forward and backward pass as a CUDA graph (on a GPU, one process, no --compile)")
     add("--sync-bn", action=switch, default=False, help="under torchrun: batch statistics over all processes")
@@ -102,7 +102,7 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
     args = parser.parse_args(words)
     if args.opt != "sgd" and any(getattr(given, name) != value for name, value in SGD.items()):
-        parser.error(f"--momentum and --no-nesterov are of sgd: leave them out with --opt {args.opt}")
+        parser.error(f"--momentum and --no-nesterov are for sgd only: leave them out with --opt {args.opt}")
     if vars(args).get("compile") == "none":
         args.compile = None
     if args.drop_rate is None:
@@ -153,7 +153,7 @@ def make_net(args, num_classes=10):
 def fill_in(args, device, processes=1, begun=None):
     """Sets --precision, --capture and --efficient where they are not given: TF32 if the device has it, and the fastest steps.
 
-    A run that is continued, begun on a device of the same kind (CPU or GPU), keeps what it had.
+    A continued run keeps its --capture and --efficient if it was begun on the same kind of device (CPU or GPU).
     """
     args.precision = args.precision or default_precision(device)
     alike = begun and str(begun.get("hardware")).startswith("cpu") == (device.type == "cpu")

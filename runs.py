@@ -14,7 +14,7 @@ from files import read_json
 COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting.
 STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
-MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # rounding at most
+MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # rounding, at most
 
 
 def name_runs(folders):

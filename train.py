@@ -115,7 +115,7 @@ def refuse_another_net(args, trained):
         ours = flags.make_net(args).architecture
     words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
     if words:
-        ways = f"leave those out, or say {' '.join(words)}"
+        ways = f"leave these flags out, or give {' '.join(words)}"
         raise Refused(f"--init {args.init} holds another net than the model flags make: {ways}")
 
 

@@ -76,7 +76,7 @@ def test_flags_of_sgd_are_refused_with_another_optimiser(capsys, flag, begun):
         for words, earlier in [(["--opt", name, *flag], None), (flag, {"opt": name})]:
             with pytest.raises(SystemExit, match="2"):
                 parse_args(parser, words, begun=earlier)
-            told = f"error: --momentum and --no-nesterov are of sgd: leave them out with --opt {name}\n"
+            told = f"error: --momentum and --no-nesterov are for sgd only: leave them out with --opt {name}\n"
             assert capsys.readouterr().err.endswith(told)
         assert parse("--opt", name).momentum == 0.9
         assert parse_args(parser, [], begun={"opt": name} | begun).opt == name

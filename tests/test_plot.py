@@ -582,8 +582,8 @@ def test_the_error_axis_begins_where_the_curves_end(call_main, saved, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--out", "x.jpg"], "x.jpg is no picture that can be written: name a file in .png, .pdf, .svg, or a folder"),
-        (["--out", "new/x.TIFF"], "x.TIFF is no picture"),
+        (["--out", "x.jpg"], "x.jpg has a format that cannot be written: name a file in .png, .pdf, .svg, or a folder"),
+        (["--out", "new/x.TIFF"], "x.TIFF has a format"),
         (["--format", "pdf", "--out", "x.png"], "--format pdf contradicts --out x.png: leave out --format"),
     ],
 )

@@ -562,7 +562,7 @@ def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_ru
     flags = ["--dataset", "folder", "--data", "missing", *flags]  # which is not read
     status, _, errors = call_main(train, *TINY, *flags, "--init", tiny_run / "latest.pth", "--save", run, "--force")
     assert status == 2
-    told = f"{tiny_run / 'latest.pth'} holds another net than the model flags make: leave those out, or say {lacking}"
+    told = f"{tiny_run / 'latest.pth'} holds another net than the model flags make: leave these flags out, or give {lacking}"
     assert errors.splitlines()[1:] == [f"train.py: error: --init {told}"]
     trained = build_net(load_checkpoint(tiny_run / "latest.pth")).architecture
     train.refuse_another_net(parse(*TINY, *map(str, flags), *lacking.split()), trained)  # not refused
