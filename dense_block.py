@@ -49,8 +49,9 @@ aten = torch.ops.aten
 def dense_block(x, layers, transition=None):
     """The maps (N, C, H, W) and, behind them, those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
-    With a transition, its output for these maps. In training mode differentiable once, by x and all parameters, and the running
-    statistics are updated as by the plain layers. The layers must be `computable`, and a transition `joinable`.
+    With a transition, its output for these maps. In training mode it is differentiable once, with respect to x and all
+    parameters, and updates the running statistics as the plain layers do. The layers must be `computable`, and a transition
+    `joinable`.
     """
     kernels = fitting_kernels(x, layers)
     if not layers[0].training:

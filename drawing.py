@@ -23,9 +23,9 @@ OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps"
 
 
 def picture_format(path):
-    """The format of the picture that the path names; None if it names a folder. Refused if it is one that is not written."""
+    """The format of the picture that the path names; None if it names a folder. Refused if it is another file."""
     suffix = "" if path.is_dir() else path.suffix.lower().removeprefix(".")
-    if suffix in OTHER_FORMATS:
+    if suffix in OTHER_FORMATS or (suffix not in FORMATS and path.is_file()):
         raise Refused(f"{path} has a format that cannot be written: name a file in .{', .'.join(FORMATS)}, or a folder")
     return suffix if suffix in FORMATS else None
 

@@ -95,10 +95,18 @@ def last_words(error, ending):
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, f"its output was closed{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        room = (": make room there" + ", or name another place" * (not ending.resume)) * full
-        return 1 if ending.resume or error.errno in FAILED_LATER else 2, f"{error.filename}: {error.strerror}{room}{go_on}"
+        status = 1 if ending.resume or error.errno in FAILED_LATER else 2
+        return status, f"{error.filename}: {error.strerror}{way_out(error.errno, ending.resume)}{go_on}"
     return None, f"this is a bug{go_on}"
+
+
+def way_out(number, resume):
+    """What helps against this error of the system, to be put behind its words."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return ": make room there" + ", or name another place" * (not resume)
+    if resume:
+        return ": put it back" * (number == errno.ENOENT)
+    return ": name another place" * (number not in FAILED_LATER)
 
 
 def out_of_memory(error):

@@ -8,6 +8,7 @@ import csv
 import errno
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +35,9 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNO
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if the folder holds a run and neither --resume nor --force is given."""
+    """Refused if it is no folder, or holds a run and neither --resume nor --force is given."""
+    if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
+        raise Refused(f"--save {save} is no folder: name that of a run, or a new one")
     if not (resume or force) and any((save / name).exists() for name in FILES):
         ways = "continue it with --resume, replace it with --force, or choose another --save"
         raise Refused(f"{save} already holds a run: {ways}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles kernels.py for GPUs that need not be there, and shows what became of each kernel; needs Triton, and no GPU.
 
-    attic/compile-kernels.py                             all launches of DenseNet-BC, L=100, k=12, 24 and 40, batches of 64
+    attic/compile-kernels.py                             all launches of DenseNet-BC, L=100, k=12, 16, 24, 40, batches of 64
     attic/compile-kernels.py --growth-rate 12 --capability 90 --types bf16
 
 For each launch: registers of a thread, shared memory of a program, bytes of a thread's values that spill from its registers to
@@ -66,7 +66,7 @@ def main():
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--growth-rate", type=at_least(1, high=56), nargs="+", metavar="K", default=[12, 24, 40], help="(12 24 40)")
+    add("--growth-rate", type=at_least(1, high=56), nargs="+", metavar="K", default=[12, 16, 24, 40], help="(12 16 24 40)")
     add("--depth", type=at_least(0, high=10**4), default=100, help="(%(default)s)")
     add("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     known = f"of {', '.join(map(str, SHARED))}, ten times the GPU's (80 90)"

@@ -342,8 +342,8 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
     module, *arguments = command[name]
     monkeypatch.setattr(place, raising(OSError(13, "Permission denied", "some/file")))
     told, _, errors = call_main(module, *arguments)
-    go_on = "; this continues the run: .+" * (status == 1)
-    assert (told, bool(re.search(f": some/file: Permission denied{go_on}$", errors.splitlines()[-1]))) == (status, True)
+    way_out = "; this continues the run: .+" if status == 1 else ": name another place"
+    assert (told, bool(re.search(f": some/file: Permission denied{way_out}$", errors.splitlines()[-1]))) == (status, True)
     assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
     monkeypatch.setattr(place, raising(OSError(28, "No space left on device", "some/file")))
     told, _, errors = call_main(module, *arguments, *["--force"] * (name[:5] == "train"))
@@ -470,14 +470,23 @@ def test_training_that_diverges_ends(call_main, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [("ENOSPC", 1), ("EDQUOT", 1), ("EFBIG", 1), ("EIO", 1), ("EACCES", 2), ("ENOENT", 2)]
+    ("number", "status", "way_out", "way_out_of_a_run"),
+    [
+        ("ENOSPC", 1, ": make room there, or name another place", ": make room there"),
+        ("EDQUOT", 1, ": make room there, or name another place", ": make room there"),
+        ("EFBIG", 1, "", ""),
+        ("EIO", 1, "", ""),
+        ("EACCES", 2, ": name another place", ""),
+        ("ENOENT", 2, ": name another place", ": put it back"),
+    ],
 )
-def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status):
+def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status, way_out, way_out_of_a_run):
     """Also where the run has not begun; a quota that is used up is a full disk."""
-    ending = argparse.Namespace(needs="", remedy="", resume=None)
     error = OSError(getattr(errno, number), "why", "file")
-    room = ": make room there, or name another place" * (number in ("ENOSPC", "EDQUOT"))
-    assert endings.last_words(error, ending) == (status, f"file: why{room}")
+    ending = argparse.Namespace(needs="", remedy="", resume=None)
+    assert endings.last_words(error, ending) == (status, f"file: why{way_out}")
+    ending.resume = "it"
+    assert endings.last_words(error, ending) == (1, f"file: why{way_out_of_a_run}; this continues the run: it")
 
 
 @pytest.mark.parametrize("flag", ["--force", "--resume"])

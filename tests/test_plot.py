@@ -584,6 +584,7 @@ def test_the_error_axis_begins_where_the_curves_end(call_main, saved, tmp_path):
     [
         (["--out", "x.jpg"], "x.jpg has a format that cannot be written: name a file in .png, .pdf, .svg, or a folder"),
         (["--out", "new/x.TIFF"], "x.TIFF has a format"),
+        (["--out", __file__], "test_plot.py has a format that cannot be written"),
         (["--format", "pdf", "--out", "x.png"], "--format pdf contradicts --out x.png: leave out --format"),
     ],
 )

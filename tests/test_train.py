@@ -717,7 +717,8 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--init", "missing.pth"], "missing.pth does not exist"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
         (["--save", f"{__file__}/run"], "run cannot be a run's folder (Not a directory): choose another --save"),
-        (["--save", __file__], f"{__file__} cannot be a run's folder (File exists): choose another --save"),
+        (["--save", __file__], f"--save {__file__} is no folder: name that of a run, or a new one"),
+        (["--save", __file__, "--resume"], f"--save {__file__} is no folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(call_main, tmp_path, flags, message):
