@@ -219,6 +219,7 @@ def repeatable():
         ["--precision", "bf16"],
         ["--precision", "fp16"],
         ["--precision", "bf16", "--drop-rate", "0", "--efficient"],
+        ["--precision", "fp16", "--drop-rate", "0", "--efficient"],
         ["--precision", "fp16", "--opt", "adam"],
     ),
 )
