@@ -82,7 +82,7 @@ def hold_out(split, val, limit):
     order = folder.fixed_permutation(len(split))
     held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
     if len(kept) < (limit or 1) or (val and len(split.labels[order[val:]].unique()) < len(split.labels.unique())):
-        asked = f"--val {val}" + f" and --limit {limit}" * bool(limit)
+        asked = " and ".join(f"--{flag} {number}" for flag, number in [("val", val), ("limit", limit)] if number)
         raise Refused(f"{len(split):,} training images are too few for {asked}, or a class would have none left: choose less")
     return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
 

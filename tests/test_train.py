@@ -704,7 +704,7 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--lr", "nan"], "nan is out of range"),
         (
             ["--limit", 2000],
-            "1,437 training images are too few for --val 0 and --limit 2000, or a class would have none left: choose less",
+            "1,437 training images are too few for --limit 2000, or a class would have none left: choose less",
         ),
         (
             ["--val", 1437, "--limit", 1],
