@@ -130,9 +130,9 @@ def worker(name, factory, device):
     theirs.close()
     try:
         yield process, connection
-    finally:
         connection.close()  # it ends by itself, and cleans up what torch.compile has left
-        process.join(timeout=5)
+        process.join(timeout=30)
+    finally:
         process.terminate()  # it may be compiling, and would not hear otherwise
         process.join()
 

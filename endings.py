@@ -105,8 +105,8 @@ def way_out(number, resume):
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room there" + ", or name another place" * (not resume)
     if resume:
-        return ": put it back" * (number == errno.ENOENT)
-    return ": name another place" * (number not in FAILED_LATER)
+        return ": put back what is missing" * (number == errno.ENOENT)
+    return ": mend this, or name another place" * (number not in FAILED_LATER)
 
 
 def out_of_memory(error):

@@ -81,7 +81,7 @@ def add_run_flags(group):
 
 
 def image_size(text):
-    """An argparse type: a multiple of 4 from 8."""
+    """An argparse type: a multiple of 4, at least 8."""
     size = at_least(8)(text)
     if size % 4:
         below = size - size % 4

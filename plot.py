@@ -51,13 +51,12 @@ def main():
     args = parser.parse_args()
     with endings.worded(parser, "the figures", "a larger --since"):
         folders = name_runs(args.runs)
-        out = args.out or Path(os.path.commonpath(folders.values()))
-        figures = panels(out, args.format)
         groups = name_settings(folders.values()) if args.average else {label: [folder] for label, folder in folders.items()}
         curves = {label: curve for label, members in groups.items() if (curve := read_curve(members, args.smooth))}
         if not curves:
             raise Refused("there is nothing to draw yet: train.csv and test.csv have no row")
         check_since(curves, args.since)
+        figures = panels(args.out or Path(os.path.commonpath(folders.values())), args.format)
         logarithmic = {"loss": not args.linear, "error": args.log_error}
         for path, columns in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,19 @@ def parse(*arguments):
     return args
 
 
-def test_the_table_and_its_json(call_main, tmp_path):
+def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):
+    worker, ended = bench.worker, []
+
+    @contextlib.contextmanager
+    def watched(*arguments):
+        with worker(*arguments) as (process, connection):
+            yield process, connection
+        ended.append(process.exitcode)
+
+    monkeypatch.setattr(bench, "worker", watched)
     settings = ["--rounds", 2, "--steps", 1, "--device", "cpu", "--only", "efficient", "plain"]
     status, out, errors = call_main(bench, *TINY, *settings, "--json", tmp_path / "report.json")
-    assert status == 0, errors
+    assert (status, ended) == (0, [0, 0]), errors  # each by itself
     heading, _, names, rule, *rows = out.splitlines()
     assert "bench.py --depth 10" in heading
     assert heading.endswith("torch " + torch.__version__)

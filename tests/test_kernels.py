@@ -496,6 +496,22 @@ TRANSITIONS = {  # what is done to it, and whether it is joined
 }
 
 
+@pytest.mark.parametrize(("growth_rate", "timed", "exact"), [(8, 1, 1), (12, 1, 1), (13, 0, 1), (14, 0, 1), (15, 0, 0)])
+def test_widths_beyond_those_that_were_timed_get_tiles_that_do_not_spill(monkeypatch, growth_rate, timed, exact):
+    """Products of float32 without rounding spill from k = 15 on."""
+    import kernels
+
+    layers = list(DenseBlock(Bottleneck, 2, 16, growth_rate, 0.0, efficient=True))
+    maps = torch.empty(64, 32, 32, 64, device="meta")
+    size = kernels.Sizes.of(maps, layers)
+    for kernel, (many, *_, untimed) in kernels.TILES["tf32"].items():
+        monkeypatch.setattr(kernels, "products", lambda maps: "tf32")
+        assert size.tile(kernel, maps) == (many if timed else untimed)
+        assert kernels.fit(maps.permute(0, 3, 1, 2)[:, :16], layers)
+        monkeypatch.setattr(kernels, "products", lambda maps: "tf32x3")
+        assert kernels.fit(maps.permute(0, 3, 1, 2)[:, :16], layers) == bool(exact)
+
+
 def test_offsets_of_32_bits_are_enough():
     import kernels
 

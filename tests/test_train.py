@@ -733,6 +733,14 @@ def test_bad_input_is_one_sentence_and_status_2(call_main, tmp_path, flags, mess
     assert not list(tmp_path.iterdir())  # neither a run nor, of a name mistyped, a folder of data
 
 
+def test_a_link_to_nothing_is_no_folder_of_a_run(call_main, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    status, _, errors = call_main(train, *TINY, "--save", link)
+    assert (status, f"--save {link} is no folder: name that of a run, or a new one" in errors) == (2, True)
+    assert not link.exists()
+
+
 def test_a_folder_with_a_run_is_kept_unless_forced(call_main, tiny_run, tmp_path):
     save = tmp_path / "run"
     save.mkdir()
