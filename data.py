@@ -142,6 +142,8 @@ def refuse_damaged(files):
 
 def download(dataset_class, root, archive, complete, **kwargs):
     """torchvision's data set; unless complete, by a download or from the archive in root, a folder that may be new."""
+    if not complete and all((root / part).is_dir() for part in ("train", "test")):
+        raise Refused(f"{root} holds train and test, as a folder of pictures does: choose --dataset folder, or another --data")
     new = [path for path in (root, *root.parents) if not path.exists()]
     try:
         return dataset_class(root, download=not complete, **kwargs)
@@ -158,9 +160,8 @@ def mean_and_std(images):
     parts = images.split(max(1, 2**26 // images[0, 0].numel()))
     counts = torch.stack([sum(part[:, c].flatten().bincount(minlength=256) for part in parts) for c in range(3)])
     shares, values = counts / counts.sum(dim=1, keepdim=True, dtype=torch.float64), torch.arange(256.0, dtype=torch.float64)
-    means = shares @ values
-    variances = (shares * (values - means.view(-1, 1)).square()).sum(dim=1)
-    return means.tolist(), variances.sqrt().clamp(min=1).tolist()
+    means, squares = shares @ values, shares @ values.square()
+    return means.tolist(), (squares - means.square()).clamp(min=1).sqrt().tolist()
 
 
 def normalize(images, mean, std):

@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 
 from endings import Refused
-from files import replace_file
+from files import refuse_foreign, replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
 warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has is a box
@@ -92,7 +92,11 @@ def add_legend(figure, entries, style):
 
 
 def save(figure, path):
-    """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept."""
+    """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept.
+
+    Refused if a picture is there that Matplotlib, which signs its own, has not made.
+    """
+    refuse_foreign(path, b"Matplotlib")
     options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
     content = io.BytesIO()
     with matplotlib.rc_context(options):

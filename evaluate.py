@@ -24,7 +24,7 @@ import drawing
 import endings
 from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
 from endings import Refused, new_file, nonempty, say
-from files import refuse_existing, write_text
+from files import refuse_existing, refuse_foreign, write_text
 from flags import add_device_flag
 from folder import left_out, list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
@@ -95,6 +95,8 @@ def refuse_unwritable(args):
 def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
     part, classes = "val" if args.val else "test", checkpoint["classes"]
+    path = (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
+    refuse_foreign(path, b"true,")
     root = data_folder(args, checkpoint)
     split = read_split(checkpoint, root, part)
     say(f"{checkpoint['args']['dataset']}, {len(split):,} {part} images, epoch {checkpoint['epoch']}")
@@ -103,7 +105,6 @@ def evaluate(net, checkpoint, args, device):
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
     say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
-    path = (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
     if args.predictions:  # test images of a folder are in the order of its files, others have only a number
         folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
@@ -186,7 +187,8 @@ def draw(confusion, classes, what, path):
     totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
     axes.set_yticks(range(len(classes)), totals, **style)
     room = max(label.get_window_extent().width for label in axes.get_yticklabels()) / figure.dpi - 1  # of long names
-    figure.set_size_inches(figure.get_size_inches() + max(0, room))
+    if room > 0:
+        figure.set_size_inches(figure.get_size_inches() + [room, room + 0.3])  # Matplotlib forgets some of the title's height
     axes.set(xlabel="predicted class", ylabel="true class (number of images)", title=f"Confusion matrix, {what}")
     if len(classes) <= 20:
         centred = {"ha": "center", "va": "center", "fontsize": 8}

@@ -29,6 +29,13 @@ def refuse_existing(*paths):
             raise Refused(f"{path} is named for two files: name another for one of them")
 
 
+def refuse_foreign(path, mark):
+    """Refused if the file exists and is none of this program's, which hold these bytes; an empty one may be replaced."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and mark not in content:
+        raise Refused(f"{path} exists already and is not of this program: name another place, or remove it")
+
+
 def write_text(path, text):
     """Writes a text file, in a folder that may be new, and says so."""
     path.parent.mkdir(parents=True, exist_ok=True)

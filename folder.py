@@ -134,8 +134,9 @@ def describe_classes(names, train_labels, test_labels):
     for name in names:
         spelt.setdefault(spelling(name), []).append(ascii(name))
     lines += [f"  {' and '.join(alike)} differ in spelling only" for alike in spelt.values() if len(alike) > 1]
-    few, many = min(train), max(train)
-    if many > 10 * few:
-        counts = (f"{names[train.index(n)]} {n:,}" for n in (many, few))
-        lines.append(f"  unbalanced (training images of {' and of '.join(counts)}): evaluate.py prints the error of each class")
+    for part, counts in [("training", train), ("test", test)]:
+        few, many = min(counts), max(counts)
+        if many > 10 * few:
+            both = " and of ".join(f"{names[counts.index(n)]} {n:,}" for n in (many, few))
+            lines.append(f"  unbalanced ({part} images of {both}): evaluate.py prints the error of each class")
     return lines

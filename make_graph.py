@@ -17,7 +17,10 @@ import torchviz
 
 import endings
 from endings import naming, new_file, say
+from files import refuse_existing, refuse_foreign
 from flags import USAGE, add_model_flags, make_net
+
+PICTURES = ("png", "svg")
 
 
 def main():
@@ -28,10 +31,14 @@ def main():
         if args.efficient:
             raise endings.Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
         name = args.out.with_suffix("") if args.out.suffix in (".dot", ".png", ".svg") else args.out
+        dot, *pictures = (Path(f"{name}.{kind}") for kind in ("dot", *PICTURES))
+        refuse_foreign(dot, b"digraph")
+        if not dot.exists():
+            refuse_existing(*pictures)
         say(write_dot(make_net(args), name))
         try:
-            for kind in ("png", "svg"):
-                say(graphviz.render("dot", kind, f"{name}.dot", outfile=f"{name}.{kind}"))
+            for kind, picture in zip(PICTURES, pictures, strict=True):
+                say(graphviz.render("dot", kind, dot, outfile=picture))
         except graphviz.ExecutableNotFound:
             say("dot, which makes pictures of it, is not installed: get Graphviz, for instance by apt install graphviz")
 

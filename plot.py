@@ -113,7 +113,7 @@ def read_curve(folders, smooth):
             continue
         ends[folder] = max(table["epoch"].max() for table in (train, test) if not table.empty)
         val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
-        tables.append((moving_average(train, smooth), val, test))
+        tables.append((moving_average(train, smooth, last_batch(folder)), val, test))
         changes |= rate_changes(folder, test)
     if not tables:
         return None
@@ -127,13 +127,24 @@ def read_curve(folders, smooth):
     return Curve(parts, {change for change in changes if change < last}, len(tables))
 
 
-def moving_average(train, epochs):
-    """Averages each row with the steps of the `epochs` epochs up to it."""
+def last_batch(folder):
+    """An epoch's last batch as a share of a whole one; 1 where args.json does not tell."""
+    with contextlib.suppress(Refused):
+        args = arguments_of(folder)
+        if args.get("train_images") and args.get("batch_size"):
+            return (args["train_images"] % args["batch_size"] or args["batch_size"]) / args["batch_size"]
+    return 1
+
+
+def moving_average(train, epochs, last_batch):
+    """The mean over the images of the `epochs` epochs up to each row; each epoch's last step has this share of a batch."""
     if train.empty:
         return train
     steps_per_epoch = len(train) / train["epoch"].iloc[-1]
     window = max(1, round(min(epochs * steps_per_epoch, len(train))))
-    return train[["loss", "error"]].rolling(window, min_periods=1).mean().assign(epoch=train["epoch"])
+    weights = (train["epoch"] % 1 == 0).map({True: last_batch, False: 1.0})
+    sums = train[["loss", "error"]].mul(weights, axis=0).rolling(window, min_periods=1).sum()
+    return sums.div(weights.rolling(window, min_periods=1).sum(), axis=0).assign(epoch=train["epoch"])
 
 
 def over_runs(tables):

@@ -70,7 +70,8 @@ def arguments_of(folder):
     remedy = "put back a whole one, or leave out this run"
     refuse_missing(path)
     arguments = read_json(path, remedy)
-    kinds = {"epochs": (int,), "seed": (int,), "train_images": (int, type(None)), "dataset": (str, type(None))}
+    count = (int, type(None))
+    kinds = {"epochs": (int,), "seed": (int,), "train_images": count, "batch_size": count, "dataset": (str, type(None))}
     if not isinstance(arguments, dict) or any(type(arguments.get(name)) not in kinds[name] for name in kinds):
         raise Refused(f"{path} is damaged or not from train.py: {remedy}")
     return {"processes": 1} | arguments  # older runs do not say it

@@ -198,6 +198,14 @@ def test_missing_data_without_network_says_where_the_archive_goes(name, archive,
         data.load(name, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_a_folder_of_pictures_is_no_place_for_a_download(name, pictures):
+    before = sorted(pictures.rglob("*"))
+    with pytest.raises(Refused, match=f"^{pictures} holds train and test, .*: choose --dataset folder, or another --data$"):
+        data.load(name, pictures)
+    assert sorted(pictures.rglob("*")) == before
+
+
 def test_a_download_that_fails_leaves_the_folders_that_there_were(tmp_path):
     (tmp_path / "mine").mkdir()
     for root in (tmp_path / "new" / "data", tmp_path / "mine"):
@@ -294,8 +302,10 @@ def test_what_the_classes_hold(pictures):
 
 @pytest.mark.parametrize(("many", "told"), [(60, False), (61, True)])
 def test_over_ten_times_as_many_is_unbalanced(many, told):
-    lines = folder.describe_classes(["a", "b"], torch.tensor([0] * many + [1] * 6), torch.tensor([0, 1] * 9))
-    assert ("unbalanced" in lines[-1]) == told
+    uneven, even = torch.tensor([0] * many + [1] * 6), torch.tensor([0, 1] * 9)
+    for part, labels in [("training", (uneven, even)), ("test", (even, uneven))]:
+        lines = folder.describe_classes(["a", "b"], *labels)
+        assert (f"unbalanced ({part} images of a 61 and of b 6)" in lines[-1], len(lines)) == (told, 2 + told)
 
 
 def test_of_many_classes_one_line():

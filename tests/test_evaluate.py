@@ -128,7 +128,7 @@ def test_pictures_that_cannot_be_read_are_named_after_the_classes_of_the_others(
 
 
 def test_tables_are_written_before_a_figure_that_fails(call_main, monkeypatch, tiny_run, tmp_path):
-    (tmp_path / "confusion.png").write_bytes(b"old")
+    (tmp_path / "confusion.png").write_bytes(b"old, by Matplotlib")
 
     def full(figure, *arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "confusion.png")
@@ -138,7 +138,19 @@ def test_tables_are_written_before_a_figure_that_fails(call_main, monkeypatch, t
     status, _, errors = call_main(evaluate, tiny_run, "--out", tmp_path, "--predictions", table)
     assert (status, "confusion.png: No space left on device: make room there" in errors) == (1, True)
     assert len(pd.read_csv(table)) == len(pd.read_csv(tmp_path / "confusion.csv")) * 36 == 360
-    assert (tmp_path / "confusion.png").read_bytes() == b"old"
+    assert (tmp_path / "confusion.png").read_bytes() == b"old, by Matplotlib"
+
+
+@pytest.mark.parametrize("name", ["confusion.csv", "confusion.png"])
+def test_a_file_that_is_no_confusion_matrix_is_not_replaced(call_main, tiny_run, tmp_path, name):
+    mine = tmp_path / name
+    mine.write_text("of another study")
+    status, _, errors = call_main(evaluate, tiny_run, "--out", tmp_path)
+    told = f"{mine} exists already and is not of this program: name another place, or remove it"
+    assert (status, told in errors, mine.read_text()) == (2, True, "of another study")
+    mine.unlink()
+    for _ in range(2):  # its own are
+        assert call_main(evaluate, tiny_run, "--out", tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -180,6 +192,14 @@ def test_long_names_of_classes_take_no_room_from_the_matrix(monkeypatch, tmp_pat
     for text in (*figures[1].axes[0].get_yticklabels(), *figures[1].axes[0].get_xticklabels(), figures[1].axes[0].title):
         box = text.get_window_extent()
         assert min(box.x0, box.y0, figures[1].bbox.width - box.x1, figures[1].bbox.height - box.y1) > -2, text
+
+
+@pytest.mark.parametrize(("number", "name"), [(2, "x" * 62), (2, "W" * 200), (5, "W" * 62), (30, "x" * 62), (2, "a")])
+def test_nothing_is_cut_off_at_the_edges_of_the_matrix(tmp_path, number, name):
+    path = tmp_path / "confusion.png"
+    evaluate.draw(np.eye(number, dtype=int), [f"{i}{name}{i}" for i in range(number)], "test images", path)
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert min(edge.min() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) == 255
 
 
 @pytest.mark.parametrize("number", [21, 100])

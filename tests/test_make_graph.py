@@ -37,6 +37,17 @@ def test_without_dot_the_file_is_written_and_one_sentence_says_how_to_get_it(cal
     assert not (tmp_path / "graph.png").exists()
 
 
+@pytest.mark.parametrize("name", ["mine.dot", "mine.png", "mine.svg"])
+def test_a_file_that_is_no_graph_is_not_replaced(call_main, tmp_path, name):
+    mine = tmp_path / name
+    mine.write_text("a photograph")
+    status, _, errors = call_main(make_graph, "--out", tmp_path / "mine")
+    assert (status, f"{mine} exists already" in errors, mine.read_text()) == (2, True, "a photograph")
+    mine.unlink()
+    for _ in range(2):  # its own is
+        assert call_main(make_graph, "--out", tmp_path / "mine")[0] == 0
+
+
 def test_bad_depth(call_main, tmp_path):
     status, _, errors = call_main(make_graph, "--depth", 11, "--out", tmp_path / "graph")
     assert (status, "nearest are 10 and 16" in errors) == (2, True)

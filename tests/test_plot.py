@@ -71,11 +71,11 @@ def test_a_figure_is_written_when_it_is_drawn(call_main, monkeypatch, tmp_path):
     """Who looks at the file meanwhile sees the old one."""
     run, savefig = write_run(tmp_path / "run"), Figure.savefig
     path = run / "curve.png"
-    path.write_bytes(b"old")
+    path.write_bytes(b"old, by Matplotlib")
     seen = []
     monkeypatch.setattr(Figure, "savefig", lambda *a, **k: [savefig(*a, **k), seen.append(path.read_bytes())])
     assert call_main(plot, run, "--out", path)[0] == 0
-    assert seen == [b"old"]
+    assert seen == [b"old, by Matplotlib"]
     assert Image.open(path).format == "PNG"
 
 
@@ -91,9 +91,33 @@ def test_training_curve_is_averaged_over_one_epoch_whatever_the_batch_size(tmp_p
     np.testing.assert_allclose(unsmoothed["loss"]["mean"], raw["loss"])
 
 
+def test_at_the_end_of_an_epoch_the_training_curve_is_at_the_mean_of_its_images(tiny_run):
+    """The last batch of an epoch is smaller, and counts for less."""
+    curve = plot.read_curve([tiny_run], smooth=1.0).tables["train"]
+    test = pd.read_csv(tiny_run / "test.csv").set_index("epoch")
+    assert 0 < plot.last_batch(tiny_run) < 1
+    for column in ("loss", "error"):
+        means = curve[column]["mean"]
+        np.testing.assert_allclose(means[test.index], test[f"train_{column}"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mine.png", "mine.pdf", "mine.svg", "loss.png"])
+def test_a_picture_of_another_program_is_not_replaced(call_main, tmp_path, name):
+    run, mine = write_run(tmp_path / "run"), tmp_path / "out" / name
+    mine.parent.mkdir()
+    mine.write_bytes(b"a photograph")
+    status, _, errors = call_main(plot, run, "--out", mine.parent if name == "loss.png" else mine)
+    told = f"{mine} exists already and is not of this program: name another place, or remove it"
+    assert (status, told in errors, mine.read_bytes()) == (2, True, b"a photograph")
+    mine.write_bytes(b"")
+    for _ in range(2):  # an empty one, and its own
+        assert call_main(plot, run, "--out", mine)[0] == 0
+        assert mine.read_bytes()
+
+
 def test_long_runs_are_thinned_and_keep_their_last_row():
     train = pd.DataFrame({"epoch": np.arange(1, 30_008) / 100, "loss": 1.0, "error": 1.0})
-    thinned = plot.over_runs([plot.moving_average(train, 1)])
+    thinned = plot.over_runs([plot.moving_average(train, 1, last_batch=1)])
     assert 3000 <= len(thinned) <= 6000
     assert thinned.index[-1] == 300.07
 
