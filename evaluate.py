@@ -26,7 +26,7 @@ from checkpoint import build_net, checkpoint_in, export, image_size_of, load_che
 from endings import Refused, new_file, nonempty, say
 from files import refuse_existing, refuse_foreign, write_text
 from flags import add_device_flag
-from folder import left_out, list_classes, pictures_in
+from folder import in_order, left_out, list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
 from pictures import read_pictures, refuse_unreadable
@@ -106,9 +106,8 @@ def evaluate(net, checkpoint, args, device):
     say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
-    if args.predictions:  # test images of a folder are in the order of its files, others have only a number
-        folders = list_classes(root / "test").values() if checkpoint["args"]["dataset"] == "folder" and part == "test" else []
-        pictures = [str(file) for files in folders for file in files] or range(len(split))
+    if args.predictions:
+        pictures = files_of(checkpoint["args"], root, part) or range(len(split))
         write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
     draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
     say(f"wrote {path.with_suffix('.png')}")
@@ -141,6 +140,18 @@ def read_split(checkpoint, root, part):
     if (run.get("digests") or {}).get("val") not in (None, held_out.digest()):
         raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
     return held_out
+
+
+def files_of(run, root, part):
+    """The files of the pictures that read_split gives, in a list that is empty where the data set is no folder."""
+    if run["dataset"] != "folder":
+        return []
+    source = "train" if part == "val" else "test"
+    files, labels = in_order(list_classes(root / source), source)
+    if part == "val":
+        _, held_out = data.hold_out(data.Split(torch.arange(len(files)), labels), run["val"], None)
+        files = [files[i] for i in held_out.images.tolist()]
+    return [*map(str, files)]
 
 
 def confusion_matrix(predicted, labels, num_classes):

@@ -28,13 +28,19 @@ def read_part(root, part, image_size, quiet=False):
         check_classes(root, classes, image_size)
         if not quiet:
             say(*left_out(root, [root / "train", root / "test"]))
+    files, labels = in_order(classes, part)
+    title = None if quiet else f"reading {len(files):,} pictures in {root / part}"
+    images, _, unreadable = read_pictures(files, image_size, title)
+    refuse_unreadable(unreadable)
+    return images, labels, list(classes)
+
+
+def in_order(classes, part):
+    """(files, labels) of the classes' pictures in the order of read_part."""
     files = [file for files in classes.values() for file in files]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, classes.values())]))
     order = fixed_permutation(len(files)) if part == "train" else torch.arange(len(files))
-    title = None if quiet else f"reading {len(files):,} pictures in {root / part}"
-    images, _, unreadable = read_pictures([files[i] for i in order.tolist()], image_size, title)
-    refuse_unreadable(unreadable)
-    return images, labels[order], list(classes)
+    return [files[i] for i in order.tolist()], labels[order]
 
 
 def fixed_permutation(n):
