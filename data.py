@@ -142,7 +142,7 @@ def refuse_damaged(files):
 
 def download(dataset_class, root, archive, complete, **kwargs):
     """torchvision's data set; unless complete, by a download or from the archive in root, a folder that may be new."""
-    if not complete and all((root / part).is_dir() for part in ("train", "test")):
+    if not (complete or (root / archive).exists()) and all((root / part).is_dir() for part in ("train", "test")):
         raise Refused(f"{root} holds train and test, as a folder of pictures does: choose --dataset folder, or another --data")
     new = [path for path in (root, *root.parents) if not path.exists()]
     try:

@@ -18,6 +18,7 @@ from files import refuse_foreign, replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
 warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has is a box
+SIGNATURE = b"Matplotlib"  # is in each picture that it makes
 FORMATS = ("png", "pdf", "svg")
 OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
 
@@ -96,7 +97,7 @@ def save(figure, path):
 
     Refused if a picture is there that Matplotlib, which signs its own, has not made.
     """
-    refuse_foreign(path, b"Matplotlib")
+    refuse_foreign(path, SIGNATURE)
     options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
     content = io.BytesIO()
     with matplotlib.rc_context(options):

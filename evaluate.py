@@ -96,9 +96,11 @@ def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
     part, classes = "val" if args.val else "test", checkpoint["classes"]
     path = (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
-    refuse_foreign(path, b"true,")
+    refuse_foreign(path, rb"\Atrue,")
+    refuse_foreign(path.with_suffix(".png"), drawing.SIGNATURE)
     root = data_folder(args, checkpoint)
     split = read_split(checkpoint, root, part)
+    pictures = files_of(checkpoint["args"], root, part) or range(len(split))
     say(f"{checkpoint['args']['dataset']}, {len(split):,} {part} images, epoch {checkpoint['epoch']}")
     logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title=f"{part} images")
     loss, error = (loss_and_error_sums(logits, split.labels) / len(split)).tolist()
@@ -107,7 +109,6 @@ def evaluate(net, checkpoint, args, device):
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
     if args.predictions:
-        pictures = files_of(checkpoint["args"], root, part) or range(len(split))
         write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
     draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
     say(f"wrote {path.with_suffix('.png')}")

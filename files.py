@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 
 from endings import FAILED_LATER, Refused, naming, say
 
@@ -29,10 +30,10 @@ def refuse_existing(*paths):
             raise Refused(f"{path} is named for two files: name another for one of them")
 
 
-def refuse_foreign(path, mark):
-    """Refused if the file exists and is none of this program's, which hold these bytes; an empty one may be replaced."""
+def refuse_foreign(path, pattern):
+    """Refused if the file exists and is none of this program's, in which the pattern is found; an empty one may be replaced."""
     content = path.read_bytes() if path.is_file() else b""
-    if content and mark not in content:
+    if content and not re.search(pattern, content):
         raise Refused(f"{path} exists already and is not of this program: name another place, or remove it")
 
 

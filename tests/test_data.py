@@ -1,4 +1,5 @@
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,14 @@ def test_a_folder_of_pictures_is_no_place_for_a_download(name, pictures):
     with pytest.raises(Refused, match=f"^{pictures} holds train and test, .*: choose --dataset folder, or another --data$"):
         data.load(name, pictures)
     assert sorted(pictures.rglob("*")) == before
+
+
+def test_an_archive_beside_folders_of_pictures_is_read(cifar, pictures, monkeypatch):
+    with tarfile.open(pictures / "cifar-10-python.tar.gz", "w:gz", compresslevel=1) as archive:
+        for name in ("test_batch", "batches.meta"):
+            archive.add(cifar / "cifar-10-batches-py" / name, f"cifar-10-batches-py/{name}")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", None)
+    assert len(data.read_part("cifar10", pictures, "test")[0]) == 10_000
 
 
 def test_a_download_that_fails_leaves_the_folders_that_there_were(tmp_path):

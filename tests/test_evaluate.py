@@ -145,10 +145,11 @@ def test_tables_are_written_before_a_figure_that_fails(call_main, monkeypatch, t
 @pytest.mark.parametrize("name", ["confusion.csv", "confusion.png"])
 def test_a_file_that_is_no_confusion_matrix_is_not_replaced(call_main, tiny_run, tmp_path, name):
     mine = tmp_path / name
-    mine.write_text("of another study")
+    mine.write_text("of another study, true,")
     status, _, errors = call_main(evaluate, tiny_run, "--out", tmp_path)
     told = f"{mine} exists already and is not of this program: name another place, or remove it"
-    assert (status, told in errors, mine.read_text()) == (2, True, "of another study")
+    assert (status, told in errors, mine.read_text()) == (2, True, "of another study, true,")
+    assert os.listdir(tmp_path) == [name]
     mine.unlink()
     for _ in range(2):  # its own are
         assert call_main(evaluate, tiny_run, "--out", tmp_path)[0] == 0

@@ -44,8 +44,9 @@ def test_a_file_that_is_no_graph_is_not_replaced(call_main, tmp_path, name):
     status, _, errors = call_main(make_graph, "--out", tmp_path / "mine")
     assert (status, f"{mine} exists already" in errors, mine.read_text()) == (2, True, "a photograph")
     mine.unlink()
-    for _ in range(2):  # its own is
+    for kind in ("dot", "png", "svg"):  # its own is, also where one is missing
         assert call_main(make_graph, "--out", tmp_path / "mine")[0] == 0
+        (tmp_path / f"mine.{kind}").unlink(missing_ok=True)
 
 
 def test_bad_depth(call_main, tmp_path):
