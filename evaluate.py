@@ -82,7 +82,7 @@ def refuse_contradictions(args):
 
 
 def refuse_unwritable(args):
-    """Refused if --out or the folder of --predictions cannot be written to, or made."""
+    """Refused if --out or the folder of --predictions cannot be written to, or made, or has another's confusion matrix."""
     folders = {} if args.image else {"--out": args.out or args.checkpoint.parent}
     if args.predictions and not args.predictions.exists():  # unlike /dev/stdout
         folders["--predictions"] = args.predictions.parent
@@ -90,26 +90,32 @@ def refuse_unwritable(args):
         nearest = next(each for each in (folder, *folder.parents) if each.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise Refused(f"{folder} is no folder that can be written to: name another by {flag}")
+    if not args.image:
+        refuse_foreign(confusion_table(args), rb"\Atrue,")
+        refuse_foreign(confusion_table(args).with_suffix(".png"), drawing.SIGNATURE)
+
+
+def confusion_table(args):
+    """The CSV of the confusion matrix; its picture lies beside it."""
+    return (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
 
 
 def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
     part, classes = "val" if args.val else "test", checkpoint["classes"]
-    path = (args.out or args.checkpoint.parent) / ("confusion-val.csv" if args.val else "confusion.csv")
-    refuse_foreign(path, rb"\Atrue,")
-    refuse_foreign(path.with_suffix(".png"), drawing.SIGNATURE)
     root = data_folder(args, checkpoint)
     split = read_split(checkpoint, root, part)
-    pictures = files_of(checkpoint["args"], root, part) or range(len(split))
+    files = files_of(checkpoint["args"], root, part) if args.predictions else []
     say(f"{checkpoint['args']['dataset']}, {len(split):,} {part} images, epoch {checkpoint['epoch']}")
     logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title=f"{part} images")
     loss, error = (loss_and_error_sums(logits, split.labels) / len(split)).tolist()
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
     say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
+    path = confusion_table(args)
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
     if args.predictions:
-        write_text(args.predictions, predictions(pictures, logits, classes, split.labels))
+        write_text(args.predictions, predictions(files or range(len(split)), logits, classes, split.labels))
     draw(confusion, classes, f"{part} images", path.with_suffix(".png"))
     say(f"wrote {path.with_suffix('.png')}")
 

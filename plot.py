@@ -12,7 +12,6 @@ dashed ones those of the validation images. Where the learning rate changed, a d
 """
 
 import argparse
-import contextlib
 import math
 import os
 from pathlib import Path
@@ -113,8 +112,9 @@ def read_curve(folders, smooth):
             continue
         ends[folder] = max(table["epoch"].max() for table in (train, test) if not table.empty)
         val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
-        tables.append((moving_average(train, smooth, last_batch(folder)), val, test))
-        changes |= rate_changes(folder, test)
+        args = known_arguments(folder)
+        tables.append((moving_average(train, smooth, last_batch(args)), val, test))
+        changes |= rate_changes(args, test)
     if not tables:
         return None
     parts = {part: over_runs(each) for part, each in zip(PARTS, zip(*tables, strict=True), strict=True)}
@@ -127,12 +127,18 @@ def read_curve(folders, smooth):
     return Curve(parts, {change for change in changes if change < last}, len(tables))
 
 
-def last_batch(folder):
+def known_arguments(folder):
+    """args.json of a run; {} where it is missing or damaged."""
+    try:
+        return arguments_of(folder)
+    except Refused:
+        return {}
+
+
+def last_batch(args):
     """An epoch's last batch as a share of a whole one; 1 where args.json does not tell."""
-    with contextlib.suppress(Refused):
-        args = arguments_of(folder)
-        if args.get("train_images") and args.get("batch_size"):
-            return (args["train_images"] % args["batch_size"] or args["batch_size"]) / args["batch_size"]
+    if args.get("train_images") and args.get("batch_size"):
+        return (args["train_images"] % args["batch_size"] or args["batch_size"]) / args["batch_size"]
     return 1
 
 
@@ -155,14 +161,12 @@ def over_runs(tables):
     return table[(len(table) - 1) % every :: every]  # the last row among them
 
 
-def rate_changes(folder, test):
+def rate_changes(args, test):
     """The epochs done when the learning rate changes: by test.csv or, where that has no rates, by the schedule in args.json."""
     if "lr" in test:
         return {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
-    with contextlib.suppress(Refused):
-        args = arguments_of(folder)
-        if args.get("opt") == "sgd" and args.get("lr"):
-            return {math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)}
+    if args.get("opt") == "sgd" and args.get("lr"):
+        return {math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)}
     return set()
 
 

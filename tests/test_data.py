@@ -263,10 +263,13 @@ def test_a_folder_at_another_size(pictures):
     assert images.shape == (5, 3, 64, 64)
 
 
-def test_mean_and_std_are_exact():
+@pytest.mark.parametrize("size", [8, 1200])
+def test_mean_and_std_are_exact(size):
+    """Also those of 72 million pixels, which are counted in parts."""
     images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator(), dtype=torch.uint8)
     std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), correction=0)
-    for result, expected in zip(data.mean_and_std(images), (mean, std), strict=True):
+    larger = torch.nn.functional.interpolate(images, size=size)  # the same pixels, each as often
+    for result, expected in zip(data.mean_and_std(larger), (mean, std), strict=True):
         torch.testing.assert_close(torch.tensor(result, dtype=torch.float64), expected, rtol=1e-12, atol=0)
 
 
