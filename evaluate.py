@@ -91,8 +91,11 @@ def refuse_unwritable(args):
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise Refused(f"{folder} is no folder that can be written to: name another by {flag}")
     if not args.image:
-        refuse_foreign(confusion_table(args), rb"\Atrue,")
-        refuse_foreign(confusion_table(args).with_suffix(".png"), drawing.SIGNATURE)
+        table = confusion_table(args)
+        refuse_foreign(table, rb"\Atrue,")
+        refuse_foreign(table.with_suffix(".png"), drawing.SIGNATURE)
+        if args.predictions and args.predictions.resolve() in (table.resolve(), table.with_suffix(".png").resolve()):
+            raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
 
 
 def confusion_table(args):

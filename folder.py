@@ -3,6 +3,7 @@
 `images, labels, classes = read_part(Path("pets"), "train", image_size=64)` are tensors and names.
 """
 
+import hashlib
 import math
 import re
 import unicodedata
@@ -146,3 +147,16 @@ def describe_classes(names, train_labels, test_labels):
             both = " and of ".join(f"{names[counts.index(n)]} {n:,}" for n in (many, few))
             lines.append(f"  unbalanced ({part} images of {both}): evaluate.py prints the error of each class")
     return lines
+
+
+def leaks(train, others):
+    """Lines that count the images of each other part, {name: (M, 3, S, S) uint8}, that are training images as well."""
+    known = {*map(fingerprint, train.cpu())}
+    for part, images in others.items():
+        count = sum(fingerprint(image) in known for image in images.cpu())
+        if count:
+            yield f"  {count:,} of {len(images):,} {part} images are training images, too: new ones may have a higher error"
+
+
+def fingerprint(image):
+    return hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()

@@ -32,7 +32,7 @@ import flags
 import run_folder
 from checkpoint import build_net, checkpoint_in, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
-from folder import describe_classes
+from folder import describe_classes, leaks
 from machine import choose_device, describe, keep_freed_memory, set_determinism
 from metrics import loss_and_error_sums, predict
 from progress import progress
@@ -183,6 +183,7 @@ def opening_lines(net, dataset, args, checkpoint):
     yield f"{args.dataset} ({images} images), {describe(dataset.mean.device)}, {', '.join(ways)}, {args.save}"
     if args.dataset == "folder":
         yield from describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels)
+        yield from leaks(dataset.train.images, {name: parts[name].images for name in ("held-out", "test")})
     if args.resume:
         epochs_done = checkpoint["epoch"] if checkpoint else 0
         where = f"continuing after epoch {epochs_done}" if epochs_done else "from the start"

@@ -326,6 +326,16 @@ def test_of_many_classes_one_line():
     assert lines == ["  22 classes, each of 10 to 11 training and 2 to 2 test images"]
 
 
+def test_images_that_are_in_two_parts_are_counted():
+    train = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1).expand(9, 3, 8, 8)
+    test, held_out = train[6:] + torch.tensor([0, 0, 9], dtype=torch.uint8).view(3, 1, 1, 1), train[:4] + 20
+    assert [*folder.leaks(train, {"held-out": held_out, "test": test})] == [
+        "  2 of 3 test images are training images, too: new ones may have a higher error"
+    ]
+    (told,) = folder.leaks(train, {"held-out": train[:1], "test": train[:0]})
+    assert told.startswith("  1 of 1 held-out images are")
+
+
 def break_picture(root):
     (root / "train" / "red" / "3.png").write_bytes(b"no picture")
 

@@ -155,6 +155,14 @@ def test_a_file_that_is_no_confusion_matrix_is_not_replaced(call_main, tiny_run,
         assert call_main(evaluate, tiny_run, "--out", tmp_path)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["confusion.csv", "confusion.png"])
+def test_predictions_do_not_go_where_the_confusion_matrix_goes(call_main, tiny_run, tmp_path, name):
+    path = tmp_path / "new" / ".." / "new" / name
+    status, out, errors = call_main(evaluate, tiny_run, "--out", tmp_path / "new", "--predictions", path)
+    told = f"--predictions {path} is where the confusion matrix goes: name another file"
+    assert (status, out, told in errors, os.listdir(tmp_path)) == (2, "", True, [])
+
+
 @pytest.mark.parametrize(
     ("flag", "place", "folder"),
     [("--out", "file", "file"), ("--out", "file/new", "file/new"), ("--predictions", "file/new/p.csv", "file/new")],

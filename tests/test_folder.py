@@ -134,6 +134,14 @@ def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path)
     assert (told.startswith(start), told.endswith(", …"), told.count(", ")) == (True, True, 5)
 
 
+def test_a_test_picture_that_is_a_training_picture_is_told_of(run, pictures, tmp_path):
+    root = shutil.copytree(pictures, tmp_path / "set")
+    shutil.copy(root / "train" / "dark" / "3.jpg", root / "test" / "dark" / "a copy.jpg")
+    status, out, errors = run(tmp_path / "run", "--data", root)
+    assert status == 0, errors
+    assert "\n  1 of 5 test images are training images, too: new ones may have a higher error\n" in out
+
+
 def test_a_link_back_to_all_classes_gives_none_of_them_more_pictures(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "set" / "train")
     shutil.copytree(pictures / "test" / "dark", tmp_path / "elsewhere")
