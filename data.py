@@ -67,7 +67,7 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
     mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
-    return Dataset(*hold_out(train, val, limit), test, mean, std, classes)
+    return Dataset(*hold_out(train, val, limit), test, mean, std, [*map(str, classes)])
 
 
 def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False):

@@ -35,9 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import _disable_current_modes
 
 ALIGNMENT = 1  # of a pixel's maps in memory
 SLICE_PIXELS = 4096  # pixels at a time on a CPU; between 2,048 and 16,384 it makes little difference
@@ -110,8 +108,9 @@ class DenseBlockFunction(torch.autograd.Function):
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # the gradient is to be differentiated; once_differentiable does not see all such cases
+            raise RuntimeError("an efficient block cannot be differentiated twice (create_graph=True): efficient=False")
         check_unreplaced(ctx.block, ctx.parameters, ctx.rates)
         buffer, mean, rstd, *rest = ctx.saved_tensors  # autograd refuses a saved parameter that was changed in place
         rest = rest[len(ctx.parameters) :]
@@ -415,7 +414,8 @@ def computable(x, layers):
         channels += new_channels(layer)
     if not (training or fitting_kernels(x, layers)):
         return False
-    return as_defined(type(layers[0]), type(layers[0]).forward, defined_layer)
+    kind, bottleneck = type(layers[0]), hasattr(layers[0], "bn2")
+    return as_defined(kind, kind.forward, Definition.bottleneck if bottleneck else Definition.single_layer)
 
 
 def observed(x, training):
@@ -462,35 +462,51 @@ def plain_convolution(conv, channels, side, training):
 
 
 @torch.compiler.disable
-def joinable(x, layers, transition):
-    """Whether dense_block also computes the transition behind computable layers: by kernels.py, if it is unchanged."""
-    bn, conv, training = transition.bn1, transition.conv1, layers[0].training
+def joinable(x, block, transition):
+    """Whether dense_block also computes the transition behind a block that it computes: by kernels.py, if it is unchanged."""
+    bn, conv, training, layers = transition.bn1, transition.conv1, block.training, list(block)
     if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
         return False
     kernels = fitting_kernels(x, layers)
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
     fits = alike and kernels is not None and kernels.fit_transition(x, transition)
-    return fits and as_defined(type(transition), type(transition).forward, defined_transition)
+    definitions = {type(block): Definition.block, type(transition): Definition.transition}
+    return fits and all(as_defined(kind, kind.forward, definition) for kind, definition in definitions.items())
 
 
 @torch.compiler.disable
 @functools.cache
 def as_defined(kind, forward, definition):
-    """Whether the forward method of a class of layers or transitions gives what is computed here; somebody may have edited it.
-
-    Tried in float64 on a small module, with a warning if not.
-    """
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        module, x = kind(4, 2).double(), torch.randn(2, 4, 4, 4, dtype=torch.float64)
-        same = torch.allclose(definition(x, module), forward(module, x))
+    """Whether the forward method of a class is this one of Definition. Warns if not: somebody has edited it."""
+    same = code_of(forward) == code_of(definition)
     if not same:
-        warnings.warn(f"{kind.__name__}.forward is not what dense_block.py computes: efficient has no effect", stacklevel=2)
+        warnings.warn(f"{kind.__name__}.forward is not what dense_block.py computes: it runs as it is", stacklevel=2)
     return same
 
 
-def defined_layer(x, layer):
-    return dense_block(x, [layer])  # (N, C + k, H, W)
+def code_of(function):
+    """What a function does: its bytecode, the constants and names in it, and which modules F and torch are. None if unknown."""
+    code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    return code and (code.co_code, code.co_consts, code.co_names, names.get("F"), names.get("torch"))
 
 
-def defined_transition(x, transition):
-    return F.avg_pool2d(transition.conv1(F.relu(transition.bn1(x))), kernel_size=2)  # (N, out_channels, H/2, W/2)
+class Definition(nn.Sequential):
+    """What is computed here: the forward methods of densenet.py, word for word."""
+
+    def bottleneck(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
+        out = self.dropout(self.conv2(F.relu(self.bn2(out))))
+        return torch.cat([x, out], dim=1)
+
+    def single_layer(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
+        return torch.cat([x, out], dim=1)
+
+    def transition(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
+        return F.avg_pool2d(out, kernel_size=2)
+
+    def block(self, x):
+        if self.takes(x):
+            return dense_block(x, list(self))
+        return super().forward(x)

@@ -87,9 +87,9 @@ class DenseNet(nn.Module):
         drop_rate: dropout after every convolution but the first, in [0, 1).
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
-        efficient: train the dense blocks in linear memory; never changes a result beyond rounding. A block with a
-            module that is changed, hooked or frozen in evaluation mode goes through the plain modules. So does
-            evaluation, except without gradients on a GPU.
+        efficient: train the dense blocks in linear memory; never changes a result beyond rounding (dropout's masks are
+            those of a net in channels_last memory). A block with a module that is changed, hooked or frozen in
+            evaluation mode goes through the plain modules. So does evaluation, except without gradients on a GPU.
 
     Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.
@@ -159,7 +159,7 @@ def joined(block, transition, x):
     """transition(block(x)), (N, C', H // 2, W // 2); computed as one where dense_block.py can, without the block's output."""
     mode = block.training
     as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
-    if as_made and block.takes(x) and joinable(x, list(block), transition):
+    if as_made and block.takes(x) and joinable(x, block, transition):
         return dense_block(x, list(block), transition)
     return transition(block(x))
 
@@ -202,5 +202,5 @@ def init_weights(module):
     batch norm 1 and 0, linear weights U(-1/sqrt(in), 1/sqrt(in)) as in Torch."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -44,8 +44,11 @@ def read_world(environment):
 
 
 @contextlib.contextmanager
-def process_group(world, device):
-    """Connects the ranks, for what is inside; yields this rank's device. Refused if they cannot meet, or a rank has no GPU."""
+def process_group(world, device, ending):
+    """Connects the ranks, for what is inside; yields this rank's device. Refused if they cannot meet, or a rank has no GPU.
+
+    ending: of endings.worded, which knows the exit status in the end.
+    """
     if world.size == 1:
         yield device
         return
@@ -54,9 +57,9 @@ def process_group(world, device):
     atexit.register(free, dist.group.WORLD)
     try:
         yield device
-    except BaseException as error:
+    except BaseException:
         if device.type == "cuda":  # NCCL ends on all ranks together, and the others may be waiting for this one
-            atexit.register(leave, getattr(error, "status", 1))
+            atexit.register(leave, ending)
         else:
             dist.destroy_process_group()
         raise
@@ -97,11 +100,11 @@ def free(group):
     gc.collect()
 
 
-def leave(status):
+def leave(ending):
     """At exit, ends the process and leaves the group as it is; torchrun, told of a failure, ends the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(ending.status)
 
 
 def check_batches(world, batch_size, num_images):

@@ -128,7 +128,7 @@ def data_folder(args, checkpoint):
     root = Path(args.data or checkpoint["args"]["data"])
     if not args.data and not root.exists():
         with contextlib.suppress(Refused):
-            return Path(read_arguments(args.checkpoint.parent).get("data", root))
+            return Path(read_arguments(args.checkpoint.parent).get("data") or root)
     return root
 
 

@@ -83,4 +83,4 @@ def flush_to_disk(path):
 
 @functools.cache  # so that it is said once
 def say_unsafe(folder, reason):
-    say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage the run")
+    say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage what is written there")

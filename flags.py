@@ -116,7 +116,8 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
 
 def words_of(begun, names, parser, source, remedy):
     """The named arguments, but null ones, as a command line. Refused if the parser does not accept it."""
-    words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
+    left_out = {action.dest: False for action in parser._actions if isinstance(action, argparse._StoreTrueAction)}
+    words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not left_out.get(name)]
     parser.exit_on_error = False
     try:
         _, unknown = parser.parse_known_args(words)

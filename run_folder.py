@@ -78,7 +78,7 @@ def read_arguments(save):
             raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
         return {}
     facts = read_json(path, REMEDY)
-    kinds = {"epochs": int, "digests": dict | None, "capture": bool | None, "efficient": bool | None}
+    kinds = {"epochs": int, "digests": dict | None, "capture": bool | None, "efficient": bool | None, "data": str | None}
     if not (isinstance(facts, dict) and of_kinds(facts, kinds)):
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts
@@ -139,6 +139,8 @@ def refuse_lost_checkpoint(save):
 
 def compare_arguments(old, new):
     """Refused if the data differ, or arguments that change the result."""
+    if isinstance(old.get("init"), str):
+        old = old | {"init": os.path.abspath(old["init"])}  # older runs have it as it was given
     changed = [name for name in old if name in new and name not in MAY_CHANGE and old[name] != new[name]]
     if "digests" in changed and {*changed} <= {"digests", "train_images", "classes"}:
         parts = " and ".join(part for part, digest in new["digests"].items() if (old["digests"] or {}).get(part) != digest)

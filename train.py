@@ -48,7 +48,7 @@ def main():
     with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
         args, begun = continued(parser, args)
-        with distributed.process_group(world, choose_device(args.device)) as device:
+        with distributed.process_group(world, choose_device(args.device), ending) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, begun, fresh) if world.rank == 0 else None
             args, begun, init = distributed.broadcast_object(start, world)  # another machine may lack the files
@@ -71,7 +71,7 @@ def build_parser():
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
     text = "start from this net, which sets the model flags but --drop-rate: a run, or a file of evaluate.py --export"
-    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.nonempty(str), help=text)
+    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.nonempty(os.path.abspath), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))

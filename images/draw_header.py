@@ -4,6 +4,7 @@
 images/draw_header.py
 """
 
+import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ MAPS = [6, 4, 4, 4, 4]  # sheets drawn of each group: the input has more than th
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figure = Figure(figsize=(12, 3.05))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-1.0, 4 * STEP + 1.2), ylim=(-1.2, 2.0), aspect="equal")

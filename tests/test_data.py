@@ -24,6 +24,14 @@ def as_dataset(split, mean=torch.zeros(3, 1, 1), std=torch.ones(3, 1, 1)):  # no
     return data.Dataset(split, None, None, mean, std, [])
 
 
+def test_names_of_classes_are_plain_text(monkeypatch):
+    """Others, such as NumPy's, a checkpoint could not hold: of a data set that somebody adds."""
+    images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    monkeypatch.setitem(data.SOURCES, "mine", (lambda root, part: (images, labels, np.array(["cat", "dog"])), None))
+    classes = data.load("mine", ".").classes
+    assert ([*map(type, classes)], classes) == ([str, str], ["cat", "dog"])
+
+
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1), (12, 1), (36, 4)])
 def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
     images = torch.randn(200, 3, size, size)

@@ -65,7 +65,7 @@ def run_ranks(forked, *command):
 def one_rank(folder):
     rank = int(os.environ["RANK"])
     world = distributed.read_world(os.environ)
-    with distributed.process_group(world, torch.device("cpu")):
+    with distributed.process_group(world, torch.device("cpu"), None):
         for flag in ("--sync-bn", "--efficient", "--no-efficient"):
             torch.save(gradients(world, flag), folder / f"{flag}{rank}.pth")
         norm = torch.nn.BatchNorm2d(3)
@@ -325,8 +325,9 @@ distributed.own_device = lambda world, device: torch.device("cuda")
 distributed.meet = lambda world, device: None
 distributed.free = lambda group: print("freed")
 distributed.dist.destroy_process_group = lambda: print("destroyed")
-with endings.worded(argparse.ArgumentParser(prog="program", usage="of it"), "", ""):
-    with distributed.process_group(distributed.World(size=2), torch.device("cuda")):
+parser = argparse.ArgumentParser(prog="program", usage="of it")
+with endings.worded(parser, "", "") as ending:
+    with distributed.process_group(distributed.World(size=2), torch.device("cuda"), ending):
         print("said")
         {}
 """
@@ -339,6 +340,10 @@ with endings.worded(argparse.ArgumentParser(prog="program", usage="of it"), "", 
         ("raise endings.Refused('no', status=1)", 1, "said\n", "program: no"),
         ("raise endings.Stopped(15)", 128 + 15, "said\n", "program: stopped by SIGTERM"),
         ("raise ValueError('bug')", 1, "said\n", "program: this is a bug"),
+        ("raise KeyboardInterrupt", 128 + 2, "said\n", "program: stopped"),
+        ("raise BrokenPipeError", 128 + 13, "said\n", "program: its output was closed"),
+        ("open('no/x')", 2, "said\n", "program: error: no/x: No such file or directory: mend this, or name another place"),
+        ("parser.error('a wrong flag')", 2, "said\n", "program: error: a wrong flag"),
         ("pass", 0, "said\ndestroyed\nfreed\n", ""),
     ],
 )

@@ -56,7 +56,7 @@ def test_flushing_what_cannot_be_flushed(capsys):
     for _ in range(2):
         files.flush_to_disk(Path("/proc/self/stat"))
     assert capsys.readouterr().out == (
-        "/proc/self: its file system cannot flush a file (Invalid argument): a power cut may damage the run\n"
+        "/proc/self: its file system cannot flush a file (Invalid argument): a power cut may damage what is written there\n"
     )
 
 

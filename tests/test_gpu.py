@@ -76,14 +76,7 @@ def run(run_script):
 
 
 @pytest.mark.parametrize(
-    ("device", "arguments"),
-    [
-        ("cpu", dict(depth=10, growth_rate=4)),
-        *[
-            pytest.param("cuda", arguments, marks=pytest.mark.gpu)
-            for arguments in (dict(depth=16), dict(depth=13, bottleneck=False), dict(depth=100, growth_rate=4))
-        ],
-    ],
+    ("device", "arguments"), on_gpu(dict(depth=16), dict(depth=13, bottleneck=False), dict(depth=100, growth_rate=4))
 )
 @pytest.mark.parametrize("efficient", [False, True])
 def test_outputs_statistics_and_gradients_are_those_of_the_plain_net_on_the_cpu(device, efficient, arguments):
@@ -124,16 +117,16 @@ def test_kernels_predict_what_the_plain_modules_predict(device, precision, put_b
     assert (logits[0] - logits[1]).abs().max() < bound * logits[0].abs().max()
 
 
-@pytest.mark.parametrize(("device", "flags"), [("cpu", []), *on_gpu([], ["--no-capture"], ["--drop-rate", "0"])])
+@pytest.mark.parametrize(("device", "flags"), on_gpu([], ["--no-capture"], ["--drop-rate", "0"]))
 def test_no_step_waits_for_the_device(device, flags):
-    """From the data set to the optimiser; on a GPU, PyTorch itself raises where the host would wait."""
+    """From the data set to the optimiser; PyTorch itself raises where the host would wait."""
     dataset = data.load("digits", ".").to(torch.device(device))
     args = arguments("--augment", "--batch-size", "32", *flags, device=device)
     step = new_step(args, device)
     batches = train.epoch_batches(dataset, 0, args, World())
     for _ in range(4 if args.capture else 0):  # the capture itself waits
         step(*next(batches))
-    with waiting_is_an_error(device):
+    with waiting_is_an_error():
         results = [step(*next(batches)) for _ in range(20)]
     assert torch.stack(results).isfinite().all()
 
@@ -156,14 +149,12 @@ def new_step(args, device, change=lambda net: net):
 
 
 @contextlib.contextmanager
-def waiting_is_an_error(device):
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @BOTH

@@ -25,7 +25,7 @@ from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, 
 from machine import DTYPES, set_precision
 
 triton = pytest.importorskip("triton", reason="Triton is not there")
-pytestmark = pytest.mark.xdist_group("kernels")  # Triton is imported by one process
+pytestmark = pytest.mark.xdist_group("kernels")  # one server interprets them
 
 
 def version(module):
@@ -459,17 +459,19 @@ def check_changed_transitions():
                 assert relative_error(results[1][tensor], values) < 1e-4, (name, tensor)
 
 
-def test_an_edited_transition_is_a_module_of_its_own(interpreted):
-    interpreted(check_edited_transition)
+@pytest.mark.parametrize("kind", ["Transition", "DenseBlock"])
+def test_where_a_class_was_edited_the_transition_is_a_module_of_its_own(interpreted, kind):
+    interpreted(check_edited, kind)
 
 
-def check_edited_transition():
+def check_edited(name):
     """By somebody who does not know the kernels: the class's forward method, and no attribute of the module."""
     block, images, _ = block_and_batch(4, 6, (2, 6, 5), layers=1, reduction=0.5)
-    as_made = Transition.forward
-    with mock.patch.object(Transition, "forward", lambda self, x: 2 * as_made(self, x)):
+    kind = {"Transition": Transition, "DenseBlock": DenseBlock}[name]
+    as_made = kind.forward
+    with mock.patch.object(kind, "forward", lambda self, x: 2 * as_made(self, x)):
         plain = block(images)
-        with pytest.warns(UserWarning, match=r"^Transition.forward is not what dense_block.py computes"):
+        with pytest.warns(UserWarning, match=f"^{name}.forward is not what dense_block.py computes"):
             assert relative_error(efficient_twin(block)(images), plain) < 1e-4
 
 

@@ -106,10 +106,6 @@ def test_a_precision_holds_for_all_kernels_and_every_way_to_ask_for_it(put_back,
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
 
 
-def test_this_machine_has_cpus():
-    assert 1 <= machine.num_cpus() <= os.cpu_count()
-
-
 def test_under_torchrun_each_process_of_a_machine_has_a_gpu_of_its_own(four_gpus):
     """By its number on this machine, not among all: here it is the third of the second machine."""
     assert distributed.own_device(World(rank=6, local_rank=2, size=8), torch.device("cuda")) == torch.device("cuda", 2)

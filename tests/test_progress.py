@@ -33,10 +33,6 @@ def test_a_log_gets_lines_within_an_epoch_and_within_its_test(forked, tmp_path):
     assert all(lines)  # none is empty
 
 
-def test_a_short_run_has_its_epochs_lines_alone(tiny_run):
-    assert len((tiny_run / "stdout").read_text().splitlines()) == 6
-
-
 def test_a_terminal_without_width_or_height_shows_no_bar(monkeypatch):
     """As some editors and containers have them."""
     master, slave = pty.openpty()

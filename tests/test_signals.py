@@ -91,13 +91,6 @@ def test_a_closed_terminal_stops_after_the_step(call_main, start, undisturbed, t
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_a_second_hangup_is_no_second_signal(start):
-    run = start()
-    for signum in (signal.SIGHUP, signal.SIGHUP):
-        run.send_signal(signum)
-    assert finish(run).returncode == 128 + signal.SIGHUP
-
-
 def test_under_nohup_the_run_goes_on(start, undisturbed, tmp_path):
     run = start(NOHUP)
     run.send_signal(signal.SIGHUP)
@@ -184,13 +177,6 @@ def test_a_limit_on_processor_time_is_a_signal_to_stop(forked, call_main, tmp_pa
     assert done.returncode == 128 + signal.SIGXCPU
     assert done.stderr.startswith("train.py: stopped by SIGXCPU; this continues the run: ")
     assert len(pd.read_csv(tmp_path / "run" / "train.csv")) > 0
-
-
-def test_a_clusters_warning_is_followed_by_no_second_one(start):
-    run = start()
-    for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGXCPU):
-        run.send_signal(signum)
-    assert finish(run).returncode == 128 + signal.SIGXCPU or run.returncode == 128 + signal.SIGUSR1
 
 
 @pytest.fixture
