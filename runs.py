@@ -91,8 +91,9 @@ def settings(folders):
         if twins := same_seed(members, runs):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
     names = dict.fromkeys(name for common, _ in groups for name in common if name != "train_images")  # it follows from others
-    rows = [{name: shared(name, [runs[folder] for folder in members]) for name in names} for _, members in groups]
+    rows = [{name: shared(name, [runs[folder] for folder in members]) for name in [*names, "data"]} for _, members in groups]
     names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
+    names = ["data" if name == "digests" and named_by_place(rows) else name for name in names]
     return [({name: row[name] for name in names}, *setting) for row, setting in zip(rows, groups, strict=True)]
 
 
@@ -100,6 +101,13 @@ def shared(name, runs):
     """The value that an argument has in all of the runs, or "various"."""
     values = [arguments.get(name) for arguments in runs]
     return values[0] if all(value == values[0] for value in values) else "various"
+
+
+def named_by_place(rows):
+    """Whether the pictures of the settings differ exactly where their folders do, whose names say more than digests."""
+    pictures, places = [json.dumps(row["digests"]) for row in rows], [row["data"] for row in rows]
+    pairs = {*zip(pictures, places, strict=True)}
+    return "various" not in places and len(pairs) == len({*pictures}) == len({*places})
 
 
 def group(runs, ignored):

@@ -170,6 +170,10 @@ def test_a_folder_of_pictures_is_a_setting_by_what_is_in_it(tables, tmp_path):
     places = zip(("cats", "moved", "dogs"), (1, 2, 1), digests, strict=True)
     folders = [write_run(tmp_path / name, 5, dataset="folder", data=name, seed=n, digests=d) for name, n, d in places]
     assert [(row["digests"], row["n"]) for row in tables(*folders)[0]] == [("train 012345", "2"), ("train abcdef", "1")]
+    assert [(row["data"], row["n"]) for row in tables(folders[0], folders[2])[0]] == [("cats", "1"), ("dogs", "1")]
+    edited = write_run(tmp_path / "edited", 5, dataset="folder", data="cats", seed=1, digests={"train": "ffffffffff"})
+    assert [row["digests"] for row in tables(folders[0], edited)[0]] == ["train 012345", "train ffffff"]
+    assert "digests" in tables(folders[0], edited, folders[2])[0][0]
 
 
 def test_what_a_run_may_change_when_it_is_resumed_is_no_setting():
