@@ -414,8 +414,7 @@ def computable(x, layers):
         channels += new_channels(layer)
     if not (training or fitting_kernels(x, layers)):
         return False
-    kind, bottleneck = type(layers[0]), hasattr(layers[0], "bn2")
-    return as_defined(kind, kind.forward, Definition.bottleneck if bottleneck else Definition.single_layer)
+    return as_defined(type(layers[0]), Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
 
 
 def observed(x, training):
@@ -471,16 +470,15 @@ def joinable(x, block, transition):
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
     fits = alike and kernels is not None and kernels.fit_transition(x, transition)
     definitions = {type(block): Definition.block, type(transition): Definition.transition}
-    return fits and all(as_defined(kind, kind.forward, definition) for kind, definition in definitions.items())
+    return fits and all(as_defined(kind, definition) for kind, definition in definitions.items())
 
 
 @torch.compiler.disable
-@functools.cache
-def as_defined(kind, forward, definition):
-    """Whether the forward method of a class is this one of Definition. Warns if not: somebody has edited it."""
-    same = code_of(forward) == code_of(definition)
+def as_defined(kind, definition):
+    """Whether a class is called by this method of Definition, and that calls what PyTorch had at first. Warns if not."""
+    same = code_of(kind.forward) == code_of(definition) and kind.__call__ is nn.Module.__call__ and called() == AS_IMPORTED
     if not same:
-        warnings.warn(f"{kind.__name__}.forward is not what dense_block.py computes: it runs as it is", stacklevel=2)
+        warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition: it runs as it is", stacklevel=1)
     return same
 
 
@@ -488,6 +486,14 @@ def code_of(function):
     """What a function does: its bytecode, the constants and names in it, and which modules F and torch are. None if unknown."""
     code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
     return code and (code.co_code, code.co_consts, code.co_names, names.get("F"), names.get("torch"))
+
+
+def called():
+    """The functions of PyTorch that a layer or transition calls; somebody may replace them."""
+    return F.relu, F.avg_pool2d, torch.cat, *(kind.forward for kind in (nn.BatchNorm2d, nn.Conv2d, nn.Dropout))
+
+
+AS_IMPORTED = called()
 
 
 class Definition(nn.Sequential):

@@ -53,15 +53,15 @@ def worded(parser, needs, remedy):
     """Wraps a whole program. Where memory runs out, the message says what `needs` it, and the `remedy`.
 
     Yields a namespace; set its `resume` to the command that resumes, once the run has begun, and `silent` where another
-    process says why all of them end. In the end it has the exit `status`.
+    process says why all of them end. After an error it has the exit `status`.
     """
     settle_streams()
-    ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False, status=0)
+    ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False, status=1)
     try:
         yield ending
         say()  # flushes: a closed output is an error here, not at exit
     except SystemExit as error:  # of the parser
-        ending.status = error.code
+        ending.status = error.code if isinstance(error.code, int) else 1
         raise
     except (Exception, KeyboardInterrupt) as error:
         status, sentence = last_words(error, ending)

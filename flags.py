@@ -116,8 +116,7 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
 
 def words_of(begun, names, parser, source, remedy):
     """The named arguments, but null ones, as a command line. Refused if the parser does not accept it."""
-    left_out = {action.dest: False for action in parser._actions if isinstance(action, argparse._StoreTrueAction)}
-    words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not left_out.get(name)]
+    words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
     parser.exit_on_error = False
     try:
         _, unknown = parser.parse_known_args(words)
@@ -130,7 +129,7 @@ def words_of(begun, names, parser, source, remedy):
 
 
 def flag_of(name, value):
-    """The word of a command line that gives an argument this value."""
+    """The word of a command line that gives an argument this value; a switch is a BooleanOptionalAction."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"

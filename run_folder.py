@@ -139,8 +139,6 @@ def refuse_lost_checkpoint(save):
 
 def compare_arguments(old, new):
     """Refused if the data differ, or arguments that change the result."""
-    if isinstance(old.get("init"), str):
-        old = old | {"init": os.path.abspath(old["init"])}  # older runs have it as it was given
     changed = [name for name in old if name in new and name not in MAY_CHANGE and old[name] != new[name]]
     if "digests" in changed and {*changed} <= {"digests", "train_images", "classes"}:
         parts = " and ".join(part for part, digest in new["digests"].items() if (old["digests"] or {}).get(part) != digest)

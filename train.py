@@ -71,7 +71,7 @@ def build_parser():
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
     text = "start from this net, which sets the model flags but --drop-rate: a run, or a file of evaluate.py --export"
-    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.nonempty(os.path.abspath), help=text)
+    model_group.add_argument("--init", metavar="DIR|FILE", type=endings.nonempty(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
     flags.add_run_flags(parser.add_argument_group("run"))
@@ -183,7 +183,8 @@ def opening_lines(net, dataset, args, checkpoint):
     yield f"{args.dataset} ({images} images), {describe(dataset.mean.device)}, {', '.join(ways)}, {args.save}"
     if args.dataset == "folder":
         yield from describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels)
-        yield from leaks(dataset.train.images, {name: parts[name].images for name in ("held-out", "test")})
+        if checkpoint is None:
+            yield from leaks(dataset.train.images, {name: parts[name].images for name in ("held-out", "test")})
     if args.resume:
         epochs_done = checkpoint["epoch"] if checkpoint else 0
         where = f"continuing after epoch {epochs_done}" if epochs_done else "from the start"

@@ -379,10 +379,15 @@ def test_a_changed_layer_goes_through_the_plain_modules(name):
         assert (results[1][key] - value).abs().max() <= 1e-11 * max(1, value.abs().max()), key
 
 
-def with_other_functions(forward):
+def with_other_meanings(forward):
     """The same code, in which F stands for other functions."""
-    meanings = {**forward.__globals__, "F": SimpleNamespace(relu=torch.sigmoid)}
-    return types.FunctionType(forward.__code__, meanings, closure=forward.__closure__)
+    return types.FunctionType(forward.__code__, {**forward.__globals__, "F": SimpleNamespace(relu=torch.sigmoid)})
+
+
+def with_another_name(forward):
+    """Calls another function at one place; its bytecode is the same."""
+    names = tuple("gelu" if name == "relu" else name for name in forward.__code__.co_names)
+    return types.FunctionType(forward.__code__.replace(co_names=names), forward.__globals__)
 
 
 EDITS = {
@@ -391,7 +396,8 @@ EDITS = {
     "an attribute that a new layer has not": lambda forward: lambda self, x: getattr(self, "scale", 1) * forward(self, x),
     "many channels": lambda forward: lambda self, x: (2 if x.shape[1] > 15 else 1) * forward(self, x),
     "the mode": lambda forward: lambda self, x: forward(self, x) + (0.1 if self.training else 0),
-    "other functions": with_other_functions,
+    "other meanings": with_other_meanings,
+    "another name": with_another_name,
 }
 
 
@@ -404,8 +410,30 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
     images, labels = batch(2, 8)
     assert_equal_training(net, images, labels)  # what it was before is not remembered
     monkeypatch.setattr(kind, "forward", EDITS[name](kind.forward))
-    told = f"^{kind.__name__}.forward is not what dense_block.py computes: it runs as it is$"
+    told = f"^{kind.__name__}.forward is not as in dense_block.Definition: it runs as it is$"
     with pytest.warns(UserWarning, match=told):
+        assert_equal_training(net, images, labels)
+
+
+def call_twice(self, x):
+    return 2 * nn.Module.__call__(self, x)
+
+
+REPLACED = {  # owner, name, what is put there
+    "another activation": (F, "relu", F.gelu),
+    "another concatenation": (torch, "cat", lambda tensors, dim, cat=torch.cat: 2 * cat(tensors, dim)),
+    "a convolution by somebody": (nn.Conv2d, "forward", lambda self, x, forward=nn.Conv2d.forward: 2 * forward(self, x)),
+    "a call": (Bottleneck, "__call__", call_twice),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_where_what_a_layer_calls_is_replaced_the_plain_modules_call_it(monkeypatch, name):
+    net = random_net(BC)
+    images, labels = batch(2, 8)
+    assert_equal_training(net, images, labels)
+    monkeypatch.setattr(*REPLACED[name])
+    with pytest.warns(UserWarning, match=r"^Bottleneck.forward is not as in dense_block.Definition: it runs as it is$"):
         assert_equal_training(net, images, labels)
 
 

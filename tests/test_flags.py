@@ -265,12 +265,3 @@ def test_a_run_is_not_continued_and_replaced_at_once(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse("--resume", "--force")
     assert "argument --force: not allowed with argument --resume" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("value", [True, False])
-def test_a_flag_that_has_no_opposite_is_taken_over(value):
-    """As somebody may add one."""
-    parser = train.build_parser()
-    parser.add_argument("--cosine", action="store_true")
-    assert parse_args(parser, [], begun={"cosine": value}).cosine is value
-    assert parse_args(parser, ["--cosine"], begun={"cosine": value}).cosine is True
