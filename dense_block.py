@@ -475,7 +475,7 @@ def joinable(x, block, transition):
 
 @torch.compiler.disable
 def as_defined(kind, definition):
-    """Whether a class is called by this method of Definition, and that calls what PyTorch had at first. Warns if not."""
+    """Whether modules of a class do what this method of Definition does, by PyTorch's own functions. Warns if not."""
     same = code_of(kind.forward) == code_of(definition) and kind.__call__ is nn.Module.__call__ and called() == AS_IMPORTED
     if not same:
         warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition: it runs as it is", stacklevel=1)

@@ -105,7 +105,7 @@ def shared(name, runs):
 
 def named_by_place(rows):
     """Whether the pictures of the settings differ exactly where their folders do, whose names say more than digests."""
-    pictures, places = [json.dumps(row["digests"]) for row in rows], [row["data"] for row in rows]
+    pictures, places = [json.dumps(row["digests"]) for row in rows], [str(row["data"]) for row in rows]
     pairs = {*zip(pictures, places, strict=True)}
     return "various" not in places and len(pairs) == len({*pictures}) == len({*places})
 
