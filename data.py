@@ -65,14 +65,14 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     A folder's pictures become image_size x image_size, with their own progress bars. Refused if the data is missing or damaged.
     """
     parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
-    (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet) for part in parts)
+    (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet, val) for part in parts)
     mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
     return Dataset(*hold_out(train, val, limit), test, mean, std, [*map(str, classes)])
 
 
-def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False):
+def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
     """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
-    options = {"image_size": image_size, "quiet": quiet} if name == "folder" else {}
+    options = {"image_size": image_size, "quiet": quiet, "val": val} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
     return Split(images, labels), classes
 

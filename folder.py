@@ -18,15 +18,16 @@ from pictures import EXTENSIONS, read_pictures, refuse_unreadable
 MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
 
 
-def read_part(root, part, image_size, quiet=False):
+def read_part(root, part, image_size, quiet=False, val=0):
     """(images (M, 3, S, S) uint8, labels (M,) int64, names of the classes) of the part "train" or "test" of a folder.
 
     Training images are shuffled, always alike, so that --limit keeps all classes; test images come class by class.
-    Refused, before any picture is read, if the folders are not a data set or do not fit into memory.
+    Refused, before any picture is read, if the folders are not a data set or do not fit into memory, of which holding out
+    `val` images needs more.
     """
     classes = list_classes(root / part)
     if part == "train":
-        check_classes(root, classes, image_size)
+        check_classes(root, classes, image_size, val)
         if not quiet:
             say(*left_out(root, [root / "train", root / "test"]))
     files, labels = in_order(classes, part)
@@ -49,7 +50,7 @@ def fixed_permutation(n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
-def check_classes(root, train, image_size):
+def check_classes(root, train, image_size, val):
     """Refused unless train and test have the same classes, two or more, and their images fit the memory."""
     test = list_classes(root / "test")
     if list(train) != list(test):
@@ -61,10 +62,10 @@ def check_classes(root, train, image_size):
         raise Refused(f"{lacking} lacks the class {name!r}: give it a folder in both train and test")
     if len(train) < 2:
         raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each further one")
-    number = sum(map(len, [*train.values(), *test.values()]))
-    needed, free = 3 * number * image_size**2, free_memory()
+    for_training, number = sum(map(len, train.values())), sum(map(len, [*train.values(), *test.values()]))
+    needed, free = 3 * image_size**2 * (number + for_training * (val > 0)), free_memory()  # data.hold_out makes a copy
     if needed > free:
-        images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB"
+        images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB{' with --val' * (val > 0)}"
         raise Refused(f"{root}: {images}, {free / 1e9:.1f} GB are free: choose a smaller --image-size, or put fewer there")
 
 

@@ -432,8 +432,9 @@ def test_folder_that_is_wrong_is_named(pictures, spoil, message):
 
 def test_a_set_that_does_not_fit_the_memory_is_refused_before_it_is_read(pictures):
     break_picture(pictures)  # nothing is read
-    with pytest.raises(Refused, match=r"14 pictures of 100000 x 100000 need 420\.0 GB, [\d.]+ GB are free: choose"):
-        data.load("folder", pictures, image_size=100_000)
+    for val, needed in [(0, r"420\.0 GB"), (1, r"780\.0 GB with --val")]:
+        with pytest.raises(Refused, match=rf"14 pictures of 100000 x 100000 need {needed}, [\d.]+ GB are free: choose"):
+            data.load("folder", pictures, val, image_size=100_000)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
