@@ -469,8 +469,7 @@ def joinable(x, block, transition):
     kernels = fitting_kernels(x, layers)
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
     fits = alike and kernels is not None and kernels.fit_transition(x, transition)
-    definitions = {type(block): Definition.block, type(transition): Definition.transition}
-    return fits and all(as_defined(kind, definition) for kind, definition in definitions.items())
+    return fits and as_defined(type(block), Definition.block) and as_defined(type(transition), Definition.transition)
 
 
 @torch.compiler.disable

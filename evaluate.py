@@ -92,10 +92,10 @@ def refuse_unwritable(args):
             raise Refused(f"{folder} is no folder that can be written to: name another by {flag}")
     if not args.image:
         table = confusion_table(args)
-        refuse_foreign(table, rb"\Atrue,")
-        refuse_foreign(table.with_suffix(".png"), drawing.SIGNATURE)
-        if args.predictions and args.predictions.resolve() in (table.resolve(), table.with_suffix(".png").resolve()):
-            raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
+        for path, pattern in [(table, rb"\Atrue,"), (table.with_suffix(".png"), drawing.SIGNATURE)]:
+            refuse_foreign(path, pattern)
+            if args.predictions and args.predictions.resolve() == path.resolve():
+                raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
 
 
 def confusion_table(args):

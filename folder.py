@@ -62,8 +62,9 @@ def check_classes(root, train, image_size, val):
         raise Refused(f"{lacking} lacks the class {name!r}: give it a folder in both train and test")
     if len(train) < 2:
         raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each further one")
-    for_training, number = sum(map(len, train.values())), sum(map(len, [*train.values(), *test.values()]))
-    needed, free = 3 * image_size**2 * (number + for_training * (val > 0)), free_memory()  # data.hold_out makes a copy
+    for_training, for_test = (sum(map(len, part.values())) for part in (train, test))
+    number, copied = for_training + for_test, for_training * (val > 0)  # by data.hold_out
+    needed, free = 3 * (number + copied) * image_size**2, free_memory()
     if needed > free:
         images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB{' with --val' * (val > 0)}"
         raise Refused(f"{root}: {images}, {free / 1e9:.1f} GB are free: choose a smaller --image-size, or put fewer there")

@@ -173,7 +173,7 @@ def open_run(net, dataset, args, world, fresh):
 
 
 def opening_lines(net, dataset, args, checkpoint):
-    """What is trained; on what, where, how and into which folder; a folder's classes; where a run goes on."""
+    """What is trained; on what, where, how and into which folder; a folder's classes and leaks; where a run goes on."""
     name = ("DenseNet-BC" if args.bottleneck else "DenseNet") + f", L={args.depth}, k={args.growth_rate}"
     name += f", dropout {args.drop_rate:g}" if args.drop_rate else ""
     yield f"{name if args.depth else type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters"

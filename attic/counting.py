@@ -34,13 +34,18 @@ def net_of(name, args):
     return torchvision_net(net, memory_efficient=name.endswith("checkpointed")) if name.startswith("torchvision") else net
 
 
-def step_on(device, name, args):
-    """(step, forward): functions without arguments, of train.py's step and of its loss alone."""
-    args = argparse.Namespace(**vars(args) | {"precision": "fp32", "compile": None, "capture": False})
+def net_and_batch(device, name, args):
+    """The net of NETS, channels last, and a batch of images and labels that are 0."""
     with device:
         images = torch.zeros(args.batch_size, 3, args.image_size, args.image_size)
         labels = torch.zeros(args.batch_size, dtype=torch.int64)
-        net = net_of(name, args).to(memory_format=torch.channels_last)
+        return net_of(name, args).to(memory_format=torch.channels_last), images, labels
+
+
+def step_on(device, name, args):
+    """(step, forward): functions without arguments, of train.py's step and of its loss alone."""
+    args = argparse.Namespace(**vars(args) | {"precision": "fp32", "compile": None, "capture": False})
+    net, images, labels = net_and_batch(device, name, args)
     step = TrainingStep(net, args, device, World())
     step.begin_epoch(args.lr)
     for group in step.optimizer.param_groups if device == META else []:

@@ -23,10 +23,12 @@ def settings(*arguments):
 @functools.cache
 def kept(name):
     """MB an image kept for the backward pass at each of DEPTHS."""
-    images, labels = torch.zeros(2, 3, 32, 32, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
-    with counting.META:
-        nets = [counting.net_of(name, settings("--depth", d)).to(memory_format=torch.channels_last) for d in DEPTHS]
-    return [counting.kept_bytes(lambda net=net: F.cross_entropy(net(images), labels)) / 2e6 for net in nets]
+    made = [counting.net_and_batch(counting.META, name, settings("--depth", depth, "--batch-size", 2)) for depth in DEPTHS]
+    return [counting.kept_bytes(functools.partial(loss_of, *each)) / 2e6 for each in made]
+
+
+def loss_of(net, images, labels):
+    return F.cross_entropy(net(images), labels)
 
 
 @pytest.mark.xdist_group("kept")

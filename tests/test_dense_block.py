@@ -415,7 +415,7 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
         assert_equal_training(net, images, labels)
 
 
-def call_twice(self, x):
+def doubled_call(self, x):
     return 2 * nn.Module.__call__(self, x)
 
 
@@ -423,7 +423,7 @@ REPLACED = {  # owner, name, what is put there
     "another activation": (F, "relu", F.gelu),
     "another concatenation": (torch, "cat", lambda tensors, dim, cat=torch.cat: 2 * cat(tensors, dim)),
     "a convolution by somebody": (nn.Conv2d, "forward", lambda self, x, forward=nn.Conv2d.forward: 2 * forward(self, x)),
-    "a call": (Bottleneck, "__call__", call_twice),
+    "a call": (Bottleneck, "__call__", doubled_call),
 }
 
 

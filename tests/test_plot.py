@@ -295,7 +295,7 @@ def letters(text):
 def test_names_and_titles_are_text_and_no_markup(call_main, saved, tmp_path):
     title = " ".join(NAMES)
     status, _, errors = call_main(plot, *(write_run(tmp_path / name) for name in NAMES), "--title", title, "--out", tmp_path)
-    assert (status, errors) == (0, "")
+    assert (status, errors, len(saved)) == (0, "", 3)
     for figure in saved:
         found = texts(figure)
         assert {*map(letters, found)} == {*map(letters, [*NAMES, title, "train", "test"])}
