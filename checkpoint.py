@@ -25,6 +25,7 @@ def make_card(model, args, dataset):
         "mean": dataset.mean.flatten().tolist(),
         "std": dataset.std.flatten().tolist(),
         "classes": dataset.classes,
+        "image_size": dataset.train.images.shape[-1],
     }
 
 
@@ -111,6 +112,7 @@ def is_card(values):
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
         and len(values["classes"]) == values["model"].get("num_classes")
+        and of_kinds(values, {"image_size": int | None})  # older ones have none
     )
 
 
@@ -135,8 +137,8 @@ def read_card(path):
 
 
 def image_size_of(checkpoint):
-    """The size that the net's pictures had."""
-    return checkpoint["args"].get("image_size") or IMAGE_SIZE
+    """The size that the net's pictures had; older runs say it in their arguments, of a folder alone."""
+    return checkpoint.get("image_size") or checkpoint["args"].get("image_size") or IMAGE_SIZE
 
 
 def encoded(values):

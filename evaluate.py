@@ -146,7 +146,7 @@ def read_split(checkpoint, root, part):
         raise Refused(f"the classes in {root} differ from those of the net ({differing}): name its data by --data")
     if part == "test":
         return split
-    _, held_out = data.hold_out(split, run["val"], None)
+    held_out = split.take(data.hold_out_indices(len(split), run["val"])[0])
     if (run.get("digests") or {}).get("val") not in (None, held_out.digest()):
         raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
     return held_out
@@ -157,10 +157,9 @@ def files_of(run, root, part):
     if run["dataset"] != "folder":
         return []
     source = "train" if part == "val" else "test"
-    files, labels = in_order(list_classes(root / source), source)
+    files, _ = in_order(list_classes(root / source), source)
     if part == "val":
-        _, held_out = data.hold_out(data.Split(torch.arange(len(files)), labels), run["val"], None)
-        files = [files[i] for i in held_out.images.tolist()]
+        files = [files[i] for i in data.hold_out_indices(len(files), run["val"])[0].tolist()]
     return [*map(str, files)]
 
 

@@ -190,6 +190,10 @@ def end_epoch(save, result, checkpoint):
     append_rows(save / "test.csv", [(checkpoint["epoch"], *result)])
     for name in ("train.csv", "test.csv"):
         flush_to_disk(save / name)
+    write_checkpoint(save, checkpoint)
+
+
+def write_checkpoint(save, checkpoint):
     replace_file(save / "latest.pth", encoded(checkpoint))
 
 

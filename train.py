@@ -208,6 +208,8 @@ def fit(net, dataset, args, world, checkpoint):
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
     rates = schedule(args, args.epochs)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
+    if args.init and not checkpoint and world.rank == 0:  # from here on, the file of --init may go
+        run_folder.write_checkpoint(args.save, make_checkpoint(net, step.optimizer, step.scaler, 0, card))
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
     extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
     with progress(shown=world.rank == 0 and first_epoch < args.epochs, **extent, unit=" images", unit_scale=True) as bar:

@@ -4,9 +4,11 @@ import random
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, contents
+from PIL import Image
 
 import checkpoint
 import data
@@ -16,6 +18,8 @@ from checkpoint import build_net, checkpoint_in, export, load_checkpoint, make_c
 from densenet import DenseNet
 from endings import Refused
 from files import replace_file
+from metrics import predict
+from pictures import to_tensor
 
 
 def test_a_flipped_bit_is_refused_or_harmless(tiny_run, tmp_path):
@@ -270,3 +274,23 @@ def test_pictures_of_a_net_that_does_not_tell_their_size_have_that_of_cifar():
     """As older versions of train.py saved it."""
     sizes = [checkpoint.image_size_of({"args": args}) for args in ({}, {"image_size": None}, {"image_size": 64})]
     assert sizes == [32, 32, 64]
+
+
+def test_a_data_set_that_somebody_adds_may_have_images_of_another_size_and_any_names(call_main, monkeypatch, tmp_path):
+    """The net's pictures have the size of its images, also after --export; classes are their names as text."""
+    images = torch.randint(256, (12, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 3
+    monkeypatch.setitem(data.SOURCES, "mine", (lambda root, part: (images, labels, np.arange(3)), None))
+    flags = ["--dataset", "mine", "--depth", 10, "--growth-rate", 2, "--epochs", 1, "--device", "cpu", "--no-plot"]
+    run, weights, picture = tmp_path / "run", tmp_path / "net.pth", tmp_path / "large.png"
+    assert call_main(train, *flags, "--val", 3, "--save", run)[0] == 0
+    assert call_main(evaluate, run, "--val")[0] == 0
+    assert call_main(evaluate, run, "--export", weights)[0] == 0
+    large = Image.fromarray(np.random.default_rng(0).integers(256, size=(96, 96, 3), dtype=np.uint8))
+    large.save(picture)
+    for net in (run, weights):
+        loaded = load_checkpoint(checkpoint_in(net))
+        logits = predict(build_net(loaded), to_tensor(large, 48)[None], *normalization(loaded, "cpu"))
+        best = logits.softmax(dim=1)[0].sort(descending=True)
+        answers = [f"{i} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        assert call_main(evaluate, net, "--image", picture)[1] == f"{picture}: {', '.join(answers)}\n"

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -31,6 +32,7 @@ import train
 from checkpoint import build_net, load_checkpoint
 from densenet import DenseNet
 from distributed import World
+from endings import Stopped
 from flags import model_arguments
 from machine import set_precision
 from metrics import loss_and_error_sums, predict
@@ -603,7 +605,7 @@ def test_init_makes_its_net_where_no_model_flags_are_given(call_main, tmp_path, 
 def test_pictures_have_the_size_of_the_net_of_init_unless_told_otherwise(monkeypatch, tiny_run, tmp_path, flags, begun, size):
     """By the flag, or by the run that was killed before its checkpoint; the images of other data sets have their own."""
     init = load_checkpoint(tiny_run / "latest.pth")
-    torch.save(init | {"args": init["args"] | {"image_size": 64}}, tmp_path / "net.pth")
+    torch.save(init | {"image_size": 64}, tmp_path / "net.pth")
     words = ["--dataset", "folder", "--init", str(tmp_path / "net.pth"), *flags]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     args, _ = train.read_init(train.build_parser(), parse(*words), begun)
@@ -650,22 +652,53 @@ def test_init_for_other_classes_has_a_new_classifier(call_main, tiny_run, pictur
     assert len(ended.fc.bias) == 2
 
 
-def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, tiny_run, tmp_path):
-    weights = tmp_path / "net.pth"
-    flags = [*TINY, "--no-plot", "--opt", "adam", "--init", weights]
+@pytest.mark.parametrize(("stop_at", "told"), [(1, "from the start"), (2, "from the start"), (5, "continuing after epoch 1")])
+def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, monkeypatch, tiny_run, tmp_path, stop_at, told):
+    """Stopped in its first epoch of three steps, or later; and continued from another working directory."""
+    weights, place = tmp_path / "net.pth", ["--save", tmp_path / "parts"]
+    flags = [*TINY, "--batch-size", 32, "--no-plot", "--opt", "adam", "--epochs", 2, "--init", weights.name]
     shutil.copy(tiny_run / "latest.pth", weights)
-    for save, epochs in [("whole", 2), ("parts", 1)]:
-        assert call_main(train, *flags, "--epochs", epochs, "--save", tmp_path / save)[0] == 0
-    weights.rename(tmp_path / "gone")
-    status, out, errors = call_main(train, *flags, "--epochs", 2, "--save", tmp_path / "parts", "--resume")
-    assert (status, "continuing after epoch 1" in out) == (0, True), errors
+    monkeypatch.chdir(tmp_path)
+    assert call_main(train, *flags, "--save", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainingStep, "__call__", stopping(train.TrainingStep.__call__, stop_at))
+        assert call_main(train, *flags, *place)[0] == 128 + signal.SIGTERM
+    weights.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, out, errors = call_main(train, *place, "--resume")
+    assert (status, told in out) == (0, True), errors
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    (tmp_path / "parts" / "latest.pth").unlink()
-    before = contents(tmp_path / "parts")
-    status, _, errors = call_main(train, *flags, "--epochs", 2, "--save", tmp_path / "parts", "--resume")
+
+
+def stopping(take, stop_at):
+    """A step that takes all before the one of this number, which ends the run."""
+    numbers = itertools.count(1)
+
+    def step(*arguments):
+        if next(numbers) == stop_at:
+            raise Stopped(signal.SIGTERM)
+        return take(*arguments)
+
+    return step
+
+
+def test_a_checkpoint_that_was_lost_before_the_first_epoch_ended_is_the_file_of_init_again(call_main, tiny_run, tmp_path):
+    run, weights = tmp_path / "run", tmp_path / "net.pth"
+    flags = [*TINY, "--no-plot", "--epochs", 1, "--save", run, "--init", weights]
+    shutil.copy(tiny_run / "latest.pth", weights)
+    assert call_main(train, *flags)[0] == 0
+    whole = shutil.copytree(run, tmp_path / "whole")
+    (run / "latest.pth").unlink()
+    weights.rename(tmp_path / "gone")
+    before = contents(run)
+    status, _, errors = call_main(train, *flags, "--resume")
     told = f"{weights} does not exist: put it back, --init needs it until the run has a checkpoint"
     assert (status, told in errors) == (2, True)
-    assert contents(tmp_path / "parts") == before
+    assert contents(run) == before
+    (tmp_path / "gone").rename(weights)
+    assert call_main(train, *flags, "--resume")[0] == 0
+    assert_same_run(whole, run)
 
 
 def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left_and_one_of_the_test(run_on_terminal, tmp_path):
