@@ -79,10 +79,15 @@ def build_parser():
 
 
 def continued(parser, args):
-    """(args, with --resume those of the run that is continued; its args.json, or {})."""
+    """(args, with --resume those of the run that is continued; its args.json, or {}).
+
+    A flag that the run's version did not have stands there with its default: another value would change the run.
+    """
     run_folder.refuse_to_replace(args.save, args.resume, args.force)
     begun = run_folder.read_arguments(args.save) if args.resume else {}
-    return flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY), begun
+    args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
+    defaults = {name: parser.get_default(name) for name in vars(args)}
+    return args, begun and {name: default for name, default in defaults.items() if default is not None} | begun
 
 
 def starting_point(parser, args, begun, fresh):

@@ -655,6 +655,25 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
         assert (status, told in errors) == (2, True), errors
 
 
+def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(call_main, monkeypatch, tiny_run, tmp_path):
+    """With another value the epochs done would count as trained by it."""
+    save, real = shutil.copytree(tiny_run, tmp_path / "run"), train.build_parser
+
+    def later_version():
+        parser = real()
+        parser.add_argument("--smoothing", type=float, default=0.0)
+        return parser
+
+    monkeypatch.setattr(train, "build_parser", later_version)
+    before = contents(save)
+    status, _, errors = call_main(train, "--save", save, "--resume", "--smoothing", 0.1)
+    assert (status, "the run was begun with smoothing 0.0, not 0.1: " in errors) == (2, True), errors
+    assert contents(save) == before
+    for _ in range(2):
+        assert call_main(train, "--save", save, "--resume", "--no-plot")[0] == 0
+        assert json.loads((save / "args.json").read_text())["smoothing"] == 0.0
+
+
 def test_a_folders_run_goes_on_where_its_pictures_are_now(call_main, pictures, tmp_path):
     save, data, moved = tmp_path / "run", tmp_path / "data", tmp_path / "moved"
     shutil.copytree(pictures, data, ignore=lambda folder, names: {"data"} & {*names})
