@@ -67,30 +67,26 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet, val) for part in parts)
     mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
-    return Dataset(*hold_out(train, val, limit), test, mean, std, classes)
+    kept, held_out = hold_out(train.labels, val, limit)
+    kept = train if len(kept) == len(train) else train.take(kept)  # the whole set is not copied
+    return Dataset(kept, train.take(held_out), test, mean, std, [*map(str, classes)])
 
 
 def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
     """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
     options = {"image_size": image_size, "quiet": quiet, "val": val} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
-    return Split(images, labels), [*map(str, classes)]
+    return Split(images, labels), classes
 
 
-def hold_out(split, val, limit):
-    """(training split of at most `limit` images, held-out split of `val` images); independent of the seed."""
-    held_out, others = hold_out_indices(len(split), val)
-    kept = others[:limit]
-    if len(kept) < (limit or 1) or (val and len(split.labels[others].unique()) < len(split.labels.unique())):
+def hold_out(labels, val, limit=None):
+    """Indices of (at most `limit` images to train on, `val` held-out ones), in order; independent of the seed."""
+    order = folder.fixed_permutation(len(labels))
+    held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
+    if len(kept) < (limit or 1) or (val and len(labels[order[val:]].unique()) < len(labels.unique())):
         asked = " and ".join(f"--{flag} {number}" for flag, number in [("val", val), ("limit", limit)] if number)
-        raise Refused(f"{len(split):,} training images are too few for {asked}, or a class would have none left: choose less")
-    return split if len(kept) == len(split) else split.take(kept), split.take(held_out)  # the whole set is not copied
-
-
-def hold_out_indices(number, val):
-    """Which `val` of this number of training images are held out, and which are not, each in ascending order."""
-    order = folder.fixed_permutation(number)
-    return order[:val].sort().values, order[val:].sort().values
+        raise Refused(f"{len(labels):,} training images are too few for {asked}, or a class would have none left: choose less")
+    return kept, held_out
 
 
 def read_cifar(dataset_class, root, part):

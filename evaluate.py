@@ -146,10 +146,11 @@ def read_split(checkpoint, root, part):
         raise Refused(f"the classes in {root} differ from those of the net ({differing}): name its data by --data")
     if part == "test":
         return split
-    held_out = split.take(data.hold_out_indices(len(split), run["val"])[0])
-    if (run.get("digests") or {}).get("val") not in (None, held_out.digest()):
+    _, held_out = data.hold_out(split.labels, run["val"])
+    split = split.take(held_out)
+    if (run.get("digests") or {}).get("val") not in (None, split.digest()):
         raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
-    return held_out
+    return split
 
 
 def files_of(run, root, part):
@@ -157,9 +158,10 @@ def files_of(run, root, part):
     if run["dataset"] != "folder":
         return []
     source = "train" if part == "val" else "test"
-    files, _ = in_order(list_classes(root / source), source)
+    files, labels = in_order(list_classes(root / source), source)
     if part == "val":
-        files = [files[i] for i in data.hold_out_indices(len(files), run["val"])[0].tolist()]
+        _, held_out = data.hold_out(labels, run["val"])
+        files = [files[i] for i in held_out.tolist()]
     return [*map(str, files)]
 
 
