@@ -43,9 +43,10 @@ def main():
         device = check_measurement(args)
         names = args.only or (VARIANTS if device.type == "cuda" else VARIANTS[:2])  # on a CPU neither captured nor compiled
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)
-        print(*table(results, args, device), sep="\n")
+        lines = [*table(results, args, device)]
+        endings.say(*lines)
         if args.json:
-            replace_file(args.json, as_json({"table": [*table(results, args, device)], "variants": results}))
+            replace_file(args.json, as_json({"table": lines, "variants": results}))
 
 
 def build_parser(text, variants):
