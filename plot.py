@@ -22,7 +22,7 @@ import pandas as pd
 import drawing
 import endings
 from endings import Refused, at_least, nonempty, say
-from runs import arguments_of, in_words, name_runs, read_csv, settings
+from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
 MIN_POINTS = 3000  # of a thinned curve, which has at most twice as many
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
@@ -43,6 +43,7 @@ class Curve(NamedTuple):
     tables: dict  # {part: mean, min and max over the runs of loss and error, by epoch}
     changes: set  # the epochs after which the learning rate changed
     runs: int
+    last: float  # epoch
 
 
 def main():
@@ -111,7 +112,7 @@ def read_curve(folders, smooth):
             say(f"{folder} has no row yet and is not drawn")
             continue
         ends[folder] = max(table["epoch"].max() for table in (train, test) if not table.empty)
-        val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(["epoch", "loss", "error"], axis=1)
+        val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(COLUMNS, axis=1)
         args = known_arguments(folder)
         tables.append((moving_average(train, smooth, last_batch(args)), val, test))
         changes |= rate_changes(args, test)
@@ -124,7 +125,7 @@ def read_curve(folders, smooth):
     if max(ends.values()) > min(ends.values()):
         say(f"{min(ends, key=ends.get)} ends at epoch {min(ends.values()):g}, and so does the mean of its setting")
     last = max(table.index.max() for table in parts.values() if not table.empty)
-    return Curve(parts, {change for change in changes if change < last}, len(tables))
+    return Curve(parts, {change for change in changes if change < last}, len(tables), last)
 
 
 def known_arguments(folder):
@@ -172,7 +173,7 @@ def rate_changes(args, test):
 
 def check_since(curves, since):
     """Refused if --since is after the last epoch."""
-    last = max(table.index.max() for curve in curves.values() for table in curve.tables.values() if not table.empty)
+    last = max(curve.last for curve in curves.values())
     if since > last:
         raise Refused(f"--since {since:g} is after the last epoch, {last:g}: choose less")
 
