@@ -18,7 +18,7 @@ import pandas as pd
 import endings
 from endings import new_file, nonempty, say
 from files import refuse_existing, write_text
-from runs import in_words, name_runs, read_csv, settings
+from runs import arguments_of, in_words, name_runs, read_csv, settings
 
 STATISTICS = ("mean", "std", "min", "max")
 ERRORS = {"test_error": "error", "val_error": "val_error"}  # name here: column of test.csv
@@ -67,7 +67,7 @@ def summary(differences, arguments, folders):
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
-    return row | images_per_second(arguments.get("train_images"), complete)
+    return row | images_per_second(arguments_of(folders[0]).get("train_images"), complete)
 
 
 def images_per_second(train_images, tables):

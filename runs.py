@@ -14,6 +14,7 @@ from files import read_json
 COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting.
 STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
+STARTED |= {"train_images"}  # it follows from others, and older runs do not say it
 MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # rounding, at most
 
 
@@ -90,7 +91,7 @@ def settings(folders):
     for _, members in groups:
         if twins := same_seed(members, runs):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
-    names = dict.fromkeys(name for common, _ in groups for name in common if name != "train_images")  # it follows from others
+    names = dict.fromkeys(name for common, _ in groups for name in common)
     rows = [{name: shared(name, [runs[folder] for folder in members]) for name in [*names, "data"]} for _, members in groups]
     names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
     names = ["data" if name == "digests" and named_by_place(rows) else name for name in names]

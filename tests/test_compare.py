@@ -71,6 +71,11 @@ def test_seeds_of_a_setting_are_one_row_of_mean_spread_and_extremes(tables, tmp_
     assert "sorted" not in out
 
 
+def test_a_run_that_does_not_say_how_many_images_it_has_is_of_the_same_setting(tables, tmp_path):
+    folders = [write_run(tmp_path / str(seed), 5.5, seed=seed, train_images=number) for seed, number in enumerate([1000, None])]
+    assert [row["n"] for row in tables(*folders)[0]] == ["2"]
+
+
 def test_one_run_alone_has_no_spread(tables, tmp_path):
     shown, numbers, _ = tables(write_run(tmp_path / "run", 5.5))
     assert shown == [{"epochs": "2", "n": "1", "test error, %": "5.50", "images/s": "-"}]
@@ -177,7 +182,7 @@ def test_a_folder_of_pictures_is_a_setting_by_what_is_in_it(tables, tmp_path):
 
 
 def test_what_a_run_may_change_when_it_is_resumed_is_no_setting():
-    assert run_folder.MAY_CHANGE - {"epochs"} | {"classes", "digests"} == runs.STARTED | runs.MACHINE
+    assert run_folder.MAY_CHANGE - {"epochs"} | {"classes", "digests", "train_images"} == runs.STARTED | runs.MACHINE
 
 
 def test_latex_is_escaped_and_needs_no_package(call_main, tmp_path):
