@@ -556,38 +556,38 @@ def forward(maps, mean, rstd, var, layers, weights):
 
 def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     """Fills z, b and the layer's new maps; statistics of z and of the maps are mean, 1 / std, unbiased variance."""
-    P, K, bn1, bn2 = size.P, size.K, layer.bn1, layer.bn2
-    part, pixels = convolve_first(maps, *statistics[:2], layer, w1, z, *statistics2[:2], size, training=True)
-    join(part, statistics2, P, pixels, 0, bn2.eps)
+    P, K, bn2 = size.P, size.K, layer.bn2
+    convolve_first(maps, *statistics[:2], layer, w1, z, statistics2, size, training=True)
     grid, warps = (triton.cdiv(P, 32),), max(1, padded(K) // 32)
     activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, padded(K), 32, products(maps), num_warps=warps)
-    part, pixels = convolve_second(maps, layer, w2, b, size, training=True)
-    join(part, statistics, P, pixels, bn1.num_features, bn1.eps)
+    convolve_second(maps, statistics, layer, w2, b, size, training=True)
 
 
-def convolve_first(maps, mean, rstd, layer, w1, z, mean2, rstd2, size, training):
-    """Fills z, or relu(bn2(z)) if not training. Returns the statistics of each program's pixels, and how many these are."""
+def convolve_first(maps, mean, rstd, layer, w1, z, statistics2, size, training):
+    """Fills z and its statistics; or, if not training, makes z relu(bn2(z)), by the statistics that are given."""
     bn1, bn2, K = layer.bn1, layer.bn2, size.K
     pixels, channels, warps, stages = size.tile("first_convolution", maps)
     part = maps.new_empty(triton.cdiv(size.P, pixels), 2, K, dtype=torch.float32)
     first_convolution[(len(part),)](
-        maps, mean, rstd, bn1.weight, bn1.bias, w1, z, mean2, rstd2, bn2.weight, bn2.bias, part, size.P, size.S8,
+        maps, mean, rstd, bn1.weight, bn1.bias, w1, z, *statistics2[:2], bn2.weight, bn2.bias, part, size.P, size.S8,
         bn1.num_features // size.UNIT, size.UNIT, K, padded(K), pixels, channels, products(maps), training,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return part, pixels
+    if training:
+        join(part, statistics2, size.P, pixels, 0, bn2.eps)
 
 
-def convolve_second(maps, layer, w2, b, size, training):
-    """Fills the layer's new maps; returns what convolve_first returns, of these."""
-    P, S8, H, W, N, K, UNIT = size
+def convolve_second(maps, statistics, layer, w2, b, size, training):
+    """Fills the layer's new maps and, if training, their statistics."""
+    (P, S8, H, W, N, K, UNIT), bn1 = size, layer.bn1
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](
-        b, w2, maps, part, P, S8, layer.bn1.num_features // UNIT, H, W, UNIT, K, N, padded(N), pixels, channels, products(maps),
+        b, w2, maps, part, P, S8, bn1.num_features // UNIT, H, W, UNIT, K, N, padded(N), pixels, channels, products(maps),
         training, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return part, pixels
+    if training:
+        join(part, statistics, P, pixels, bn1.num_features, bn1.eps)
 
 
 def join(part, statistics, P, pixels, first, eps):
@@ -604,9 +604,9 @@ def infer(maps, layers, weights):
     b = maps.new_empty(*maps.shape[:3], size.K)
     rstds = [running_rstd([getattr(layer, name) for layer in layers]) for name in ("bn1", "bn2")]
     for layer, (w1, w2), rstd1, rstd2 in zip(layers, weights, *rstds, strict=True):
-        mean1, mean2 = layer.bn1.running_mean, layer.bn2.running_mean
-        convolve_first(maps, mean1, rstd1, layer, w1, b, mean2, rstd2, size, training=False)
-        convolve_second(maps, layer, w2, b, size, training=False)
+        statistics2 = layer.bn2.running_mean, rstd2
+        convolve_first(maps, layer.bn1.running_mean, rstd1, layer, w1, b, statistics2, size, training=False)
+        convolve_second(maps, None, layer, w2, b, size, training=False)
 
 
 def running_rstd(norms):
