@@ -63,7 +63,7 @@ def check_classes(root, train, image_size, val):
     if len(train) < 2:
         raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each further one")
     for_training, for_test = (sum(map(len, part.values())) for part in (train, test))
-    number, copied = for_training + for_test, for_training * (val > 0)  # by data.hold_out
+    number, copied = for_training + for_test, for_training * (val > 0)  # by data.load
     needed, free = 3 * (number + copied) * image_size**2, free_memory()
     if needed > free:
         images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB{' with --val' * (val > 0)}"
