@@ -69,14 +69,14 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
     kept, held_out = hold_out(train.labels, val, limit)
     kept = train if len(kept) == len(train) else train.take(kept)  # the whole set is not copied
-    return Dataset(kept, train.take(held_out), test, mean, std, [*map(str, classes)])
+    return Dataset(kept, train.take(held_out), test, mean, std, classes)
 
 
 def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
     """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
     options = {"image_size": image_size, "quiet": quiet, "val": val} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
-    return Split(images, labels), classes
+    return Split(images, labels), [*map(str, classes)]
 
 
 def hold_out(labels, val, limit=None):

@@ -15,6 +15,7 @@ COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting.
 STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
 STARTED |= {"train_images"}  # it follows from others, and older runs do not say it
+CHECKED = (None, "cifar10", "cifar100", "svhn", "digits")  # the data sets that are always the same; older runs name none
 MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # rounding, at most
 
 
@@ -116,7 +117,7 @@ def group(runs, ignored):
     groups = {}
     for folder, arguments in runs.items():
         names = arguments.keys() - ignored - {"seed"}
-        if arguments.get("dataset") == "folder":  # two folders of pictures are two data sets
+        if arguments.get("dataset") not in CHECKED:  # two folders of pictures, say, are two data sets
             names.add("digests")
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
         groups.setdefault(json.dumps(common, sort_keys=True), (common, []))[1].append(folder)

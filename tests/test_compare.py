@@ -170,13 +170,14 @@ def test_commits_are_shortened(tables, tmp_path):
     assert [row["commit"] for row in numbers] == commits
 
 
-def test_a_folder_of_pictures_is_a_setting_by_what_is_in_it(tables, tmp_path):
+@pytest.mark.parametrize("dataset", ["folder", "mine"])
+def test_data_of_your_own_are_a_setting_by_what_is_in_them(tables, tmp_path, dataset):
     digests = [{"train": "0123456789"}, {"train": "0123456789"}, {"train": "abcdef0123"}]
     places = zip(("cats", "moved", "dogs"), (1, 2, 1), digests, strict=True)
-    folders = [write_run(tmp_path / name, 5, dataset="folder", data=name, seed=n, digests=d) for name, n, d in places]
+    folders = [write_run(tmp_path / name, 5, dataset=dataset, data=name, seed=n, digests=d) for name, n, d in places]
     assert [(row["digests"], row["n"]) for row in tables(*folders)[0]] == [("train 012345", "2"), ("train abcdef", "1")]
     assert [(row["data"], row["n"]) for row in tables(folders[0], folders[2])[0]] == [("cats", "1"), ("dogs", "1")]
-    edited = write_run(tmp_path / "edited", 5, dataset="folder", data="cats", seed=1, digests={"train": "ffffffffff"})
+    edited = write_run(tmp_path / "edited", 5, dataset=dataset, data="cats", seed=1, digests={"train": "ffffffffff"})
     assert [row["digests"] for row in tables(folders[0], edited)[0]] == ["train 012345", "train ffffff"]
     assert "digests" in tables(folders[0], edited, folders[2])[0][0]
 
