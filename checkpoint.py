@@ -61,7 +61,7 @@ def build_net(checkpoint):
     except ArgumentError as error:
         raise Refused(f"the checkpoint describes an impossible DenseNet ({error}): it is damaged") from error
     if not fits(checkpoint["net"], net):
-        raise Refused("the weights are not those of the DenseNet that the checkpoint names: it is no checkpoint of train.py")
+        raise Refused("the weights are not those of the DenseNet that the checkpoint names: use the densenet.py of its run")
     net.load_state_dict(checkpoint["net"])
     return net.eval()
 
@@ -88,7 +88,7 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     """
     path = Path(path)
     if not path.is_file():
-        raise Refused(f"{path} {'is no file' if path.exists() else 'does not exist'}: {remedy}")
+        raise Refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -99,7 +99,7 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     if is_state_dict(checkpoint):
         return {"net": checkpoint, **read_card(path.with_suffix(".json"))}
     if not is_card(checkpoint) or not is_state_dict(checkpoint.get("net")):
-        raise Refused(f"{path} is no checkpoint of train.py: {remedy}")
+        raise Refused(f"{path} is not a checkpoint of train.py: {remedy}")
     return checkpoint
 
 

@@ -62,7 +62,7 @@ class Dataset(NamedTuple):
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     """The data set `name` from the folder `root`; `val` training images are held out, `limit` of the others kept.
 
-    A folder's pictures become image_size x image_size, with their own progress bars. Refused if the data is missing or damaged.
+    A folder's pictures become image_size x image_size. Refused if the data is missing or damaged.
     """
     parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet, val) for part in parts)
@@ -143,7 +143,7 @@ def refuse_damaged(files):
 
 
 def download(dataset_class, root, archive, complete, **kwargs):
-    """torchvision's data set; unless complete, by a download or from the archive in root, a folder that may be new."""
+    """torchvision's data set; unless complete, extracted from the archive in root, or downloaded there."""
     if not (complete or (root / archive).exists()) and all((root / part).is_dir() for part in ("train", "test")):
         raise Refused(f"{root} holds train and test, as a folder of pictures does: choose --dataset folder, or another --data")
     new = [path for path in (root, *root.parents) if not path.exists()]
@@ -158,7 +158,7 @@ def download(dataset_class, root, archive, complete, **kwargs):
 
 
 def mean_and_std(images):
-    """Per channel, of pixels 0..255, by how often each value occurs, counted in parts; a constant channel gets std 1."""
+    """Per channel, of pixels 0..255, from histograms, counted in parts; the std is 1 at least."""
     parts = images.split(max(1, 2**26 // images[0, 0].numel()))
     counts = torch.stack([sum(part[:, c].flatten().bincount(minlength=256) for part in parts) for c in range(3)])
     shares, values = counts / counts.sum(dim=1, keepdim=True, dtype=torch.float64), torch.arange(256.0, dtype=torch.float64)

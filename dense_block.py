@@ -5,7 +5,7 @@ So a layer's activation is a = relu(scale * x + shift), with rstd = 1 / sqrt(var
 shift = beta - scale mean: one pass over the maps. It is not kept but computed again in the backward pass.
 
     memory     One buffer x (pixels by channels, channels last) holds all maps. A layer reads the first c channels and writes
-               its own behind them: nothing is concatenated, and in the end the buffer is the block's output. Kept for the
+               its own after them: nothing is concatenated, and in the end the buffer is the block's output. Kept for the
                backward pass are x, mean and rstd of each map, and the bottlenecks' outputs z: linear in depth. (Plain modules
                keep each layer's concatenation and activation: quadratic in depth.)
     forward    Layer by layer: z = conv1(a), then BN-ReLU-Conv3x3 as usual.
@@ -45,7 +45,7 @@ aten = torch.ops.aten
 
 @torch.compiler.disable  # a graph break: what torch.compile would trace is written out here
 def dense_block(x, layers, transition=None):
-    """The maps (N, C, H, W) and, behind them, those that the layers add; all layers are Bottlenecks or all are SingleLayers.
+    """The maps x (N, C, H, W), followed by those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
     With a transition, its output for these maps. In training mode it is differentiable once, with respect to x and all
     parameters, and updates the running statistics as the plain layers do. The layers must be `computable`, and a transition
@@ -78,7 +78,7 @@ class Block(NamedTuple):
 
 
 def bn_convs(module):
-    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition only the first two count."""
+    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition the side does not count."""
     if hasattr(module, "bn2"):
         return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
     return [(module.bn1, module.conv1, 3)]
@@ -90,7 +90,7 @@ def new_channels(layer):
 
 
 def out_channels(layers):
-    """The number of maps behind the last layer."""
+    """The number of maps after the last layer."""
     return layers[-1].bn1.num_features + new_channels(layers[-1])
 
 
@@ -171,7 +171,7 @@ def empty_maps(x, channels, alignment):
 
 
 def forward(maps, mean, rstd, var, layers, weights):
-    """Writes all new maps behind the block's input, and their statistics; returns what each layer's backward pass needs."""
+    """Writes all new maps after the block's input, and their statistics; returns what each layer's backward pass needs."""
     kept = []
     for layer, w in zip(layers, weights, strict=True):
         c = layer.bn1.num_features
@@ -262,34 +262,34 @@ def nhwc(x):
 def backward_block(grad, buffer, statistics, block, weights, kept):
     """The gradient of the block's input (N, C, H, W), and those of block.parameters()."""
     passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
-    moments = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope of the derivation
+    corrections = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope
     grads = torch.empty_like(buffer)[..., : maps.shape[-1]]  # G of the derivation
     grads_of_transition = []
     if block.transition:
-        grads_of_transition = passes.transition_backward(grad, grads, maps, *statistics, moments, block.transition)
+        grads_of_transition = passes.transition_backward(grad, grads, maps, *statistics, corrections, block.transition)
     else:
         grads.copy_(grad)
-    parameter_grads = passes.backward(grads, maps, *statistics, moments, block.layers, weights, kept)
+    parameter_grads = passes.backward(grads, maps, *statistics, corrections, block.layers, weights, kept)
     old = slice(0, block.layers[0].bn1.num_features)
-    grad_x = nchw(passes.through_statistics(grads, maps, *statistics, moments, old))
+    grad_x = nchw(passes.through_statistics(grads, maps, *statistics, corrections, old))
     return grad_x, [*parameter_grads, *grads_of_transition]
 
 
-def backward(grads, maps, mean, rstd, moments, layers, weights, kept):
-    """Takes G and the moments to those of the block's input; returns the gradients of all layers' parameters."""
+def backward(grads, maps, mean, rstd, corrections, layers, weights, kept):
+    """Updates G and the corrections, last layer to first; returns the gradients of all layers' parameters."""
     parameter_grads = []
     for layer, (w1, *w2), tensors in reversed([*zip(layers, weights, kept, strict=True)]):
         c = layer.bn1.num_features
-        grad_new = through_statistics(grads, maps, mean, rstd, moments, slice(c, c + new_channels(layer)))
+        grad_new = through_statistics(grads, maps, mean, rstd, corrections, slice(c, c + new_channels(layer)))
         grad_z, second = backward_second(grad_new, layer, tensors, *w2)
-        first = backward_first(grad_z, grads[..., :c], maps[..., :c], mean[:c], rstd[:c], moments[:, :c], layer.bn1, w1)
+        first = backward_first(grad_z, grads[..., :c], maps[..., :c], mean[:c], rstd[:c], corrections[:, :c], layer.bn1, w1)
         parameter_grads = [*first, *second, *parameter_grads]
     return parameter_grads
 
 
-def through_statistics(grads, maps, mean, rstd, moments, channels):
+def through_statistics(grads, maps, mean, rstd, corrections, channels):
     """The gradient g of the derivation (n, H, W, channels), for a slice of the channels."""
-    offset, slope = moments[:, channels]
+    offset, slope = corrections[:, channels]
     centred = maps[..., channels] - mean[channels]
     return (grads[..., channels] - offset).addcmul_(centred, slope * rstd[channels], value=-1).to(grads.dtype)
 
@@ -308,8 +308,8 @@ def backward_second(grad, layer, tensors, weight=None):
     return undo_dropout(nhwc(grad_z), mask1, layer.dropout.p), [grad_gamma, grad_beta, grad_w]
 
 
-def backward_first(grad_z, grads, maps, mean, rstd, moments, bn, weight):
-    """Adds the layer's part to G and to the moments; returns the gradients of gamma1, beta1, W1."""
+def backward_first(grad_z, grads, maps, mean, rstd, corrections, bn, weight):
+    """Adds the layer's part to G and to the corrections; returns the gradients of gamma1, beta1, W1."""
     grads_of_bn, grads_of_weight = [], []
     for part in slices(maps):
         a = activate(maps[part], mean, rstd, bn)
@@ -317,7 +317,7 @@ def backward_first(grad_z, grads, maps, mean, rstd, moments, bn, weight):
         grads_of_bn.append(accumulate(da, a, maps[part], mean, rstd, bn.weight, grads[part]))
         grads_of_weight.append(grad_w.to(bn.weight.dtype))
     grad_beta, grad_gamma = grad_bn = sum(grads_of_bn)
-    moments.addcmul_(bn.weight * rstd, grad_bn, value=1 / maps[..., 0].numel())
+    corrections.addcmul_(bn.weight * rstd, grad_bn, value=1 / maps[..., 0].numel())
     return grad_gamma, grad_beta, sum(grads_of_weight)
 
 
@@ -396,16 +396,16 @@ def infer(x, layers, transition, kernels):
 def computable(x, layers):
     """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
 
-    Asked before each pass, which takes some 20 us a layer: a hook may be added at any time. A replayed CUDA graph does not ask.
+    Asked before each pass, some 20 us a layer, since a hook may be added at any time. A replayed CUDA graph does not ask.
     """
     training = layers[0].training
-    if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # of one pixel batch norm cannot take statistics
+    if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
         return False
     channels = x.shape[1]
     for layer in layers:
         if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
             return False
-        if layer.dropout.p == 1:  # all is dropped, and what stays is divided by 0
+        if layer.dropout.p == 1:  # all is dropped, and the scale is 1 / 0
             return False
         if not all(plain(*half, training) for half in bn_convs(layer)):
             return False
@@ -420,7 +420,7 @@ def computable(x, layers):
 def observed(x, training):
     """Whether a tracer, functorch, forward-mode AD or a hook needs more of the block than its output and its gradient.
 
-    In evaluation mode kernels.py gives the output alone: then also whether autograd, a compiler or a dispatch mode is on.
+    In evaluation mode kernels.py gives the output alone, so autograd, a compiler and a dispatch mode count, too.
     """
     if torch.nn.modules.module._has_any_global_hook():
         return True
@@ -440,7 +440,7 @@ def untouched(module, kind, training):
 
 
 def plain(bn, conv, side, training):
-    """Whether the batch norm and the convolution behind it, with kernels of this side, compute what is computed here."""
+    """Whether the batch norm and the convolution after it, of this size, compute what is computed here."""
     return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, side, training)
 
 
@@ -462,7 +462,7 @@ def plain_convolution(conv, channels, side, training):
 
 @torch.compiler.disable
 def joinable(x, block, transition):
-    """Whether dense_block also computes the transition behind a block that it computes: by kernels.py, if it is unchanged."""
+    """Whether dense_block also computes the transition after a block that it computes: by kernels.py, if it is unchanged."""
     bn, conv, training, layers = transition.bn1, transition.conv1, block.training, list(block)
     if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
         return False
@@ -474,10 +474,10 @@ def joinable(x, block, transition):
 
 @torch.compiler.disable
 def as_defined(kind, definition):
-    """Whether modules of a class do what this method of Definition does, by PyTorch's own functions. Warns if not."""
+    """Whether the class's forward is this method of Definition and PyTorch's functions are its own. Warns if not."""
     same = code_of(kind.forward) == code_of(definition) and kind.__call__ is nn.Module.__call__ and called() == AS_IMPORTED
     if not same:
-        warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition: it runs as it is", stacklevel=1)
+        warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition, so it runs as it is", stacklevel=1)
     return same
 
 

@@ -2,7 +2,7 @@
 
     with worded(parser, "batches of 64", "a smaller --batch-size") as ending:
         ...                                 # Refused("depth 11 does not fit: ...") ends the program with status 2
-        ending.resume = resume_command(1)   # from here on every message says how to resume
+        ending.resume = resume_command(1)   # from here on most messages say how to resume
 
 Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for signal n (SIGPIPE: the output was closed).
 """
@@ -105,12 +105,12 @@ def last_words(error, ending):
 
 
 def way_out(number, resume):
-    """What helps against this error of the system, to be put behind its words."""
+    """What helps against this error of the system, to be put after its words."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room there" + ", or name another place" * (not resume)
     if resume:
         return ": put back what is missing" * (number == errno.ENOENT)
-    return ": mend this, or name another place" * (number not in FAILED_LATER)
+    return ": fix this, or name another place" * (number not in FAILED_LATER)
 
 
 def out_of_memory(error):

@@ -89,7 +89,7 @@ def refuse_unwritable(args):
     for flag, folder in folders.items():
         nearest = next(each for each in (folder, *folder.parents) if each.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise Refused(f"{folder} is no folder that can be written to: name another by {flag}")
+            raise Refused(f"{folder} is not a folder that can be written to: name another by {flag}")
     if not args.image:
         table = confusion_table(args)
         for path, pattern in [(table, rb"\Atrue,"), (table.with_suffix(".png"), drawing.SIGNATURE)]:
@@ -154,7 +154,7 @@ def read_split(checkpoint, root, part):
 
 
 def files_of(run, root, part):
-    """The files of the pictures that read_split gives, in a list that is empty where the data set is no folder."""
+    """The files of the pictures that read_split gives, in a list that is empty where the data set is not a folder."""
     if run["dataset"] != "folder":
         return []
     source = "train" if part == "val" else "test"

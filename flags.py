@@ -1,6 +1,7 @@
 """The flags that several programs share, and their defaults, each stated once."""
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from endings import Refused, at_least, nonempty
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
-NOT_TAKEN_OVER = {"help", "save", "resume", "force", "capture", "efficient"}  # from args.json; the last two are, in fill_in
+NOT_TAKEN_OVER = {"help", "save", "resume", "force", "capture", "efficient"}  # from args.json; for the last two see fill_in
 SGD = {"momentum": 0.9, "nesterov": True}  # defaults of the flags that sgd alone has
 MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
 
@@ -42,7 +43,7 @@ def add_model_flags(group, depth=100):
     add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
-    add("--efficient", action=switch, help="dense blocks in linear memory (on a GPU, with k <= 12, no dropout, no fp32)")
+    add("--efficient", action=switch, help="dense blocks in linear memory (yes on a GPU with k <= 12, no dropout, no fp32)")
 
 
 def add_optimisation_flags(group):
@@ -53,7 +54,7 @@ def add_optimisation_flags(group):
     add("--lr", type=number, help="sgd: 0.1, divided by 10 at 1/2 and 3/4 of the epochs; else PyTorch's default, constant")
     add("--momentum", type=at_least(0, float, high=1), default=SGD["momentum"], help="of sgd (%(default)s)")
     add("--weight-decay", type=number, default=1e-4, help="on all parameters (%(default)s)")
-    add("--nesterov", action=switch, default=SGD["nesterov"], help="or plain momentum for sgd")
+    add("--nesterov", action=switch, default=SGD["nesterov"], help="Nesterov momentum for sgd, or plain")
     add("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
     add("--deterministic", action=switch, default=False, help="only deterministic kernels: slower on a GPU, repeatable")
 
@@ -64,7 +65,7 @@ def add_machine_flags(group):
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     add("--precision", choices=[*DTYPES], help="of matrix products; bf16, fp16: autocast (tf32 if the GPU has it, else fp32)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
-    add("--capture", action=switch, help="forward and backward pass as a CUDA graph (on a GPU, one process, no --compile)")
+    add("--capture", action=switch, help="both passes as one CUDA graph (yes on a GPU with one process, no --compile)")
     add("--sync-bn", action=switch, default=False, help="under torchrun: batch statistics over all processes")
 
 
@@ -85,7 +86,7 @@ def image_size(text):
     size = at_least(8)(text)
     if size % 4:
         below = size - size % 4
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4: the nearest are {below} and {below + 4}")
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 4: the nearest are {below} and {below + 4}")
     return size
 
 
@@ -116,7 +117,9 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
 
 def words_of(begun, names, parser, source, remedy):
     """The named arguments, but null ones, as a command line. Refused if the parser does not accept it."""
-    words = [flag_of(name, begun[name]) for name in sorted(names & begun.keys()) if begun[name] is not None]
+    actions = {action.dest: action for action in reversed(parser._actions)}  # of flags of the same argument the first
+    known = [name for name in sorted(names & begun.keys()) if begun[name] is not None]
+    words = [word for name in known for word in words_for(actions[name], begun[name])]
     parser.exit_on_error = False
     try:
         _, unknown = parser.parse_known_args(words)
@@ -126,6 +129,17 @@ def words_of(begun, names, parser, source, remedy):
         raise Refused(f"{source} is damaged ({error}): {remedy}") from error
     parser.exit_on_error = True
     return words
+
+
+def words_for(action, value):
+    """The words of a command line that give an argument this value, also for kinds of flags that are not used here."""
+    flag = next((text for text in action.option_strings if text.startswith("--")), action.option_strings[0])
+    switch = isinstance(action, argparse.BooleanOptionalAction)
+    if action.nargs == 0 and not switch and value in (action.const, action.default):
+        return [flag] * (value == action.const)
+    if action.nargs and isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag_of(flag.removeprefix("--"), value)]
 
 
 def flag_of(name, value):
@@ -171,7 +185,7 @@ def fill_in(args, device, processes=1, begun=None):
 def refuse_contradictions(args, device, processes=1):
     """Refused if the arguments, filled in, contradict each other or the machine; before anything is downloaded or written."""
     if args.image_size != IMAGE_SIZE and args.dataset != "folder":
-        raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} are {IMAGE_SIZE} x {IMAGE_SIZE}")
+        raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} keep their own, leave it out")
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)
@@ -185,4 +199,4 @@ def refuse_contradictions(args, device, processes=1):
 
 def plain_arguments(args):
     """The arguments as JSON and a checkpoint can hold them."""
-    return {**vars(args), "save": str(args.save)}
+    return json.loads(json.dumps(vars(args), default=str))

@@ -1,19 +1,19 @@
 """The dense block of bottlenecks on a GPU, in Triton: what dense_block.py defines, in few passes over the maps.
 
 Tensors are rows of pixels. x and G of the derivation in dense_block.py are (P, S), S = 8 S8 the block's channels rounded up, so
-that rows are aligned; what lies behind a layer's channels is read, which keeps loads wide, but never used. z and its gradient
-dz are (P, K), K = 4k. A matrix product multiplies in the type of x, see products(), and adds in float32; batch norms, sums and
-what is made of them are float32. No atomics: each program writes its part of a sum, and a next kernel adds the parts in a fixed
-order, so the same input gives the same bits.
+that rows are aligned; what follows a layer's channels is read, which keeps loads wide, but never used. z, and db, the gradient
+of bn2(z), are (P, K), K = 4k. A matrix product multiplies in the type of x, see products(), and adds in float32; batch norms,
+sums and what is made of them are float32. No atomics: each program writes its part of a sum, and the next kernel adds these in
+a fixed order, so the same input gives the same bits.
 
     forward     copy_maps             the block's input into x, and the statistics of each program's pixels
                 first_convolution     z = conv1(relu(bn1(x))), and their statistics
                 activation            b = relu(bn2(z))
-                second_convolution    new maps = conv2(b), written behind x, and their statistics
+                second_convolution    new maps = conv2(b), written after x, and their statistics
                 join_statistics       after each that has statistics: mean and 1 / std
     backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
-                second_backward       dz up to the ReLU of bn2; the parts of the gradients of W2, beta2, gamma2
-                first_backward        dz through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
+                second_backward       db through the ReLU after bn2; the parts of the gradients of W2, beta2, gamma2
+                first_backward        db through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
                 join_sums             after each that leaves parts: these added up; offset and slope
     transition  pooled_activation     the mean of relu(bn(x)) over 2 x 2 pixels, before the 1x1 convolution; both are linear
                 pooled_backward       G, which begins with the transition's part; parts of the gradients of beta, gamma
@@ -49,7 +49,7 @@ def activated(x, norm):
 
 @triton.jit
 def relu(x):
-    """NaN stays NaN, as in PyTorch: a net that has diverged is not to look alive."""
+    """NaN stays NaN, as in PyTorch: a net that has diverged must not look healthy."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -99,7 +99,7 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, mean2, rstd2, gamma2, b
                       TRAINING: tl.constexpr):  # fmt: skip
     """z (P, K) = relu(bn1(x[:, :C])) w1^T, w1 (K, C), C = units UNIT; one program for each BM pixels.
 
-    If not TRAINING, it is relu(bn2(z)), whose statistics are known then.
+    If not TRAINING, z is already relu(bn2(z)), since bn2's statistics are known.
     """
     C = units * UNIT
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -110,7 +110,7 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, mean2, rstd2, gamma2, b
         wide = (rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :]
         x_tile = tl.load(x + rows[:, None] * (8 * S8) + c[None, :], mask=wide, other=0.0)
         _, a = activated(x_tile, channels_of(mean, rstd, gamma, beta, c, c < C))
-        a = tl.where((c < C)[None, :], a, 0.0)  # what lies behind may be NaN
+        a = tl.where((c < C)[None, :], a, 0.0)  # what follows may be NaN
         w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         z_tile = tl.dot(operand(a, z, PRODUCTS), w, z_tile, input_precision=PRODUCTS)
     if not TRAINING:
@@ -185,19 +185,19 @@ def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N, R
 
 
 @triton.jit(do_not_specialize=["units", "width"])
-def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, width, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def new_gradient(G, x, mean, rstd, corrections, g, P, S8, units, width, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  PRODUCTS: tl.constexpr):  # fmt: skip
     """g (P, N) = G - offset - (x - mean) rstd slope of N = width UNIT maps from C = units UNIT on.
 
-    moments (2, S): offset and slope. Grid (BM pixels, BN maps).
+    corrections (2, S): offset and slope. Grid (BM pixels, BN maps).
     """
     N = width * UNIT
     rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < P)[:, None] & (n < N)[None, :]
     c = units * UNIT + n
     at = rows[:, None] * (8 * S8) + c[None, :]
-    offset = tl.load(moments + c, mask=n < N, other=0.0)
-    scale = tl.load(moments + 8 * S8 + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
+    offset = tl.load(corrections + c, mask=n < N, other=0.0)
+    scale = tl.load(corrections + 8 * S8 + c, mask=n < N, other=0.0) * tl.load(rstd + c, mask=n < N, other=0.0)
     centred = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + c, mask=n < N, other=0.0)[None, :]
     out = tl.load(G + at, mask=mask, other=0.0).to(tl.float32) - offset[None, :] - centred * scale[None, :]
     tl.store(g + rows[:, None] * N + n[None, :], operand(out + dither(out, rows, n, g), g, PRODUCTS), mask=mask)
@@ -205,7 +205,7 @@ def new_gradient(G, x, mean, rstd, moments, g, P, S8, units, width, UNIT: tl.con
 
 @triton.jit
 def dither(x, rows, n, like):
-    """Up to half of the last digit that x (float32) has in the 16-bit type of `like`, evenly spread over pixels; 0 for float32.
+    """Within half an ulp of x (float32) in the 16-bit type of `like`, evenly spread over pixels; 0 for float32.
 
     G is rounded to that type: taking off an offset and rounding again would move all values of one size the same way.
     """
@@ -218,10 +218,10 @@ def dither(x, rows, n, like):
 
 
 @triton.jit(do_not_specialize=["turns"])
-def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, turns, H: tl.constexpr, W: tl.constexpr,
+def second_backward(g, z, mean, rstd, gamma, beta, w2, db, part, P, turns, H: tl.constexpr, W: tl.constexpr,
                     K: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr,
                     PRODUCTS: tl.constexpr):  # fmt: skip
-    """dz (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
+    """db (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
 
     Grid (groups of `turns` times BM pixels, chunks of BK channels). All taps are one matrix product, see nine_gradients. part
     (groups, 9 N K + 2 K): of W2 (N, 3, 3, K), beta2, gamma2.
@@ -232,22 +232,22 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, dz, part, P, turns, H: tl
     mask_w = (j < 9 * N)[:, None] & (k < K)[None, :]
     w = tl.load(w2 + at_w, mask=mask_w, other=0.0)
     grad_w = tl.zeros((TAPS, BK), tl.float32)
-    grad_beta, sum_dz_z = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BK), tl.float32)  # added up over pixels at the end
+    grad_beta, sum_db_centred = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BK), tl.float32)  # summed over pixels at the end
     for turn in range(turns):
         rows = (tl.program_id(0) * turns + turn) * BM + tl.arange(0, BM)
         g9 = nine_gradients(g, rows, P, j, H, W, N)
         mask = (rows < P)[:, None] & (k < K)[None, :]
         z_tile = tl.load(z + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
         centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K))
-        grad_w = tl.dot(tl.trans(g9), operand(finite(b, rows, P, dz), dz, PRODUCTS), grad_w, input_precision=PRODUCTS)
-        db = tl.dot(g9, w, input_precision=PRODUCTS)
-        db = tl.where(b > 0, db, 0.0).to(dz.dtype.element_ty)
-        tl.store(dz + rows[:, None] * K + k[None, :], db, mask=mask)
-        grad_beta += db.to(tl.float32)
-        sum_dz_z += db.to(tl.float32) * centred
+        grad_w = tl.dot(tl.trans(g9), operand(finite(b, rows, P, db), db, PRODUCTS), grad_w, input_precision=PRODUCTS)
+        db_tile = tl.dot(g9, w, input_precision=PRODUCTS)
+        db_tile = tl.where(b > 0, db_tile, 0.0).to(db.dtype.element_ty)
+        tl.store(db + rows[:, None] * K + k[None, :], db_tile, mask=mask)
+        grad_beta += db_tile.to(tl.float32)
+        sum_db_centred += db_tile.to(tl.float32) * centred
     part += tl.program_id(0).to(tl.int64) * (9 * N * K + 2 * K)
     tl.store(part + at_w, grad_w, mask=mask_w)
-    store_sums(part + 9 * N * K, grad_beta, sum_dz_z, rstd, k, K)
+    store_sums(part + 9 * N * K, grad_beta, sum_db_centred, rstd, k, K)
 
 
 @triton.jit
@@ -261,14 +261,14 @@ def nine_gradients(g, rows, P, j, H: tl.constexpr, W: tl.constexpr, N: tl.conste
 
 
 @triton.jit
-def store_sums(part, grad_beta, sum_da_x, rstd, c, C):
+def store_sums(part, grad_beta, sum_da_centred, rstd, c, C):
     """The gradients of beta and gamma, from their tiles added up over pixels, into part (2, C)."""
     tl.store(part + c, tl.sum(grad_beta, 0), mask=c < C)
-    tl.store(part + C + c, tl.sum(sum_da_x, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
+    tl.store(part + C + c, tl.sum(sum_da_centred, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["units", "turns"])
-def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S8, units, turns,
+def first_backward(db, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S8, units, turns,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
     """G[:, :C] += scale da, C = units UNIT; this program's part of the gradients. Columns from C on may have anything in them.
@@ -281,23 +281,23 @@ def first_backward(dz, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     w = tl.load(w1 + k[:, None] * C + c[None, :], mask=mask_w, other=0.0)
     norm2 = gradient_of(mean2, rstd2, gamma2, sums2, P, k, K)
     grad_w = tl.zeros((KP, BC), tl.float32)
-    grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
+    grad_beta, sum_da_centred = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # summed over pixels at the end
     rows, end = tl.program_id(0) * turns * BM + tl.arange(0, BM), tl.minimum((tl.program_id(0) + 1) * turns * BM, P)
-    ahead = load_tiles(dz, z, x, G, rows, rows < end, k, c, S8, C, K)  # one turn ahead, to wait less for the memory
+    ahead = load_tiles(db, z, x, G, rows, rows < end, k, c, S8, C, K)  # one turn ahead, to wait less for the memory
     for _ in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
-        dz_tile, z_tile, x_tile, old = ahead
-        ahead = load_tiles(dz, z, x, G, rows + BM, rows + BM < end, k, c, S8, C, K)
+        db_tile, z_tile, x_tile, old = ahead
+        ahead = load_tiles(db, z, x, G, rows + BM, rows + BM < end, k, c, S8, C, K)
         norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers
         centred, a = activated(x_tile, norm)
-        grad_z = operand(through_batch_norm(dz_tile, z_tile, norm2, rows < P), dz, PRODUCTS)
-        grad_w, da = through_convolution(grad_z, a, w, grad_w, rows, P, dz, PRODUCTS)
-        grad_beta, sum_da_x = grad_beta + da, sum_da_x + da * centred
+        grad_z = operand(through_batch_norm(db_tile, z_tile, norm2, rows < P), db, PRODUCTS)
+        grad_w, da = through_convolution(grad_z, a, w, grad_w, rows, P, db, PRODUCTS)
+        grad_beta, sum_da_centred = grad_beta + da, sum_da_centred + da * centred
         new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
         tl.store(G + rows[:, None] * (8 * S8) + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :])
         rows += BM
     part += tl.program_id(0).to(tl.int64) * ((K + 2) * C)
     tl.store(part + k[:, None] * C + c[None, :], grad_w, mask=mask_w)
-    store_sums(part + K * C, grad_beta, sum_da_x, rstd, c, C)
+    store_sums(part + K * C, grad_beta, sum_da_centred, rstd, c, C)
 
 
 @triton.jit
@@ -309,11 +309,11 @@ def through_convolution(grad_z, a, w, grad_w, rows, P, like, PRODUCTS: tl.conste
 
 
 @triton.jit
-def load_tiles(dz, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
-    """Tiles of dz and z (pixels, K), x and G (pixels, C); the latter two with all of the 8 channels that lie together."""
+def load_tiles(db, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
+    """Tiles of db and z (pixels, K), x and G (pixels, C); the latter two with all of the 8 channels that lie together."""
     mask, at = inside[:, None] & (k < K)[None, :], rows[:, None] * K + k[None, :]
     wide, at_x = inside[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :], rows[:, None] * (8 * S8) + c[None, :]
-    return (tl.load(dz + at, mask=mask, other=0.0), tl.load(z + at, mask=mask, other=0.0),
+    return (tl.load(db + at, mask=mask, other=0.0), tl.load(z + at, mask=mask, other=0.0),
             tl.load(x + at_x, mask=wide, other=0.0), tl.load(G + at_x, mask=wide, other=0.0))  # fmt: skip
 
 
@@ -331,17 +331,17 @@ def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
 
 
 @triton.jit
-def through_batch_norm(dz, z, norm, inside):
+def through_batch_norm(db, z, norm, inside):
     """The gradient of z (pixels, K), float32, from that of its batch norm's output; 0 outside and in channels from K on."""
     mean, scale, offset, slope = norm
-    return tl.where(inside[:, None], dz.to(tl.float32) * scale - ((z.to(tl.float32) - mean) * slope + offset), 0.0)
+    return tl.where(inside[:, None], db.to(tl.float32) * scale - ((z.to(tl.float32) - mean) * slope + offset), 0.0)
 
 
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
-def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S8, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
+def join_sums(part, sums, gamma, rstd, corrections, groups, width, weights, P, S8, CORRECT: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr):  # fmt: skip
-    """sums (width,) of part (groups, width). With MOMENTS, the columns behind the weights are the gradients of beta1 (C,) and
-    gamma1 (C,), and moments (2, S), offset and slope, get scale / P times these.
+    """sums (width,) of part (groups, width). With CORRECT, the columns after the weights are the gradients of beta1 (C,) and
+    gamma1 (C,), and corrections (2, S), offset and slope, get scale / P times these.
     """
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -350,12 +350,12 @@ def join_sums(part, sums, gamma, rstd, moments, groups, width, weights, P, S8, M
         mask = (i < groups)[:, None] & (j < width)[None, :]
         total += tl.sum(tl.load(part + i[:, None].to(tl.int64) * width + j[None, :], mask=mask, other=0.0), 0)
     tl.store(sums + j, total, mask=j < width)
-    if MOMENTS:
+    if CORRECT:
         live = (j >= weights) & (j < width)
         C = (width - weights) // 2
         c = (j - weights) % C
         scale = tl.load(gamma + c, mask=live, other=0.0) * tl.load(rstd + c, mask=live, other=0.0)
-        at = moments + (j - weights) // C * (8 * S8) + c
+        at = corrections + (j - weights) // C * (8 * S8) + c
         tl.store(at, tl.load(at, mask=live, other=0.0) + scale * total / P, mask=live)
 
 
@@ -393,7 +393,7 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
     """
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     norm = channels_of(mean, rstd, gamma, beta, c, c < C)
-    grad_beta, sum_da_x = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # added up over pixels at the end
+    grad_beta, sum_da_centred = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # summed over pixels at the end
     for turn in range(turns):
         rows = (tl.program_id(0) * turns + turn) * BM + tl.arange(0, BM)
         wide, at = (rows < Q)[:, None] & (c < 8 * S8)[None, :], rows[:, None] * (8 * S8) + c[None, :]
@@ -405,10 +405,10 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
             average += 0.25 * tile
             each = tl.where(tile > 0, da_tile, 0.0)
             grad_beta += each
-            sum_da_x += each * centred
+            sum_da_centred += each * centred
             tl.store(G + at_x, (norm[1] * each).to(G.dtype.element_ty), mask=wide)
         tl.store(a + at, operand(average, a, PRODUCTS), mask=wide)
-    store_sums(part + tl.program_id(0) * (2 * C), grad_beta, sum_da_x, rstd, c, C)
+    store_sums(part + tl.program_id(0) * (2 * C), grad_beta, sum_da_centred, rstd, c, C)
 
 
 # ------------------------------------------------------------------------------------------------------ the block's passes
@@ -427,7 +427,7 @@ def fit(x, layers):
 
 
 def fit_transition(x, transition):
-    """Whether the kernels compute the transition behind layers that they compute for the input x."""
+    """Whether the kernels compute the transition after layers that they compute for the input x."""
     types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
     rounded = exact(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS
     return types and without_dropout(transition) and min(x.shape[2:]) >= 2 and not rounded
@@ -519,7 +519,7 @@ def cast(convolutions, maps):
     if maps.dtype == torch.float32:
         if products(maps) != "tf32":
             return weights
-        wide = torch._foreach_mul(weights, 8193.0)  # 2^13 + 1: what is taken off and put back, are the last 13 bits
+        wide = torch._foreach_mul(weights, 8193.0)  # 2^13 + 1, Veltkamp's splitting: rounds off the last 13 bits
         return torch._foreach_sub(wide, torch._foreach_sub(wide, weights))
     out = [torch.empty_like(weight, dtype=maps.dtype) for weight in weights]
     torch._foreach_copy_(out, weights)  # in one launch
@@ -536,7 +536,7 @@ def write_maps(maps, mean, rstd, var, new, eps):
 
 
 def forward(maps, mean, rstd, var, layers, weights):
-    """Writes all new maps behind the block's input in maps (N, H, W, C), and their statistics; updates those of the bn2.
+    """Writes all new maps after the block's input in maps (N, H, W, C), and their statistics; updates those of the bn2.
 
     weights are (W1, W2) of each layer, as cast() makes them. Returns for each layer what its backward pass needs: z
     (N, H, W, K), its mean and 1 / std (K,).
@@ -614,67 +614,67 @@ def running_rstd(norms):
     return torch._foreach_rsqrt(torch._foreach_add([bn.running_var for bn in norms], [bn.eps for bn in norms]))
 
 
-def backward(grads, maps, mean, rstd, moments, layers, weights, kept):
-    """Takes G (N, H, W, C) and moments (2, S), offset and slope, to those of the block's input.
+def backward(grads, maps, mean, rstd, corrections, layers, weights, kept):
+    """Takes G (N, H, W, C) and corrections (2, S), offset and slope, to those of the block's input.
 
     Returns the gradients of all layers' parameters: gamma1, beta1, W1, gamma2, beta2, W2 of each.
     """
     size = Sizes.of(maps, layers)
-    dz = torch.empty_like(kept[0][0])
+    db = torch.empty_like(kept[0][0])
     parameter_grads = []
     for layer, (w1, w2), tensors in reversed([*zip(layers, weights, kept, strict=True)]):
         c = layer.bn1.num_features
-        g = through_statistics(grads, maps, mean, rstd, moments, slice(c, c + size.N))
-        grads2 = backward_second(g, layer, w2, tensors, dz, size)
-        grads1 = backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size)
+        g = through_statistics(grads, maps, mean, rstd, corrections, slice(c, c + size.N))
+        grads2 = backward_second(g, layer, w2, tensors, db, size)
+        grads1 = backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db, grads2, size)
         parameter_grads = [*named_grads(grads1, layer.conv1), *named_grads(grads2, layer.conv2), *parameter_grads]
     return parameter_grads
 
 
-def through_statistics(grads, maps, mean, rstd, moments, channels):
+def through_statistics(grads, maps, mean, rstd, corrections, channels):
     """As in dense_block.py: the gradient (N, H, W, channels) of these maps, a slice, from G."""
     P, first, N = maps[..., 0].numel(), channels.start, channels.stop - channels.start
     g = maps.new_empty(*maps.shape[:3], N)
     UNIT, grid = math.gcd(first, N, 4), (triton.cdiv(P, 64), triton.cdiv(N, 16))
     new_gradient[grid](
-        grads, maps, mean, rstd, moments, g, P, maps.stride(2) // 8, first // UNIT, N // UNIT, UNIT, 64, 16, products(maps)
+        grads, maps, mean, rstd, corrections, g, P, maps.stride(2) // 8, first // UNIT, N // UNIT, UNIT, 64, 16, products(maps)
     )  # fmt: skip
     return g
 
 
-def backward_second(g, layer, w2, tensors, dz, size):
-    """Fills dz; returns the gradients of W2, beta2, gamma2, one behind the other. g: the gradient of the new maps."""
+def backward_second(g, layer, w2, tensors, db, size):
+    """Fills db; returns the gradients of W2, beta2, gamma2, one after the other. g: the gradient of the new maps."""
     P, S8, H, W, N, K, _ = size
     bn, (z, *statistics) = layer.bn2, tensors
     pixels, channels, warps, stages, turns = size.tile("second_backward", g)
     part = g.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
     second_backward[(len(part), triton.cdiv(K, channels))](
-        g, z, *statistics, bn.weight, bn.bias, w2, dz, part, P, turns, H, W, K, channels, N, padded(9 * N), pixels, products(g),
+        g, z, *statistics, bn.weight, bn.bias, w2, db, part, P, turns, H, W, K, channels, N, padded(9 * N), pixels, products(g),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return added_up(part, 0, bn, *statistics, P, S8, MOMENTS=False)  # the statistics are not looked at
+    return added_up(part, 0, bn, *statistics, P, S8, CORRECT=False)  # the statistics are not looked at
 
 
-def backward_first(grads, maps, mean, rstd, moments, layer, w1, tensors, dz, grads2, size):
-    """Adds the layer's part to G and the moments; returns the gradients of W1, beta1, gamma1, one behind the other."""
+def backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db, grads2, size):
+    """Adds the layer's part to G and the corrections; returns the gradients of W1, beta1, gamma1, one after the other."""
     P, S8, _, _, _, K, UNIT = size
     bn1, bn2, (z, *statistics), C = layer.bn1, layer.bn2, tensors, layer.bn1.num_features
     pixels, channels, warps, stages, turns = size.tile("first_backward", maps)
     part = maps.new_empty(triton.cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
     first_backward[(len(part), triton.cdiv(C, channels))](
-        dz, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S8,
+        db, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S8,
         C // UNIT, turns, UNIT, K, padded(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return added_up(part, K * C, bn1, rstd, moments, P, S8, MOMENTS=True)
+    return added_up(part, K * C, bn1, rstd, corrections, P, S8, CORRECT=True)
 
 
-def added_up(part, weights, bn, rstd, moments, P, S8, MOMENTS):
-    """The sum (width,) of the rows of part (groups, width); with MOMENTS, what is behind the weights goes to the moments."""
+def added_up(part, weights, bn, rstd, corrections, P, S8, CORRECT):
+    """The sum (width,) of the rows of part (groups, width); with CORRECT, what follows the weights goes to the corrections."""
     groups, width = part.shape
     sums = part.new_empty(width)
     rows, columns = (4, 2048) if part.is_cpu else (128, 16)  # an interpreter wants few programs
     grid = (triton.cdiv(width, columns),)
-    join_sums[grid](part, sums, bn.weight, rstd, moments, groups, width, weights, P, S8, MOMENTS, rows, columns)
+    join_sums[grid](part, sums, bn.weight, rstd, corrections, groups, width, weights, P, S8, CORRECT, rows, columns)
     return sums
 
 
@@ -703,8 +703,8 @@ def transition_forward(maps, mean, rstd, transition):
     return out.view(n, h // 2, w // 2, -1)
 
 
-def transition_backward(grad, grads, maps, mean, rstd, moments, transition):
-    """Fills G (N, H, W, C), and moments (2, S), 0 before, from the gradient (N, H // 2, W // 2, K) of the output.
+def transition_backward(grad, grads, maps, mean, rstd, corrections, transition):
+    """Fills G (N, H, W, C), and corrections (2, S), 0 before, from the gradient (N, H // 2, W // 2, K) of the output.
 
     Returns the gradients of gamma, beta, W. The products are cuBLAS's, in the type of the maps.
     """
@@ -722,5 +722,5 @@ def transition_backward(grad, grads, maps, mean, rstd, moments, transition):
         da, maps, mean, rstd, bn.weight, bn.bias, grads, a, part, len(grad), C, S // 8, h, w, turns, 4, 64, products(maps),
         num_warps=1,
     )  # fmt: skip
-    grad_beta, grad_gamma = added_up(part, 0, bn, rstd, moments, n * h * w, S // 8, MOMENTS=True).chunk(2)
+    grad_beta, grad_gamma = added_up(part, 0, bn, rstd, corrections, n * h * w, S // 8, CORRECT=True).chunk(2)
     return grad_gamma, grad_beta, (grad.t() @ a[:, :C]).float().view(weight.shape)

@@ -22,7 +22,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 MANY_UNREADABLE = 10  # pictures; no more are named
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
 
-# Modes of Pillow's that it converts to RGB rightly, or to RGBA where something is transparent.
+# Pillow's modes that it converts correctly to RGB, or to RGBA where something is transparent.
 MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBA", "RGBa"}
 TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # from a grey of 2 or 4 bits to one of 8
 SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
@@ -56,7 +56,7 @@ def refuse_unreadable(reasons):
     if reasons:
         named = ", ".join(f"{path} ({reason})" for path, reason in [*reasons.items()][:MANY_UNREADABLE])
         more = f" and {len(reasons) - MANY_UNREADABLE:,} more" if len(reasons) > MANY_UNREADABLE else ""
-        raise Refused(f"cannot be read as pictures: {named}{more}: put 8-bit RGB there, or remove them")
+        raise Refused(f"cannot be read as pictures: {named}{more}: replace them with 8-bit RGB, or remove them")
 
 
 class Unreadable(ValueError):
@@ -97,7 +97,7 @@ def open_picture(path, size):
 
 
 def decode(picture):
-    """Loads the pixels. Pillow scales them to 8 bits; a PNG's transparent colour is scaled here. Unreadable if that has 16."""
+    """Loads the pixels; scales a PNG's transparent grey as Pillow scales them. Unreadable if that is a 16-bit colour."""
     key = picture.info.get("transparency")
     raw_mode = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
     if key is not None and raw_mode == "RGB;16B":
@@ -122,8 +122,8 @@ def to_rgb(picture):
 
 
 def to_8_bits(picture):
-    """A grey picture of 16 bits as one of 8: the largest value is white, not all that is above 255."""
-    tags = getattr(picture, "tag_v2", {})  # of a TIFF, which may have 12 bits, or black where the largest value is
+    """A 16-bit grey picture as an 8-bit one: the largest possible value is white, and nothing is clipped."""
+    tags = getattr(picture, "tag_v2", {})  # a TIFF may have 12 bits, or black as its largest value
     largest = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
     values = np.asarray(picture)
     grey = np.rint(values * np.float32(255 / largest)).astype(np.uint8)

@@ -35,9 +35,9 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNO
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if it is no folder, or holds a run and neither --resume nor --force is given."""
+    """Refused if `save` is not a folder, or holds a run without --resume or --force."""
     if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
-        raise Refused(f"--save {save} is no folder: name that of a run, or a new one")
+        raise Refused(f"--save {save} is not a folder: name that of a run, or a new one")
     if not (resume or force) and any((save / name).exists() for name in FILES):
         ways = "continue it with --resume, replace it with --force, or choose another --save"
         raise Refused(f"{save} already holds a run: {ways}")
@@ -151,7 +151,7 @@ def compare_arguments(old, new):
 
 def compare_rates(old, new, epochs_done):
     """Refused if the finished epochs had other learning rates, or are more than --epochs."""
-    remedy = f"resume it with --epochs {len(old)}, or train its net on with --init, in another --save"
+    remedy = f"resume it with --epochs {len(old)}, or go on from its net by --init, in another --save"
     if epochs_done > len(new):
         raise Refused(f"--epochs {len(new)} is less than the {epochs_done} that are done: {remedy}")
     if old[:epochs_done] != new[:epochs_done]:
@@ -234,7 +234,7 @@ class Plots:
 
 
 def git_commit():
-    """The commit of this code, with "-dirty" behind it if files have changed since; None without git."""
+    """The commit of this code, with "-dirty" after it if files have changed since; None without git."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -18,7 +18,7 @@ import distributed
 from endings import Refused, say
 from machine import DTYPES, set_precision
 
-WARM_UP_STEPS = 3  # taken before one is captured: kernels are compiled and chosen in them
+WARM_UP_STEPS = 3  # eager ones before the capture, in which kernels are compiled and chosen
 
 
 class TrainingStep:
@@ -35,7 +35,7 @@ class TrainingStep:
         self.optimizer = make_optimizer(net, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         dtype, self.autocast = DTYPES[args.precision], contextlib.nullcontext()
-        if dtype is not torch.float32:  # without a cache: a captured step has to compute all that it reads
+        if dtype is not torch.float32:  # without a cache: a captured step has to cast the weights anew
             self.autocast = torch.autocast(device.type, dtype, cache_enabled=False)
         self.forward_backward = self.eager_forward_backward
         if args.capture:
@@ -49,7 +49,7 @@ class TrainingStep:
         return result
 
     def eager_forward_backward(self, images, labels, share):
-        """Sets the parameters' gradients; returns what a step returns."""
+        """Sets the parameters' gradients; returns (loss, error in %)."""
         self.optimizer.zero_grad()  # before the forward pass: nothing may outlive a step in a CUDA graph
         model = self.compiled if len(images) == self.batch_size else self.model  # compiled for one shape only
         with self.autocast:
@@ -147,7 +147,7 @@ def make_optimizer(net, args):
         return torch.optim.Adam(net.parameters(), fused=fused, **options)
     nesterov = args.nesterov and args.momentum > 0
     optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
-    if args.precision == "fp16" and args.momentum:  # fused, it leaves them uninitialised where the first step overflows
+    if args.precision == "fp16" and args.momentum:  # the fused one leaves these uninitialised where the first step overflows
         for parameter in net.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

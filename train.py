@@ -39,7 +39,7 @@ from progress import progress
 from step import TrainingStep, schedule
 
 GROUP_STEPS = 20  # steps between two writes to train.csv; each write waits for the device
-MAX_LOSS = 1e4  # of a step: training has diverged
+MAX_LOSS = 1e4  # of a step; beyond it, training has diverged
 
 
 def main():
@@ -70,7 +70,7 @@ def build_parser():
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)
-    text = "start from this net, which sets the model flags but --drop-rate: a run, or a file of evaluate.py --export"
+    text = "start from this net, which sets the shapes: a run, or a file of evaluate.py --export"
     model_group.add_argument("--init", metavar="DIR|FILE", type=endings.nonempty(str), help=text)
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))
@@ -93,13 +93,13 @@ def continued(parser, args):
 def starting_point(parser, args, begun, fresh):
     """(args, begun, the net of --init or None); a run that continues, not fresh, needs no --init."""
     if args.resume and not begun:
-        say(f"{args.save} holds no run yet: one is begun")
+        say(f"{args.save} holds no run yet: starting one")
     args, init = read_init(parser, args, begun) if args.init and fresh else (args, None)
     return args, begun, init
 
 
 def read_init(parser, args, begun):
-    """(args, the net of --init); model flags and a folder's image size that are not given are those of that net."""
+    """(args, the net of --init), whose shapes and, for a folder, image size fill in the flags that are not given."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
@@ -115,13 +115,13 @@ def read_init(parser, args, begun):
 
 
 def refuse_another_net(args, trained):
-    """Refused where the model flags make other shapes than those of the net of --init, but for the classifier's."""
+    """Refused if the model flags make other shapes than the net of --init has, but for the classifier's."""
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
     words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
     if words:
         ways = f"leave these flags out, or give {' '.join(words)}"
-        raise Refused(f"--init {args.init} holds another net than the model flags make: {ways}")
+        raise Refused(f"--init {args.init} holds a different net from that of the model flags: {ways}")
 
 
 def load_data(args, device, world):
@@ -208,7 +208,7 @@ def closing_lines(args):
 def fit(net, dataset, args, world, checkpoint):
     """The training loop: trains, tests, saves and plots each epoch, starting after the checkpoint."""
     stop = endings.StopSignals()
-    setproctitle(str(args.save).encode(errors="replace").decode())  # it takes no other bytes than UTF-8's
+    setproctitle(str(args.save).encode(errors="replace").decode())  # it takes UTF-8 only
     step = TrainingStep(net, args, dataset.mean.device, world)
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
     rates = schedule(args, args.epochs)
@@ -259,7 +259,7 @@ class EpochLog:
         self.rows = []  # (loss, error) of the steps written
 
     def add(self, result, stop, bar):
-        """Adds a step's (loss, error), writes full groups. Raises Stopped after a signal, of several ranks at a group's end."""
+        """Adds a step's (loss, error), writes full groups. Raises Stopped after a signal (several ranks: at a group's end)."""
         self.group.append(result)
         done = len(self.rows) + len(self.group)
         bar.update(self.sizes[done - 1])

@@ -156,15 +156,15 @@ def train(block, transition, batch_size, size, dtype):
     channels = out_channels(layers)
     maps, grads = (empty_maps(x, channels, kernels.ALIGNMENT)[..., :channels] for _ in range(2))
     mean, rstd, var = torch.empty(3, maps.stride(2), device="meta")
-    moments = torch.empty(2, maps.stride(2), device="meta")
+    corrections = torch.empty(2, maps.stride(2), device="meta")
     weights = weights_of(layers, x, kernels)
     kernels.write_maps(maps, mean, rstd, var, x.permute(0, 2, 3, 1), layers[0].bn1.eps)
     kept = kernels.forward(maps, mean, rstd, var, layers, weights)
     if transition:
         out = kernels.transition_forward(maps, mean, rstd, transition)
-        kernels.transition_backward(out, grads, maps, mean, rstd, moments, transition)
-    kernels.backward(grads, maps, mean, rstd, moments, layers, weights, kept)
-    kernels.through_statistics(grads, maps, mean, rstd, moments, slice(0, x.shape[1]))
+        kernels.transition_backward(out, grads, maps, mean, rstd, corrections, transition)
+    kernels.backward(grads, maps, mean, rstd, corrections, layers, weights, kept)
+    kernels.through_statistics(grads, maps, mean, rstd, corrections, slice(0, x.shape[1]))
     kernels.infer(maps, layers, weights)
 
 

@@ -38,7 +38,7 @@ def main():
 def program(text):
     """An argparse type: the name of a file."""
     if not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(f"{text} is no file: name a program")
+        raise argparse.ArgumentTypeError(f"{text} is not a file: name a program")
     return text
 
 

@@ -67,7 +67,7 @@ def no_model_flags():
     """The model flags of train.py, unset: they are written into args.json and the checkpoint, and a VGG has none of them."""
     parser = argparse.ArgumentParser()
     flags.add_model_flags(parser)
-    return {**dict.fromkeys(vars(parser.parse_args([]))), "drop_rate": 0.0}
+    return {**dict.fromkeys(["init", *vars(parser.parse_args([]))]), "drop_rate": 0.0}
 
 
 def print_verdict(args):

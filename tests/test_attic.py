@@ -417,7 +417,7 @@ def test_a_program_is_run_with_the_bug(call_main, tmp_path):
     assert (status, out) == (0, "['--flag', 'value'] broken_forward\n"), errors
     assert nn.Conv2d.forward.__name__ == "forward"
     status, _, errors = call_main(script("planted_bug"), tmp_path / "gone.py")
-    assert (status, f"argument script: {tmp_path / 'gone.py'} is no file: name a program" in errors) == (2, True)
+    assert (status, f"argument script: {tmp_path / 'gone.py'} is not a file: name a program" in errors) == (2, True)
 
 
 @pytest.mark.parametrize(("num_images", "hidden"), [(1, True), (2, False)])

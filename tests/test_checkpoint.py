@@ -238,12 +238,12 @@ def other_net(path):
     ("make", "message"),
     [
         (text_file, "is damaged or no checkpoint of train.py"),
-        (other_checkpoint, "is no checkpoint of train.py"),
-        (bare_tensor, "is no checkpoint of train.py"),
+        (other_checkpoint, "is not a checkpoint of train.py"),
+        (bare_tensor, "is not a checkpoint of train.py"),
         (nothing, "does not exist: name a run, or its latest.pth"),
         (folder, "file.pth holds no checkpoint, neither latest.pth nor net.pth: name a run that has one"),
-        (vgg, "is no checkpoint of train.py"),
-        (other_net, "is no checkpoint of train.py"),
+        (vgg, "is not a checkpoint of train.py"),
+        (other_net, "is not a checkpoint of train.py"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_ours(call_main, tmp_path, make, message):

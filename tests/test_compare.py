@@ -281,7 +281,7 @@ def test_a_table_that_cannot_be_written(call_main, tmp_path):
     status, _, errors = call_main(compare, run, "--csv", run / "test.csv")
     assert (status, f"{run / 'test.csv'} exists already: name another file, or remove it" in errors) == (2, True)
     status, _, errors = call_main(compare, run, "--csv", run / "test.csv" / "table.csv")
-    assert (status, f"{run / 'test.csv'}: File exists: mend this, or name another place" in errors) == (2, True)
+    assert (status, f"{run / 'test.csv'}: File exists: fix this, or name another place" in errors) == (2, True)
     status, _, errors = call_main(compare, run, "--csv", tmp_path / "x", "--latex", tmp_path / "x")
     assert (status, f"{tmp_path / 'x'} is named for two files: name another for one of them" in errors) == (2, True)
     assert contents(run) == before

@@ -342,7 +342,7 @@ with endings.worded(parser, "", "") as ending:
         ("raise ValueError('bug')", 1, "said\n", "program: this is a bug"),
         ("raise KeyboardInterrupt", 128 + 2, "said\n", "program: stopped"),
         ("raise BrokenPipeError", 128 + 13, "said\n", "program: its output was closed"),
-        ("open('no/x')", 2, "said\n", "program: error: no/x: No such file or directory: mend this, or name another place"),
+        ("open('no/x')", 2, "said\n", "program: error: no/x: No such file or directory: fix this, or name another place"),
         ("parser.error('a wrong flag')", 2, "said\n", "program: error: a wrong flag"),
         ("pass", 0, "said\ndestroyed\nfreed\n", ""),
     ],

@@ -342,7 +342,7 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
     module, *arguments = command[name]
     monkeypatch.setattr(place, raising(OSError(13, "Permission denied", "some/file")))
     told, _, errors = call_main(module, *arguments)
-    way_out = "; this continues the run: .+" if status == 1 else ": mend this, or name another place"
+    way_out = "; this continues the run: .+" if status == 1 else ": fix this, or name another place"
     assert (told, bool(re.search(f": some/file: Permission denied{way_out}$", errors.splitlines()[-1]))) == (status, True)
     assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
     monkeypatch.setattr(place, raising(OSError(28, "No space left on device", "some/file")))
@@ -475,8 +475,8 @@ def test_training_that_diverges_ends(call_main, tmp_path):
         ("EDQUOT", 1, ": make room there, or name another place", ": make room there"),
         ("EFBIG", 1, "", ""),
         ("EIO", 1, "", ""),
-        ("EACCES", 2, ": mend this, or name another place", ""),
-        ("ENOENT", 2, ": mend this, or name another place", ": put back what is missing"),
+        ("EACCES", 2, ": fix this, or name another place", ""),
+        ("ENOENT", 2, ": fix this, or name another place", ": put back what is missing"),
     ],
 )
 def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status, way_out, way_out_of_a_run):

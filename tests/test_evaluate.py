@@ -125,7 +125,7 @@ def test_pictures_that_cannot_be_read_are_named_after_the_classes_of_the_others(
     assert last == f"wrote {table}"
     assert pd.read_csv(table)["picture"].tolist() == named
     sentence = errors.splitlines()[-1]
-    assert re.search(r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): put 8-bit RGB there", sentence)
+    assert re.search(r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): replace them", sentence)
 
 
 def test_tables_are_written_before_a_figure_that_fails(call_main, monkeypatch, tiny_run, tmp_path):
@@ -174,7 +174,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_evaluat
 ):
     (tmp_path / "file").write_text("mine")
     status, out, errors = call_main(evaluate, tiny_run / "latest.pth", flag, tmp_path / place)
-    told = f"{tmp_path / folder} is no folder that can be written to: name another by {flag}"
+    told = f"{tmp_path / folder} is not a folder that can be written to: name another by {flag}"
     assert (status, out, told in errors, (tmp_path / "file").read_text()) == (2, "", True, "mine")
 
 
@@ -228,12 +228,12 @@ def test_names_of_many_classes_are_as_large_as_their_rows_are_high(monkeypatch, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": [1.0]}, "is no checkpoint of train.py"),
-        ({"std": [1.0]}, "is no checkpoint of train.py"),
-        ({"epoch": "1"}, "is no checkpoint of train.py"),
-        ({"classes": [0]}, "is no checkpoint of train.py"),
-        ({"classes": ["a"]}, "is no checkpoint of train.py"),
-        ({"args": {}}, "is no checkpoint of train.py"),
+        ({"mean": [1.0]}, "is not a checkpoint of train.py"),
+        ({"std": [1.0]}, "is not a checkpoint of train.py"),
+        ({"epoch": "1"}, "is not a checkpoint of train.py"),
+        ({"classes": [0]}, "is not a checkpoint of train.py"),
+        ({"classes": ["a"]}, "is not a checkpoint of train.py"),
+        ({"args": {}}, "is not a checkpoint of train.py"),
         ({"args": {"dataset": "mnist", "data": "data", "val": 0}}, "was trained on mnist, which this version"),
     ],
 )
@@ -341,7 +341,7 @@ def test_only_the_folders_that_are_written_to_have_to_be_writable(monkeypatch, t
     with pytest.raises(Refused, match="name another by --predictions"):
         evaluate.refuse_unwritable(args)
     args = SimpleNamespace(image=None, predictions=None, out=None, checkpoint=tmp_path / "net.pth")
-    with pytest.raises(Refused, match=f"{tmp_path} is no folder that can be written to: name another by --out"):
+    with pytest.raises(Refused, match=f"{tmp_path} is not a folder that can be written to: name another by --out"):
         evaluate.refuse_unwritable(args)
 
 

@@ -1,6 +1,7 @@
 import argparse
 import importlib
 import importlib.util
+import json
 import math
 import shutil
 import sys
@@ -253,6 +254,26 @@ def test_a_run_that_is_continued_takes_its_arguments_to_their_last_digit(tmp_pat
     begun = {"epochs": 7, "lr": 1 / 3, "weight_decay": 1e-4 / 3, "seed": 2**64 - 1, "momentum": 0.1 + 0.2, "augment": False}
     args = parse_args(train.build_parser(), ["--save", str(tmp_path), "--resume"], begun)
     assert {name: getattr(args, name) for name in begun} == begun
+
+
+def test_a_run_takes_over_flags_of_kinds_that_somebody_adds(tmp_path):
+    parser = train.build_parser()
+    parser.add_argument("--mixup", action="store_true")
+    parser.add_argument("--no-shuffle", dest="shuffle", action="store_false")
+    parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99))
+    parser.add_argument("-s", "--smooth", dest="label_smoothing", type=float, default=0.0)
+    parser.add_argument("--cosine", dest="anneal", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--labels", type=Path, default=Path("labels.csv"))
+    words = ["--mixup", "--no-shuffle", "--betas", "0.5", "-0.25", "-s", "0.1", "--no-cosine", "--nEpochs", "7", "--no-cuda"]
+    for given in ([], words):
+        args = parse_args(parser, given)
+        begun = json.loads(json.dumps(flags.plain_arguments(args)))
+        assert flags.plain_arguments(parse_args(parser, [], begun)) == begun == flags.plain_arguments(args)
+    values = args.mixup, args.shuffle, args.betas, args.label_smoothing, args.anneal, args.epochs, args.device
+    assert values == (True, False, [0.5, -0.25], 0.1, False, 7, "cpu")
+    for damage in ({"mixup": "yes"}, {"betas": [1]}, {"betas": 1}, {"anneal": 3}, {"label_smoothing": True}):
+        with pytest.raises(Refused, match=r"^args.json is damaged \(.+\): put back"):
+            parse_args(parser, [], begun | damage, "args.json", "put back a whole one")
 
 
 def test_a_run_that_was_renamed_goes_on_where_it_is():

@@ -88,11 +88,11 @@ def test_another_size_is_another_run(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--image-size", 30], "--image-size: 30 is no multiple of 4: the nearest are 28 and 32"),
+        (["--image-size", 30], "--image-size: 30 is not a multiple of 4: the nearest are 28 and 32"),
         (["--image-size", 4], "--image-size: 4 is out of range"),
         (["--image-size", -32], "--image-size: -32 is out of range"),
         (["--image-size", "large"], "--image-size: invalid"),
-        (["--image-size", 64, "--dataset", "digits"], "--image-size is for --dataset folder: the images of digits are 32 x 32"),
+        (["--image-size", 64, "--dataset", "digits"], "--image-size is for --dataset folder: the images of digits keep"),
         (["--image-size", 28, "--dataset", "cifar10"], "--image-size is for --dataset folder"),
         (["--image-size", 40_000], "GB are free: choose a smaller --image-size"),
     ],

@@ -147,10 +147,10 @@ def check_turns():
     (transition(x) * target).sum().backward()
     maps = dense_block.nhwc(x.detach()).contiguous()
     var, mean = torch.var_mean(maps, dim=(0, 1, 2), correction=0)
-    statistics, moments = (mean, (var + transition.bn1.eps).rsqrt()), torch.zeros(2, 8)
+    statistics, corrections = (mean, (var + transition.bn1.eps).rsqrt()), torch.zeros(2, 8)
     grads = torch.full_like(maps, float("nan"))
-    ours = kernels.transition_backward(dense_block.nhwc(target), grads, maps, *statistics, moments, transition)
-    grad_x = kernels.through_statistics(grads, maps, *statistics, moments, slice(0, 8))
+    ours = kernels.transition_backward(dense_block.nhwc(target), grads, maps, *statistics, corrections, transition)
+    grad_x = kernels.through_statistics(grads, maps, *statistics, corrections, slice(0, 8))
     expected = transition.bn1.weight.grad, transition.bn1.bias.grad, transition.conv1.weight.grad
     for result, values in zip((*ours, dense_block.nchw(grad_x)), (*expected, x.grad), strict=True):
         assert relative_error(result, values) < 3e-6
@@ -174,7 +174,7 @@ def check_joining():
     torch.testing.assert_close(statistics[:, 2:7].double(), expected, rtol=1e-5, atol=0)
     assert (statistics[:, [0, 1, 7]] == 0).all()
     part, bn, none = torch.randn(9, 7), nn.BatchNorm2d(1), torch.zeros(1)
-    sums = kernels.added_up(part, 0, bn, none, none, 70, 1, MOMENTS=False)
+    sums = kernels.added_up(part, 0, bn, none, none, 70, 1, CORRECT=False)
     torch.testing.assert_close(sums, part.sum(dim=0), rtol=1e-5, atol=1e-6)
 
 
@@ -283,10 +283,10 @@ def check_bias(dtype, device):
     torch.manual_seed(0)
     digit = torch.finfo(getattr(torch, dtype)).eps
     values = (1 + digit * torch.randint(100, (8, 32, 32, 8))).to(getattr(torch, dtype)).to(device)
-    moments = torch.zeros(2, 8, device=device)
-    moments[0] = digit / 4
+    corrections = torch.zeros(2, 8, device=device)
+    corrections[0] = digit / 4
     statistics = torch.zeros(8, device=device), torch.ones(8, device=device)
-    out = dense_block.load_kernels().through_statistics(values, torch.zeros_like(values), *statistics, moments, slice(0, 8))
+    out = dense_block.load_kernels().through_statistics(values, torch.zeros_like(values), *statistics, corrections, slice(0, 8))
     off = (values.double() - out.double()).mean(dim=(0, 1, 2)) / digit
     assert (off - 0.25).abs().max() < 0.03
     assert ((values.double() - out.double()) / digit).abs().max() <= 1

@@ -332,7 +332,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     with pytest.raises(Refused, match="cannot be read as pictures") as refusal:
         read(path)
     assert str(refusal.value).startswith(f"cannot be read as pictures: {path} ({why}")
-    assert str(refusal.value).endswith("): put 8-bit RGB there, or remove them")
+    assert str(refusal.value).endswith("): replace them with 8-bit RGB, or remove them")
     assert "\n" not in str(refusal.value)
     assert not recwarn.list
 
@@ -384,7 +384,7 @@ def test_all_broken_files_are_told_and_the_others_read(twenty, monkeypatch):
         assert list(unreadable) == [twenty[5], twenty[6], twenty[9]]
         assert readable == [path for path in paths if path not in unreadable]
         assert torch.equal(images, torch.stack([read(path, 16) for path in readable]))
-        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): put"):
+        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): "):
             pictures.refuse_unreadable(unreadable)
 
 
@@ -400,7 +400,7 @@ def test_ten_that_cannot_be_read_are_named(number, more):
     with pytest.raises(Refused) as refusal:
         pictures.refuse_unreadable({str(i): "broken" for i in range(number)})
     named = ", ".join(f"{i} (broken)" for i in range(min(number, 10)))
-    assert str(refusal.value) == f"cannot be read as pictures: {named}{more}: put 8-bit RGB there, or remove them"
+    assert str(refusal.value) == f"cannot be read as pictures: {named}{more}: replace them with 8-bit RGB, or remove them"
 
 
 def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):

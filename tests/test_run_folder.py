@@ -104,7 +104,7 @@ def test_resume_begins_where_there_is_nothing_yet_and_says_so(call_main, tmp_pat
     for folder in ("new", "begun"):
         status, out, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / folder, "--resume")
         assert status == 0, errors
-        assert ("from the start" in out, out.splitlines()[0]) == (True, f"{tmp_path / folder} holds no run yet: one is begun")
+        assert ("from the start" in out, out.splitlines()[0]) == (True, f"{tmp_path / folder} holds no run yet: starting one")
         assert len(pd.read_csv(tmp_path / folder / "train.csv")) == 3
 
 
@@ -144,7 +144,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
         (["--precision", "tf32"], "precision fp32, not tf32"),
         (
             ["--epochs", 8],
-            "with --epochs 8 the 2 epochs done would have had other learning rates: resume it with --epochs 2, or train",
+            "with --epochs 8 the 2 epochs done would have had other learning rates: resume it with --epochs 2, or go on",
         ),
         (["--epochs", 1], "--epochs 1 is less than the 2 that are done"),
     ],
@@ -392,7 +392,7 @@ def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tin
     ("name", "ways", "told"),
     [
         (".lock", ["--resume", "--force"], "{save} cannot be a run's folder ("),
-        ("latest.pth", ["--resume"], "{save}/latest.pth is no file: "),
+        ("latest.pth", ["--resume"], "{save}/latest.pth is not a file: "),
         ("train.csv", ["--resume"], "{save}/train.csv is missing: "),
         ("loss.png", ["--force"], "{save}/loss.png is a folder where a file is expected: remove it"),
     ],
@@ -648,7 +648,7 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
     for more, told in [
         (["--lr", 0.2], "lr 0.1, not 0.2"),
         (["--augment"], "augment False, not True"),
-        (["--image-size", 64], "--image-size is for --dataset folder: the images of digits are 32 x 32"),
+        (["--image-size", 64], "--image-size is for --dataset folder: the images of digits keep their own, leave it out"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ]:
         status, _, errors = call_main(train, "--save", tmp_path / "parts", "--resume", *more)
@@ -765,7 +765,7 @@ def test_digests_that_are_none_are_a_sentence(call_main, tiny_run, tmp_path):
     for wrong in ({"digests": "x"}, {"val": "x"}):
         torch.save({**checkpoint, "args": checkpoint["args"] | wrong}, save / "latest.pth")
         told, _, errors = call_main(evaluate, save / "latest.pth")
-        assert (told, "is no checkpoint of train.py" in errors) == (2, True)
+        assert (told, "is not a checkpoint of train.py" in errors) == (2, True)
     torch.save({**checkpoint, "args": checkpoint["args"] | {"digests": None}}, save / "latest.pth")
     (save / "args.json").write_text(json.dumps(facts))
     status, _, errors = call_main(train, "--save", save, "--resume", "--no-plot")

@@ -572,7 +572,8 @@ def test_init_with_the_weights_of_another_net_touches_nothing(call_main, tiny_ru
     flags = ["--dataset", "folder", "--data", "missing", *flags]  # which is not read
     status, _, errors = call_main(train, *TINY, *flags, "--init", tiny_run / "latest.pth", "--save", run, "--force")
     assert status == 2
-    told = f"{tiny_run / 'latest.pth'} holds another net than the model flags make: leave these flags out, or give {lacking}"
+    ways = f"leave these flags out, or give {lacking}"
+    told = f"{tiny_run / 'latest.pth'} holds a different net from that of the model flags: {ways}"
     assert errors.splitlines()[1:] == [f"train.py: error: --init {told}"]
     trained = build_net(load_checkpoint(tiny_run / "latest.pth")).architecture
     train.refuse_another_net(parse(*TINY, *map(str, flags), *lacking.split()), trained)  # not refused
@@ -755,8 +756,8 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--init", "missing.pth"], "missing.pth does not exist"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
         (["--save", f"{__file__}/run"], "run cannot be a run's folder (Not a directory): choose another --save"),
-        (["--save", __file__], f"--save {__file__} is no folder: name that of a run, or a new one"),
-        (["--save", __file__, "--resume"], f"--save {__file__} is no folder"),
+        (["--save", __file__], f"--save {__file__} is not a folder: name that of a run, or a new one"),
+        (["--save", __file__, "--resume"], f"--save {__file__} is not a folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(call_main, tmp_path, flags, message):
@@ -775,7 +776,7 @@ def test_a_link_to_nothing_is_no_folder_of_a_run(call_main, tmp_path):
     link = tmp_path / "link"
     link.symlink_to("gone")
     status, _, errors = call_main(train, *TINY, "--save", link)
-    assert (status, f"--save {link} is no folder: name that of a run, or a new one" in errors) == (2, True)
+    assert (status, f"--save {link} is not a folder: name that of a run, or a new one" in errors) == (2, True)
     assert not link.exists()
 
 
