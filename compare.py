@@ -50,8 +50,8 @@ def build_parser():
         usage="%(prog)s DIR [DIR ...] [options], which --help lists",
     )
     parser.add_argument("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
-    for kind, what in [("csv", "its numbers"), ("markdown", "it"), ("latex", "it")]:
-        parser.add_argument(f"--{kind}", type=new_file, metavar="FILE", help=f"write {what} into this file as well")
+    for kind, what in [("csv", "the numbers"), ("markdown", "the table"), ("latex", "the table")]:
+        parser.add_argument(f"--{kind}", type=new_file, metavar="FILE", help=f"write {what} to FILE, too")
     return parser
 
 

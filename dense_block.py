@@ -104,6 +104,7 @@ class DenseBlockFunction(torch.autograd.Function):
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
         ctx.block, ctx.weights, ctx.parameters, ctx.rates = block, weights, parameters, block.drop_rates()
+        # The whole buffer: hooks that pack saved tensors may lose the strides of its slice.
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
 
@@ -114,8 +115,8 @@ class DenseBlockFunction(torch.autograd.Function):
         check_unreplaced(ctx.block, ctx.parameters, ctx.rates)
         buffer, mean, rstd, *rest = ctx.saved_tensors  # autograd refuses a saved parameter that was changed in place
         rest = rest[len(ctx.parameters) :]
-        each = len(rest) // len(ctx.block.layers)
-        kept = [rest[i : i + each] for i in range(0, len(rest), each)]
+        per_layer = len(rest) // len(ctx.block.layers)
+        kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):
             grad_x, parameter_grads = backward_block(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
         return grad_x, None, *parameter_grads

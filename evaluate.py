@@ -66,7 +66,7 @@ def build_parser():
     add("--out", metavar="DIR", type=nonempty(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
     text = "write each picture's class, its probability, and the true class if known, as CSV"
     add("--predictions", metavar="FILE", type=new_file, help=text)
-    text = "classify these pictures, or those in a folder, instead"
+    text = "classify these pictures, or those in a folder, not the test set"
     add("--image", nargs="+", metavar="FILE|DIR", type=nonempty(Path), help=text)
     add("--export", metavar="FILE", type=new_file, help="write the bare weights to this .pth file instead, and a .json")
     return parser
@@ -77,7 +77,7 @@ def refuse_contradictions(args):
     if args.export and (args.image or args.val or args.predictions or args.data or args.out):
         raise Refused("--export evaluates nothing: leave out --image, --val, --predictions, --data and --out")
     if args.image and (args.val or args.data or args.out):
-        raise Refused("--image is of your own pictures, not of a data set: leave out --val, --data and --out")
+        raise Refused("--image classifies your own pictures, no data set: leave out --val, --data and --out")
     refuse_existing(args.predictions)
 
 

@@ -194,7 +194,7 @@ def refuse_contradictions(args, device, processes=1):
     if args.precision == "fp16" and device.type == "cpu":
         raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
     if args.capture and (device.type != "cuda" or processes > 1 or args.compile):
-        raise Refused("--capture makes a CUDA graph, of a single process and without --compile: leave it out")
+        raise Refused("--capture needs a CUDA GPU, a single process and no --compile: leave it out")
 
 
 def plain_arguments(args):

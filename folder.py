@@ -86,7 +86,7 @@ def free_memory():
 def list_classes(folder):
     """{class: its picture files}, in the order of torchvision's ImageFolder, of a folder with a folder for each class."""
     if not folder.is_dir():
-        raise Refused(f"{folder} is not a folder: name by --data a folder with train/<class>/ and test/<class>/")
+        raise Refused(f"{folder} is not a folder: set --data to a folder with train/<class>/ and test/<class>/")
     folders = sorted(path for path in visible(folder) if path.is_dir())
     if not folders:
         raise Refused(f"{folder} holds no folder: make one for each class and put its pictures there")

@@ -5,10 +5,10 @@
     ./plot.py work/sgd work/adam --out images                both runs in the same figures
     ./plot.py work/sgd --out images/sgd.pdf                  loss and error side by side, in this file
     ./plot.py work/sgd --since 150 --linear --format pdf     the second half, linear loss axis, as PDF
-    ./plot.py work/sgd-* work/adam-* --average --out images  a curve for all seeds of a setting, and a band of their tests
+    ./plot.py work/sgd-* work/adam-* --average --out images  the mean of each setting's seeds, a band for the test set
 
 Thin lines are the training loss and error of each step, smoothed over one epoch; thick lines are those of the test set,
-dashed ones those of the validation images. Where the learning rate changed, a dotted line stands.
+dashed ones those of the validation images. A dotted line marks a change of the learning rate.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 MIN_POINTS = 3000  # of a thinned curve, which has at most twice as many
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
-MARKERS = "os^Dv<>pP*X"  # of which there are more, so that a colour comes back with another
+MARKERS = "os^Dv<>pP*X"  # more of these than colours, so that a colour comes back with another one
 PARTS = {
     "train": {"linewidth": 0.7, "alpha": 0.7},
     "val": {"linewidth": 1.2, "linestyle": "--"},
@@ -75,7 +75,7 @@ def build_parser():
     text = "their folder, or the file of one figure (default: the run, or what holds all)"
     add("--out", type=nonempty(Path), metavar="DIR|FILE", help=text)
     add("--format", choices=drawing.FORMATS, help="(that of --out FILE, else png)")
-    add("--average", action="store_true", help="one curve for runs that differ in --seed only, and a band of their tests")
+    add("--average", action="store_true", help="average runs that differ in --seed only, with the range of their test")
     add("--smooth", type=number, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)")
     add("--since", type=number, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
     add("--linear", action="store_true", help="linear instead of logarithmic loss axis")

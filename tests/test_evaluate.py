@@ -376,9 +376,9 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
         ),
         (["--export", "new.pth", "--predictions", "p.csv"], "--export evaluates nothing"),
         (["--export", "new.pth", "--out", "folder"], "--export evaluates nothing"),
-        (["--image", "a.png", "--data", "data"], "--image is of your own pictures, not of a data set: leave out --val, --data"),
-        (["--image", "a.png", "--val"], "--image is of your own pictures"),
-        (["--image", "a.png", "--out", "folder"], "--image is of your own pictures"),
+        (["--image", "a.png", "--data", "data"], "--image classifies your own pictures, no data set: leave out --val, --data"),
+        (["--image", "a.png", "--val"], "--image classifies your own pictures"),
+        (["--image", "a.png", "--out", "folder"], "--image classifies your own pictures"),
     ],
 )
 def test_flags_that_contradict_each_other(call_main, tiny_run, flags, message):

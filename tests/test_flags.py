@@ -60,7 +60,7 @@ def test_memory_advice_names_what_is_not_used_yet():
 
 @pytest.mark.parametrize(("arguments", "device", "processes"), [([], "cpu", 1), ([], "cuda", 2), (["--compile"], "cuda", 1)])
 def test_what_cannot_be_captured_is_refused(arguments, device, processes):
-    with pytest.raises(Refused, match="--capture makes a CUDA graph, of a single process and without --compile: leave it out"):
+    with pytest.raises(Refused, match="--capture needs a CUDA GPU, a single process and no --compile: leave it out"):
         refuse_contradictions(parse("--capture", *arguments), torch.device(device), processes)
     refuse_contradictions(parse(*arguments), torch.device(device), processes)
     refuse_contradictions(parse("--no-capture", *arguments), torch.device(device), processes)
