@@ -67,7 +67,8 @@ def summary(differences, arguments, folders):
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
-    return row | images_per_second(arguments_of(folders[0]).get("train_images"), complete)
+    counts = [arguments_of(folder).get("train_images") for folder in folders]  # older runs do not say it
+    return row | images_per_second(next(filter(None, counts), None), complete)
 
 
 def images_per_second(train_images, tables):

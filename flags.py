@@ -15,6 +15,7 @@ from endings import Refused, at_least, nonempty
 from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
+FILLED_IN = {"precision", "capture", "efficient"}  # by fill_in, for the device
 NOT_TAKEN_OVER = {"help", "save", "resume", "force", "capture", "efficient"}  # from args.json; for the last two see fill_in
 SGD = {"momentum": 0.9, "nesterov": True}  # defaults of the flags that sgd alone has
 MAX_SIZE = 10**4  # largest --depth, --growth-rate and --init-channels
@@ -132,14 +133,15 @@ def words_of(begun, names, parser, source, remedy):
 
 
 def words_for(action, value):
-    """The words of a command line that give an argument this value, also for kinds of flags that are not used here."""
-    flag = next((text for text in action.option_strings if text.startswith("--")), action.option_strings[0])
-    switch = isinstance(action, argparse.BooleanOptionalAction)
-    if action.nargs == 0 and not switch and value in (action.const, action.default):
+    """The words of a command line that give an argument this value: a switch, a constant, a list or a single value."""
+    flag = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [flag_of(flag.removeprefix("--"), value)]
+    if action.nargs == 0 and value in (action.const, action.default):  # store_true, say
         return [flag] * (value == action.const)
     if action.nargs and isinstance(value, list):
         return [flag, *map(str, value)]
-    return [flag_of(flag.removeprefix("--"), value)]
+    return [f"{flag}={value}"]
 
 
 def flag_of(name, value):

@@ -86,8 +86,8 @@ def continued(parser, args):
     run_folder.refuse_to_replace(args.save, args.resume, args.force)
     begun = run_folder.read_arguments(args.save) if args.resume else {}
     args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
-    defaults = {name: parser.get_default(name) for name in vars(args)}
-    return args, begun and {name: default for name, default in defaults.items() if default is not None} | begun
+    unchanged = flags.plain_arguments(flags.parse_args(parser, [], begun))
+    return args, begun and {name: unchanged[name] for name in unchanged.keys() - flags.FILLED_IN} | begun
 
 
 def starting_point(parser, args, begun, fresh):
@@ -108,7 +108,7 @@ def read_init(parser, args, begun):
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}
     if args.dataset == "folder":
-        known["image_size"] = image_size_of(init)
+        known["image_size"] = max(8, image_size_of(init) // 4 * 4)  # as the flag wants it; other data may have any size
     args = flags.parse_args(parser, begun=known | begun, source=f"--init {args.init}", remedy="name another")
     refuse_another_net(args, trained)
     return args, {name: init[name] for name in ("net", "classes")}

@@ -148,7 +148,7 @@ def kernel_names():
 
 
 def train(block, transition, batch_size, size, dtype):
-    """Both passes of kernels.py over a block and what is behind it, on the meta device, which has shapes and no numbers."""
+    """Both passes of kernels.py over a block and what follows it, on the meta device, which has shapes and no numbers."""
     layers = list(block)
     x = torch.empty(batch_size, layers[0].bn1.num_features, size, size, dtype=dtype, device="meta")
     if not kernels.fit(x, layers):

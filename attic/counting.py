@@ -29,7 +29,7 @@ NETS = ("torchvision", "torchvision-checkpointed", "plain", "efficient")
 
 
 def net_of(name, args):
-    """The net of NETS that has the layers of args; torchvision's are behind a 3x3 convolution, and newly initialised."""
+    """The net of NETS that has the layers of args; torchvision's follow a 3x3 convolution, and newly initialised."""
     net = make_net(argparse.Namespace(**vars(args) | {"efficient": name == "efficient"}))
     return torchvision_net(net, memory_efficient=name.endswith("checkpointed")) if name.startswith("torchvision") else net
 

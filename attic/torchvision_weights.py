@@ -58,14 +58,14 @@ def key_of(table, value, name):
     for key, candidate in table.items():
         if candidate == value:
             return key
-    raise ValueError(f"{name} has no place in our DenseNet: only nets of three blocks behind one 3x3 convolution fit")
+    raise ValueError(f"{name} has no place in our DenseNet: only nets of three blocks after one 3x3 convolution fit")
 
 
 # --------------------------------------------------------------------------------------------------------------- the net
 
 
 def torchvision_net(net, memory_efficient=False):
-    """torchvision's DenseNet, newly initialised, with as many layers and channels as our `net`, behind a 3x3 convolution.
+    """torchvision's DenseNet, newly initialised, with as many layers and channels as our `net`, after a 3x3 convolution.
 
     With memory_efficient, it computes concatenations and activations again in the backward pass.
     """

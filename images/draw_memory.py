@@ -42,9 +42,9 @@ def read_curves(path):
     try:
         report = json.loads(path.read_text())
     except ValueError as error:
-        raise Refused(f"{path} is no report of attic/compare-speed.py ({error}): make one") from error
+        raise Refused(f"{path} is not a report of attic/compare-speed.py ({error}): make one") from error
     if not isinstance(report, dict) or len(report.get("depths", {})) < 2:
-        raise Refused(f"{path} is no report of attic/compare-speed.py --depths: make one")
+        raise Refused(f"{path} is not a report of attic/compare-speed.py --depths: make one")
     by_depth = {int(depth): entry["variants"] for depth, entry in report["depths"].items()}
     curves = {}
     for name in next(iter(by_depth.values())):

@@ -71,8 +71,17 @@ def test_seeds_of_a_setting_are_one_row_of_mean_spread_and_extremes(tables, tmp_
     assert "sorted" not in out
 
 
-def test_a_run_that_does_not_say_how_many_images_it_has_is_of_the_same_setting(tables, tmp_path):
-    folders = [write_run(tmp_path / str(seed), 5.5, seed=seed, train_images=number) for seed, number in enumerate([1000, None])]
+@pytest.mark.parametrize("numbers", [[1000, None], [None, 1000]])
+def test_a_run_that_does_not_say_how_many_images_it_has_is_of_the_same_setting(tables, tmp_path, numbers):
+    runs = [(tmp_path / str(seed), seed, number) for seed, number in enumerate(numbers)]
+    folders = [write_run(path, 5, None, ",seconds", ",2", seed=seed, train_images=n) for path, seed, n in runs]
+    (row,) = tables(*folders)[0]
+    assert (row["n"], row["images/s"]) == ("2", "500")
+
+
+@pytest.mark.parametrize("dataset", [None, "cifar10", "cifar100", "svhn", "digits"])
+def test_data_that_are_always_the_same_are_one_setting_whatever_a_version_made_of_them(tables, tmp_path, dataset):
+    folders = [write_run(tmp_path / str(n), 5, dataset=dataset, seed=n, digests={"train": str(n)}) for n in (1, 2)]
     assert [row["n"] for row in tables(*folders)[0]] == ["2"]
 
 

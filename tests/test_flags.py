@@ -261,14 +261,15 @@ def test_a_run_takes_over_flags_of_kinds_that_somebody_adds(tmp_path):
     parser.add_argument("--mixup", action="store_true")
     parser.add_argument("--no-shuffle", dest="shuffle", action="store_false")
     parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99))
-    parser.add_argument("-s", "--smooth", dest="label_smoothing", type=float, default=0.0)
+    parser.add_argument("-s", dest="label_smoothing", type=float, default=0.0)
     parser.add_argument("--cosine", dest="anneal", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--labels", type=Path, default=Path("labels.csv"))
     words = ["--mixup", "--no-shuffle", "--betas", "0.5", "-0.25", "-s", "0.1", "--no-cosine", "--nEpochs", "7", "--no-cuda"]
-    for given in ([], words):
+    for given in ([], words, ["--dataset", "digits", "--augment"]):
         args = parse_args(parser, given)
         begun = json.loads(json.dumps(flags.plain_arguments(args)))
         assert flags.plain_arguments(parse_args(parser, [], begun)) == begun == flags.plain_arguments(args)
+    args = parse_args(parser, words)
     values = args.mixup, args.shuffle, args.betas, args.label_smoothing, args.anneal, args.epochs, args.device
     assert values == (True, False, [0.5, -0.25], 0.1, False, 7, "cpu")
     for damage in ({"mixup": "yes"}, {"betas": [1]}, {"betas": 1}, {"anneal": 3}, {"label_smoothing": True}):

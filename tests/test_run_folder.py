@@ -655,23 +655,36 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
         assert (status, told in errors) == (2, True), errors
 
 
-def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(call_main, monkeypatch, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "default", "value", "told"),
+    [
+        ({"type": float, "default": 0.0}, 0.0, [0.1], "0.0, not 0.1"),
+        ({"type": float}, None, [0.1], "None, not 0.1"),
+        ({"type": float, "default": "0.5"}, 0.5, [0.1], "0.5, not 0.1"),
+        ({"type": float, "nargs": 2, "default": (0.9, 0.99)}, [0.9, 0.99], [1, 2], "[0.9, 0.99], not [1.0, 2.0]"),
+        ({"type": Path, "default": Path("a.csv")}, "a.csv", ["b.csv"], "a.csv, not b.csv"),
+        ({"action": "store_true"}, False, [], "False, not True"),
+    ],
+)
+def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(
+    call_main, monkeypatch, tiny_run, tmp_path, flag, default, value, told
+):
     """With another value the epochs done would count as trained by it."""
     save, real = shutil.copytree(tiny_run, tmp_path / "run"), train.build_parser
 
     def later_version():
         parser = real()
-        parser.add_argument("--smoothing", type=float, default=0.0)
+        parser.add_argument("--later", **flag)
         return parser
 
     monkeypatch.setattr(train, "build_parser", later_version)
     before = contents(save)
-    status, _, errors = call_main(train, "--save", save, "--resume", "--smoothing", 0.1)
-    assert (status, "the run was begun with smoothing 0.0, not 0.1: " in errors) == (2, True), errors
+    status, _, errors = call_main(train, "--save", save, "--resume", "--later", *value)
+    assert (status, f"the run was begun with later {told}: " in errors) == (2, True), errors
     assert contents(save) == before
     for _ in range(2):
         assert call_main(train, "--save", save, "--resume", "--no-plot")[0] == 0
-        assert json.loads((save / "args.json").read_text())["smoothing"] == 0.0
+        assert json.loads((save / "args.json").read_text())["later"] == default
 
 
 def test_a_folders_run_goes_on_where_its_pictures_are_now(call_main, pictures, tmp_path):

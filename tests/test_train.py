@@ -606,7 +606,7 @@ def test_init_makes_its_net_where_no_model_flags_are_given(call_main, tmp_path, 
 def test_pictures_have_the_size_of_the_net_of_init_unless_told_otherwise(monkeypatch, tiny_run, tmp_path, flags, begun, size):
     """By the flag, or by the run that was killed before its checkpoint; the images of other data sets have their own."""
     init = load_checkpoint(tiny_run / "latest.pth")
-    torch.save(init | {"image_size": 64}, tmp_path / "net.pth")
+    torch.save(init | {"image_size": 67}, tmp_path / "net.pth")  # of data that somebody added; a folder's are multiples of 4
     words = ["--dataset", "folder", "--init", str(tmp_path / "net.pth"), *flags]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     args, _ = train.read_init(train.build_parser(), parse(*words), begun)
@@ -661,12 +661,14 @@ def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, monkeyp
     shutil.copy(tiny_run / "latest.pth", weights)
     monkeypatch.chdir(tmp_path)
     assert call_main(train, *flags, "--save", tmp_path / "whole")[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train.TrainingStep, "__call__", stopping(train.TrainingStep.__call__, stop_at))
-        assert call_main(train, *flags, *place)[0] == 128 + signal.SIGTERM
-    weights.unlink()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    for number, more in [(stop_at, flags), (2, ["--resume"])]:  # the second time in the epoch that goes on
+        with monkeypatch.context() as patch:
+            patch.setattr(train.TrainingStep, "__call__", stopping(train.TrainingStep.__call__, number))
+            assert call_main(train, *more, *place)[0] == 128 + signal.SIGTERM
+        weights.unlink(missing_ok=True)
+        assert load_checkpoint(tmp_path / "parts" / "latest.pth")["epoch"] == (stop_at > 3)
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
     status, out, errors = call_main(train, *place, "--resume")
     assert (status, told in out) == (0, True), errors
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
