@@ -162,6 +162,7 @@ def receive(process, connection):
 
 def serve(connection, factory, device):
     """What a worker's process does: makes its step when it is first asked for one, and answers until nobody asks."""
+    choose_device(str(device))  # the process's own current device
     step = None
     with contextlib.suppress(EOFError, OSError):
         while steps := connection.recv():

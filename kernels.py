@@ -421,7 +421,7 @@ def fit(x, layers):
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     channels = layers[-1].bn1.num_features + growth_rate  # of the block's output
-    offsets = pixels * max(8 * triton.cdiv(channels, 8), 4 * growth_rate) < 2**31  # they have 32 bits
+    offsets = pixels * max(8 * cdiv(channels, 8), 4 * growth_rate) < 2**31  # they have 32 bits
     fits = types and widths and offsets and all(map(without_dropout, layers))
     return fits and growth_rate <= (14 if exact(x) else 56)  # beyond, registers spill
 
@@ -508,9 +508,14 @@ def products(maps):
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
+def cdiv(n, each):
+    """n / each, rounded up. On the host triton.cdiv takes some 100 times as long, before each of hundreds of launches."""
+    return -(-n // each)
+
+
 def padded(n):
     """The width of a tile for n columns: a power of 2, and 16 at least for a matrix product."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def cast(convolutions, maps):
@@ -529,8 +534,8 @@ def cast(convolutions, maps):
 def write_maps(maps, mean, rstd, var, new, eps):
     """Puts the block's input (N, H, W, C) into the maps, and its statistics where they belong."""
     P, N, UNIT, pixels, channels = new[..., 0].numel(), new.shape[-1], math.gcd(new.shape[-1], 4), 256, 32
-    part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
-    grid = len(part), triton.cdiv(N, channels)
+    part = maps.new_empty(cdiv(P, pixels), 2, N, dtype=torch.float32)
+    grid = len(part), cdiv(N, channels)
     copy_maps[grid](new.contiguous(), maps, part, P, maps.stride(2) // 8, N // UNIT, UNIT, pixels, channels)
     join(part, (mean, rstd, var), P, pixels, 0, eps)
 
@@ -558,7 +563,7 @@ def forward_layer(maps, statistics, z, b, statistics2, layer, w1, w2, size):
     """Fills z, b and the layer's new maps; statistics of z and of the maps are mean, 1 / std, unbiased variance."""
     P, K, bn2 = size.P, size.K, layer.bn2
     convolve_first(maps, *statistics[:2], layer, w1, z, statistics2, size, training=True)
-    grid, warps = (triton.cdiv(P, 32),), max(1, padded(K) // 32)
+    grid, warps = (cdiv(P, 32),), max(1, padded(K) // 32)
     activation[grid](z, *statistics2[:2], bn2.weight, bn2.bias, b, P, K, padded(K), 32, products(maps), num_warps=warps)
     convolve_second(maps, statistics, layer, w2, b, size, training=True)
 
@@ -567,7 +572,7 @@ def convolve_first(maps, mean, rstd, layer, w1, z, statistics2, size, training):
     """Fills z and its statistics; or, if not training, makes z relu(bn2(z)), by the statistics that are given."""
     bn1, bn2, K = layer.bn1, layer.bn2, size.K
     pixels, channels, warps, stages = size.tile("first_convolution", maps)
-    part = maps.new_empty(triton.cdiv(size.P, pixels), 2, K, dtype=torch.float32)
+    part = maps.new_empty(cdiv(size.P, pixels), 2, K, dtype=torch.float32)
     first_convolution[(len(part),)](
         maps, mean, rstd, bn1.weight, bn1.bias, w1, z, *statistics2[:2], bn2.weight, bn2.bias, part, size.P, size.S8,
         bn1.num_features // size.UNIT, size.UNIT, K, padded(K), pixels, channels, products(maps), training,
@@ -581,7 +586,7 @@ def convolve_second(maps, statistics, layer, w2, b, size, training):
     """Fills the layer's new maps and, if training, their statistics."""
     (P, S8, H, W, N, K, UNIT), bn1 = size, layer.bn1
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
-    part = maps.new_empty(triton.cdiv(P, pixels), 2, N, dtype=torch.float32)
+    part = maps.new_empty(cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](
         b, w2, maps, part, P, S8, bn1.num_features // UNIT, H, W, UNIT, K, N, padded(N), pixels, channels, products(maps),
         training, num_warps=warps, num_stages=stages,
@@ -594,7 +599,7 @@ def join(part, statistics, P, pixels, first, eps):
     """Writes mean, 1 / std and variance of P pixels, from column `first` on; part (programs, 2, N), of `pixels` pixels each."""
     programs, _, N = part.shape
     rows, columns = (4, 64) if part.is_cpu else (256, 4)  # an interpreter wants few programs
-    grid = (triton.cdiv(N, columns),)
+    grid = (cdiv(N, columns),)
     join_statistics[grid](part, *statistics, programs, pixels, P, first, eps, N, rows, columns)
 
 
@@ -635,7 +640,7 @@ def through_statistics(grads, maps, mean, rstd, corrections, channels):
     """As in dense_block.py: the gradient (N, H, W, channels) of these maps, a slice, from G."""
     P, first, N = maps[..., 0].numel(), channels.start, channels.stop - channels.start
     g = maps.new_empty(*maps.shape[:3], N)
-    UNIT, grid = math.gcd(first, N, 4), (triton.cdiv(P, 64), triton.cdiv(N, 16))
+    UNIT, grid = math.gcd(first, N, 4), (cdiv(P, 64), cdiv(N, 16))
     new_gradient[grid](
         grads, maps, mean, rstd, corrections, g, P, maps.stride(2) // 8, first // UNIT, N // UNIT, UNIT, 64, 16, products(maps)
     )  # fmt: skip
@@ -647,8 +652,8 @@ def backward_second(g, layer, w2, tensors, db, size):
     P, S8, H, W, N, K, _ = size
     bn, (z, *statistics) = layer.bn2, tensors
     pixels, channels, warps, stages, turns = size.tile("second_backward", g)
-    part = g.new_empty(triton.cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
-    second_backward[(len(part), triton.cdiv(K, channels))](
+    part = g.new_empty(cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
+    second_backward[(len(part), cdiv(K, channels))](
         g, z, *statistics, bn.weight, bn.bias, w2, db, part, P, turns, H, W, K, channels, N, padded(9 * N), pixels, products(g),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -660,8 +665,8 @@ def backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db,
     P, S8, _, _, _, K, UNIT = size
     bn1, bn2, (z, *statistics), C = layer.bn1, layer.bn2, tensors, layer.bn1.num_features
     pixels, channels, warps, stages, turns = size.tile("first_backward", maps)
-    part = maps.new_empty(triton.cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
-    first_backward[(len(part), triton.cdiv(C, channels))](
+    part = maps.new_empty(cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
+    first_backward[(len(part), cdiv(C, channels))](
         db, z, *statistics, bn2.weight, grads2[-2 * K :], maps, mean, rstd, bn1.weight, bn1.bias, w1, grads, part, P, S8,
         C // UNIT, turns, UNIT, K, padded(K), pixels, channels, products(maps), num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -673,7 +678,7 @@ def added_up(part, weights, bn, rstd, corrections, P, S8, CORRECT):
     groups, width = part.shape
     sums = part.new_empty(width)
     rows, columns = (4, 2048) if part.is_cpu else (128, 16)  # an interpreter wants few programs
-    grid = (triton.cdiv(width, columns),)
+    grid = (cdiv(width, columns),)
     join_sums[grid](part, sums, bn.weight, rstd, corrections, groups, width, weights, P, S8, CORRECT, rows, columns)
     return sums
 
@@ -696,7 +701,7 @@ def transition_forward(maps, mean, rstd, transition):
     """
     bn, (n, h, w, C), S = transition.bn1, maps.shape, maps.stride(2)
     a = maps.new_empty(n * (h // 2) * (w // 2), S)
-    grid = triton.cdiv(len(a), 32), triton.cdiv(S, 64)
+    grid = cdiv(len(a), 32), cdiv(S, 64)
     pooled_activation[grid](maps, mean, rstd, bn.weight, bn.bias, a, len(a), C, S // 8, h, w, 32, 64, products(maps))
     (weight,) = cast([transition.conv1], maps)
     out = a[:, :C] @ weight.flatten(1).t()
@@ -715,9 +720,9 @@ def transition_backward(grad, grads, maps, mean, rstd, corrections, transition):
     grad = grad.reshape(-1, len(weight))
     a, da = maps.new_empty(2, len(grad), S)
     torch.mm(grad, weight.flatten(1), out=da[:, :C])
-    turns = triton.cdiv(len(grad), 2048)
-    part = maps.new_empty(triton.cdiv(len(grad), 4 * turns), 2 * C, dtype=torch.float32)
-    grid = len(part), triton.cdiv(S, 64)
+    turns = cdiv(len(grad), 2048)
+    part = maps.new_empty(cdiv(len(grad), 4 * turns), 2 * C, dtype=torch.float32)
+    grid = len(part), cdiv(S, 64)
     pooled_backward[grid](
         da, maps, mean, rstd, bn.weight, bn.bias, grads, a, part, len(grad), C, S // 8, h, w, turns, 4, 64, products(maps),
         num_warps=1,
