@@ -107,12 +107,11 @@ def is_card(values):
     """Whether it is a dictionary with the entries of CARD, which describe a net."""
     return (
         isinstance(values, dict)
-        and of_kinds(values, CARD)
+        and of_kinds(values, CARD | {"image_size": int | None})  # older ones do not say it
         and of_kinds(values["args"], ARGS)
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
         and len(values["classes"]) == values["model"].get("num_classes")
-        and of_kinds(values, {"image_size": int | None})  # older ones have none
     )
 
 

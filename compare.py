@@ -67,7 +67,7 @@ def summary(differences, arguments, folders):
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
-    counts = [arguments_of(folder).get("train_images") for folder in folders]  # older runs do not say it
+    counts = (arguments_of(folder).get("train_images") for folder in folders)  # which older runs do not say
     return row | images_per_second(next(filter(None, counts), None), complete)
 
 

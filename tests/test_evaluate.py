@@ -125,7 +125,8 @@ def test_pictures_that_cannot_be_read_are_named_after_the_classes_of_the_others(
     assert last == f"wrote {table}"
     assert pd.read_csv(table)["picture"].tolist() == named
     sentence = errors.splitlines()[-1]
-    assert re.search(r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): replace them", sentence)
+    told = r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): replace them with 8-bit RGB"
+    assert re.search(told, sentence)
 
 
 def test_tables_are_written_before_a_figure_that_fails(call_main, monkeypatch, tiny_run, tmp_path):

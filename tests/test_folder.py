@@ -92,7 +92,10 @@ def test_another_size_is_another_run(run, tmp_path):
         (["--image-size", 4], "--image-size: 4 is out of range"),
         (["--image-size", -32], "--image-size: -32 is out of range"),
         (["--image-size", "large"], "--image-size: invalid"),
-        (["--image-size", 64, "--dataset", "digits"], "--image-size is for --dataset folder: the images of digits keep"),
+        (
+            ["--image-size", 64, "--dataset", "digits"],
+            "--image-size is for --dataset folder: the images of digits keep their own, leave it out",
+        ),
         (["--image-size", 28, "--dataset", "cifar10"], "--image-size is for --dataset folder"),
         (["--image-size", 40_000], "GB are free: choose a smaller --image-size"),
     ],

@@ -384,7 +384,8 @@ def test_all_broken_files_are_told_and_the_others_read(twenty, monkeypatch):
         assert list(unreadable) == [twenty[5], twenty[6], twenty[9]]
         assert readable == [path for path in paths if path not in unreadable]
         assert torch.equal(images, torch.stack([read(path, 16) for path in readable]))
-        with pytest.raises(Refused, match=r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): "):
+        told = r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): replace them"
+        with pytest.raises(Refused, match=told):
             pictures.refuse_unreadable(unreadable)
 
 
