@@ -36,6 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 ALIGNMENT = 1  # of a pixel's maps in memory
 SLICE_PIXELS = 4096  # pixels at a time on a CPU; between 2,048 and 16,384 it makes little difference
@@ -73,8 +74,9 @@ class Block(NamedTuple):
         """gamma1, beta1, W1 of each module, and of a bottleneck also gamma2, beta2, W2."""
         return [p for module in self.modules for bn, conv, _ in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
 
-    def drop_rates(self):
-        return [module.dropout.p for module in self.modules]
+    def state(self):
+        """What the backward pass needs as it was: how often each parameter was written to, and the drop rates."""
+        return [p._version for p in self.parameters()], [module.dropout.p for module in self.modules]
 
 
 def bn_convs(module):
@@ -103,7 +105,7 @@ class DenseBlockFunction(torch.autograd.Function):
             maps = buffer[..., : out_channels(block.layers)]
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
-        ctx.block, ctx.weights, ctx.parameters, ctx.rates = block, weights, parameters, block.drop_rates()
+        ctx.block, ctx.weights, ctx.parameters, ctx.state = block, weights, parameters, block.state()
         # The whole buffer: hooks that pack saved tensors may lose the strides of its slice.
         ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
@@ -112,8 +114,10 @@ class DenseBlockFunction(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # the gradient is to be differentiated; once_differentiable does not see all such cases
             raise RuntimeError("an efficient block cannot be differentiated twice (create_graph=True): efficient=False")
-        check_unreplaced(ctx.block, ctx.parameters, ctx.rates)
-        buffer, mean, rstd, *rest = ctx.saved_tensors  # autograd refuses a saved parameter that was changed in place
+        if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise RuntimeError("an efficient block takes no batch of gradients (is_grads_batched, vmap): efficient=False")
+        buffer, mean, rstd, *rest = ctx.saved_tensors  # autograd refuses a parameter that was changed in place, but not
+        check_unchanged(ctx.block, ctx.parameters, ctx.state)  # where hooks on saved tensors, as of save_on_cpu, packed it
         rest = rest[len(ctx.parameters) :]
         per_layer = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
@@ -122,12 +126,12 @@ class DenseBlockFunction(torch.autograd.Function):
         return grad_x, None, *parameter_grads
 
 
-def check_unreplaced(block, parameters, rates):
-    """RuntimeError if the block has other parameters or drop rates than in its forward pass."""
+def check_unchanged(block, parameters, state):
+    """RuntimeError if the block has other parameters, values of them or drop rates than in its forward pass."""
     replaced = any(now is not then for now, then in zip(block.parameters(), parameters, strict=True))
-    if replaced or block.drop_rates() != rates:
+    if replaced or block.state() != state:
         what = "the parameters or drop rates of an efficient block"
-        raise RuntimeError(f"{what} were replaced before its backward pass: efficient=False")
+        raise RuntimeError(f"{what} were changed before its backward pass: efficient=False")
 
 
 def weights_of(layers, x, passes):
@@ -328,10 +332,10 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
     The contents of a and da are lost.
     """
     aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
-    da_x = torch.mul(da, x, out=a)
+    da_centred = torch.sub(x, mean, out=a).mul_(da)  # in 16 bits, da x would lose it against a large mean
     grads.addcmul_(da, gamma * rstd)
-    grad_beta, sum_da_x = (values.sum(dim=(0, 1, 2), dtype=mean.dtype) for values in (da, da_x))
-    return torch.stack([grad_beta, (sum_da_x - mean * grad_beta) * rstd])
+    grad_beta, sum_da_centred = (values.sum(dim=(0, 1, 2), dtype=mean.dtype) for values in (da, da_centred))
+    return torch.stack([grad_beta, sum_da_centred * rstd])
 
 
 def convolution_backward(grad, x, weight):
@@ -413,6 +417,9 @@ def computable(x, layers):
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
+    tracked = [bn.num_batches_tracked for layer in layers for bn, *_ in bn_convs(layer)]
+    if len({*map(id, tracked)}) < len(tracked):  # all are counted up at once, a shared one must be twice
+        return False
     if not (training or fitting_kernels(x, layers)):
         return False
     return as_defined(type(layers[0]), Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
@@ -428,16 +435,20 @@ def observed(x, training):
     if torch.compiler.is_compiling():  # in training, dense_block is a graph break
         return not training
     traced = not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or get_proxy_mode() is not None
-    if traced or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
+    if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
-    values_alone = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
+    modes = _get_current_dispatch_mode_stack()
+    if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes):  # a selective one leaves out operators
+        return True
+    values_alone = type(x) is torch.Tensor and not modes and not torch.is_grad_enabled()
     return not (training or values_alone)
 
 
 def untouched(module, kind, training):
     """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and module.training == training and not any(hooks) and "forward" not in module.__dict__
+    own = {"forward", "_conv_forward"} & module.__dict__.keys()
+    return type(module) is kind and module.training == training and not any(hooks) and not own
 
 
 def plain(bn, conv, side, training):
@@ -446,25 +457,29 @@ def plain(bn, conv, side, training):
 
 
 def plain_norm(bn, training):
-    """Whether it is a BatchNorm2d with parameters, and with running statistics that have a momentum."""
+    """Whether it is a BatchNorm2d with parameters, and with running statistics that have a momentum, all of its size."""
     if not untouched(bn, nn.BatchNorm2d, training) or bn.momentum is None or not bn.track_running_stats:
         return False
     own = type(bn.weight) is type(bn.bias) is nn.Parameter  # unlike in torch.func.functional_call
-    return own and all(buffer is not None for buffer in bn._buffers.values())
+    if not own or any(buffer is None for buffer in bn._buffers.values()):
+        return False
+    vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return all(vector.shape == (bn.num_features,) and vector.is_contiguous() for vector in vectors)
 
 
 def plain_convolution(conv, channels, side, training):
     """Whether it is a Conv2d of all channels, with a padding of zeros that keeps the size of the maps, and no bias."""
     if not untouched(conv, nn.Conv2d, training) or type(conv.weight) is not nn.Parameter:
         return False
-    shape = conv.weight.shape[1:] == (channels, side, side) and conv.padding == (side // 2, side // 2)
+    shape = conv.weight.shape == (conv.out_channels, channels, side, side) and conv.padding == (side // 2, side // 2)
     return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
 
 
 @torch.compiler.disable
 def joinable(x, block, transition):
     """Whether dense_block also computes the transition after a block that it computes: by kernels.py, if it is unchanged."""
-    bn, conv, training, layers = transition.bn1, transition.conv1, block.training, list(block)
+    bn, conv, layers = transition.bn1, transition.conv1, list(block)
+    training = layers[0].training  # the mode in which all is computed, whatever the block's own
     if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
         return False
     kernels = fitting_kernels(x, layers)
@@ -490,7 +505,9 @@ def code_of(function):
 
 def called():
     """The functions of PyTorch that a layer or transition calls; somebody may replace them."""
-    return F.relu, F.avg_pool2d, torch.cat, *(kind.forward for kind in (nn.BatchNorm2d, nn.Conv2d, nn.Dropout))
+    functions = F.relu, F.avg_pool2d, F.conv2d, F.batch_norm, F.dropout, torch.cat, torch.batch_norm, nn.Conv2d._conv_forward
+    kinds = nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Sequential
+    return *functions, nn.Module.__call__, *(kind.forward for kind in kinds), *(kind.__call__ for kind in kinds)
 
 
 AS_IMPORTED = called()

@@ -152,7 +152,7 @@ class DenseBlock(nn.Sequential):
     def takes(self, x):
         """Whether dense_block.py computes this block."""
         layers = list(self)
-        return self.efficient and type(layers[0]) in (Bottleneck, SingleLayer) and computable(x, layers)
+        return self.efficient and layers and type(layers[0]) in (Bottleneck, SingleLayer) and computable(x, layers)
 
 
 def joined(block, transition, x):

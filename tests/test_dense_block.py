@@ -1,6 +1,8 @@
 """The efficient dense block equals the plain modules, which define it: outputs, buffers and every gradient, in float64."""
 
+import contextlib
 import copy
+import functools
 import types
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import dense_block
 import densenet
@@ -159,23 +161,24 @@ def test_twenty_optimiser_steps_stay_equal(arguments):
 
 
 @pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
-@pytest.mark.parametrize("mean", [0, 10])
-def test_autocast_rounds_no_worse_than_the_plain_modules(layer, mean):
-    """Outputs and gradients in bf16 are at most 1.3 times as far from float64 as those of the plain modules.
+@pytest.mark.parametrize("mean", [0, 10, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_no_worse_than_the_plain_modules(layer, dtype, mean):
+    """Outputs and gradients in 16 bits are at most 1.3 times as far from float64 as those of the plain modules.
 
     Of one block: a whole net is so far off that a worse rounding does not show. The input's mean makes the shift of its batch
-    norm large: rounded to bf16, that alone would double the distance.
+    norm large: rounded to 16 bits, that alone would double the distance, as would rounded products of the maps as they are.
     """
     torch.manual_seed(0)
     plain = randomize(DenseBlock(layer, 3, 10, 5, 0.0, efficient=False), seed=0).to(memory_format=torch.channels_last)
     images, target = (torch.randn(8, channels, 16, 16) for channels in (10, 25))
-    images = (images + mean).bfloat16()
+    images = (images + mean).to(dtype)
     exact = block_pass(copy.deepcopy(plain).double(), images.double(), target)
     efficient = copy.deepcopy(plain)
     efficient.efficient = True
     distances = []
     for block in (plain, efficient):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             rounded = block_pass(block, images, target)
         assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
         distances.append(distance(rounded, exact))
@@ -232,6 +235,33 @@ def test_a_gradient_that_is_to_be_differentiated_is_an_error_at_once(name):
         SECOND_DERIVATIVES[name](lambda images: F.cross_entropy(twin(images), labels), images.clone())
 
 
+def gradients_in_a_batch(loss, weight, directions):
+    return torch.autograd.grad(loss, weight, directions, is_grads_batched=True)
+
+
+def gradients_by_vmap(loss, weight, directions):
+    return torch.func.vmap(lambda direction: torch.autograd.grad(loss, weight, direction)[0])(directions)
+
+
+@pytest.mark.parametrize("gradients", [gradients_in_a_batch, gradients_by_vmap])
+def test_a_batch_of_gradients_is_an_error(gradients):
+    images, net = batch(2, 8)[0], random_net(BC)
+    for each in (net, efficient_twin(net)):
+        logits = each(images)
+        told = pytest.raises(RuntimeError, match=r"^an efficient block takes no batch of gradients \(is_grads_batched, vmap\)")
+        with contextlib.nullcontext() if each is net else told:
+            gradients(logits, each.conv1.weight, torch.ones(2, *logits.shape).double())
+
+
+def test_where_a_checkpoint_keeps_the_results_of_some_operators_the_plain_modules_run():
+    net, (images, labels), gradients = random_net(PLAIN), batch(3, 8), []
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.native_batch_norm.default])
+    for each in (net, efficient_twin(net)):
+        F.cross_entropy(checkpoint(each, images, use_reentrant=False, context_fn=kept), labels).backward()
+        gradients.append(each.conv1.weight.grad)
+    assert relative_error(*gradients) < 1e-12
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_gradient_checkpointing(use_reentrant):
     """Which runs a backward pass inside of another, and the forward pass there with gradients on."""
@@ -280,6 +310,12 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
         net.dense2[0].conv1.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):  # copies are not changed
+        loss = F.cross_entropy(net(images), labels)
+    with torch.no_grad():
+        net.dense2[0].bn1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^the parameters or drop rates of an efficient block were changed before"):
+        loss.backward()
 
 
 def test_other_parameters_for_a_call():
@@ -292,7 +328,7 @@ def test_other_parameters_for_a_call():
     plain, ours = (torch.autograd.grad(loss, list(tensors.values())) for loss in losses)
     assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, plain, strict=True))
     loss = F.cross_entropy(torch.func.functional_call(efficient_twin(net), others, images), labels)
-    with pytest.raises(RuntimeError, match="were replaced before its backward pass: efficient=False"):
+    with pytest.raises(RuntimeError, match="were changed before its backward pass: efficient=False"):
         loss.backward()
 
 
@@ -309,6 +345,19 @@ def without(*buffers):
 
 def with_bias(conv):
     conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=conv.weight.dtype))
+
+
+def circular(conv):
+    """The convolution as for pictures that are tiles: its own method is replaced, in this module alone."""
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def pruned(net):
+    """By hand: the last layer gives one map, and its convolution still says five."""
+    conv = net.dense3[1].conv2
+    conv.weight = nn.Parameter(conv.weight[:1].detach())
+    channels = net.bn1.num_features - 4
+    net.bn1, net.fc = nn.BatchNorm2d(channels), nn.Linear(channels, 10)
 
 
 class Absolute(nn.BatchNorm2d):
@@ -352,6 +401,8 @@ CHANGES = {  # of a net with bottlenecks
     "another convolution": lambda net: setattr(net.dense1[0], "conv2", nn.Sequential(net.dense1[0].conv2)),
     "a wrapped block": lambda net: setattr(net, "dense1", nn.Sequential(net.dense1)),
     "a compiled block": lambda net: setattr(net, "dense2", torch.compile(net.dense2, backend="eager")),
+    "another method of a convolution": lambda net: circular(net.dense1[1].conv2),
+    "a pruned convolution": pruned,
     "a plain layer in between": lambda net: setattr(net.dense1, "1", SingleLayer(15, 5)),
 }  # fmt: skip
 
@@ -377,6 +428,46 @@ def test_a_changed_layer_goes_through_the_plain_modules(name):
     assert results[0].keys() == results[1].keys()
     for key, value in results[0].items():
         assert (results[1][key] - value).abs().max() <= 1e-11 * max(1, value.abs().max()), key
+
+
+def with_vectors(**vectors):
+    def change(layer):
+        for name, vector in vectors.items():
+            setattr(layer.bn1, name, nn.Parameter(vector) if name in ("weight", "bias") else vector)
+
+    return change
+
+
+UNTAKEN = {  # of a first layer of 10 channels
+    "weights with gaps": with_vectors(weight=torch.ones(10, 2)[:, 0]),
+    "a mean with gaps": with_vectors(running_mean=torch.ones(10, 2)[:, 1]),
+    "one variance for all": with_vectors(running_var=torch.ones(1).expand(10)),
+    "a bias of one value": with_vectors(bias=torch.ones(1)),
+    "a mean of one value": with_vectors(running_mean=torch.ones(1)),
+    "more rows in a convolution": lambda layer: setattr(layer.conv1, "weight", nn.Parameter(torch.ones(40, 10, 1, 1))),
+    "fewer rows in a convolution": lambda layer: setattr(layer.conv2, "weight", nn.Parameter(torch.ones(1, 20, 3, 3))),
+}
+
+
+@pytest.mark.parametrize("name", UNTAKEN)
+def test_parameters_and_statistics_of_other_shapes_are_left_to_the_plain_modules(name):
+    """Which raise an error or take them; memory is not read beyond them."""
+    block, images = DenseBlock(Bottleneck, 2, 10, 5, 0.0, efficient=True), torch.randn(2, 10, 8, 8)
+    assert block.takes(images)
+    UNTAKEN[name](block[0])
+    assert not block.takes(images)
+
+
+def test_a_batch_norm_of_two_layers_is_left_to_the_plain_modules():
+    block, images = DenseBlock(Bottleneck, 2, 10, 5, 0.0, efficient=True), torch.randn(2, 10, 8, 8)
+    block[1].bn2 = block[0].bn2
+    assert not block.takes(images)
+
+
+def test_a_block_without_layers_gives_its_input():
+    block, images = DenseBlock(Bottleneck, 1, 4, 2, 0.0, efficient=True), torch.randn(2, 4, 8, 8)
+    del block[:]
+    assert block(images) is images
 
 
 def with_other_meanings(forward):
@@ -421,6 +512,8 @@ def doubled_call(self, x):
 
 REPLACED = {  # owner, name, what is put there
     "another activation": (F, "relu", F.gelu),
+    "another convolution": (F, "conv2d", lambda x, weight, *rest, conv2d=F.conv2d: conv2d(x, weight.tanh(), *rest)),
+    "another batch norm": (F, "batch_norm", lambda *arguments, batch_norm=F.batch_norm: 2 * batch_norm(*arguments)),
     "another concatenation": (torch, "cat", lambda tensors, dim, cat=torch.cat: 2 * cat(tensors, dim)),
     "a convolution by somebody": (nn.Conv2d, "forward", lambda self, x, forward=nn.Conv2d.forward: 2 * forward(self, x)),
     "a call": (Bottleneck, "__call__", doubled_call),
@@ -449,12 +542,23 @@ def gradient_by_functorch(net, images):
     return torch.func.grad(loss)(images)
 
 
+def logits_of_several_classifiers(net, images):
+    """Only the last layer is transformed; the blocks' input is a plain tensor."""
+    buffers = {name: each.clone() for name, each in net.named_buffers()}
+
+    def logits(weight):
+        return torch.func.functional_call(net, {**buffers, "fc.weight": weight}, images)
+
+    return torch.func.vmap(logits)(torch.stack([net.fc.weight, 2 * net.fc.weight]))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "transform",
     [
         dual,
         gradient_by_functorch,
+        logits_of_several_classifiers,
         lambda net, images: torch.fx.symbolic_trace(net)(images),
         lambda net, images: make_fx(net)(images)(images),
         lambda net, images: torch.jit.trace(net, images, check_trace=False)(images),
@@ -478,7 +582,7 @@ def test_a_drop_rate_that_was_changed_before_the_backward_pass_is_an_error():
     net = efficient_twin(random_net({**BC, "drop_rate": 0.2}))
     loss = net(batch(2, 8)[0]).sum()
     net.dense3[1].dropout.p = 0.5
-    with pytest.raises(RuntimeError, match="drop rates of an efficient block were replaced before its backward pass"):
+    with pytest.raises(RuntimeError, match="drop rates of an efficient block were changed before its backward pass"):
         loss.backward()
 
 

@@ -460,6 +460,29 @@ def check_changed_transitions():
                 assert relative_error(results[1][tensor], values) < 1e-4, (name, tensor)
 
 
+def test_a_transition_in_another_mode_than_the_layers_is_a_module_of_its_own(interpreted):
+    interpreted(check_modes)
+
+
+def check_modes():
+    """The layers alone are switched: to training, and back to evaluation in a block and a transition that train."""
+    for training in (False, True):
+        block, images, target = block_and_batch(4, 6, (2, 6, 5), layers=1, reduction=0.5)
+        block.train(training)[0][0].train(not training)
+        results = []
+        with counted(kernels_of(block, images)) as calls, contextlib.ExitStack() as stack:
+            for each in (copy.deepcopy(block), efficient_twin(block)):
+                if training:
+                    stack.enter_context(torch.no_grad())
+                    results.append({"out": each(images), **dict(each.named_buffers())})
+                else:
+                    results.append(block_pass(each, images, target))
+        assert calls == {"forward": int(not training), "transition_forward": 0, "infer": int(training)}
+        for tensor, values in results[0].items():
+            if values is not None and values.abs().max() > 1e-4:
+                assert relative_error(results[1][tensor].double(), values.double()) < 1e-4, (training, tensor)
+
+
 @pytest.mark.parametrize("kind", ["Transition", "DenseBlock"])
 def test_where_a_class_was_edited_the_transition_is_a_module_of_its_own(interpreted, kind):
     interpreted(check_edited, kind)
