@@ -23,7 +23,7 @@ MANY_UNREADABLE = 10  # pictures; no more are named
 MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
 
 # Pillow's modes that it converts correctly to RGB, or to RGBA where something is transparent.
-MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBA", "RGBa"}
+MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBA", "RGBa"}
 TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # from a grey of 2 or 4 bits to one of 8
 SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 

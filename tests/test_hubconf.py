@@ -162,6 +162,11 @@ def test_what_is_no_picture_is_a_value_error():
         load("preprocess")(Image.new("F", (8, 8)))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBA", "RGBa"])
+def test_pictures_of_many_types_are_taken(mode):
+    assert load("preprocess")(Image.new(mode, (8, 8))).shape == (1, 3, 32, 32)
+
+
 @pytest.mark.parametrize("folder", ["bc-40-12", "bc-40-12-sgd", "bc-40-12-adam"])
 def test_the_card_says_what_its_pixels_are_and_preprocess_fits_each(folder):
     card = load_checkpoint(ROOT / "work" / folder / "net.pth")
