@@ -4,9 +4,10 @@
     ./compare.py work/sgd-1 work/sgd-2 work/adam-1 work/adam-2
     ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
 
-Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
-(lowest to highest). A run that has not reached its last epoch is reported and left out. With images held out by --val, the
-setting with their lowest error comes first.
+Runs that differ in --seed only are one setting, n is their number; other machines and versions among them are told of. An error
+is in percent, mean and sample standard deviation (lowest to highest); images/s is of training without the test. A run that has
+not reached its last epoch is reported and left out. With images held out by --val, the setting with their lowest error comes
+first.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import pandas as pd
 import endings
 from endings import new_file, nonempty, say
 from files import refuse_existing, write_text
-from runs import arguments_of, in_words, name_runs, read_csv, settings
+from runs import arguments_of, in_words, mixed, name_runs, read_csv, settings
 
 STATISTICS = ("mean", "std", "min", "max")
 ERRORS = {"test_error": "error", "val_error": "val_error"}  # name here: column of test.csv
@@ -67,8 +68,9 @@ def summary(differences, arguments, folders):
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
-    counts = (arguments_of(folder).get("train_images") for folder in folders)  # which older runs do not say
-    return row | images_per_second(next(filter(None, counts), None), complete)
+    runs = [arguments_of(folder) for folder in folders]
+    counts = (run.get("train_images") for run in runs)  # which older runs do not say
+    return row | ({} if mixed(runs) - {"commit"} else images_per_second(next(filter(None, counts), None), complete))
 
 
 def images_per_second(train_images, tables):

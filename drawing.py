@@ -93,13 +93,12 @@ def add_legend(figure, entries, style):
 
 
 def save(figure, path):
-    """Writes the figure: 0.01 on its axes, not 10^-2, and in a PDF TrueType fonts, which journals accept.
+    """Writes the figure, in a PDF with TrueType fonts, which journals accept.
 
     Refused if a picture is there that Matplotlib, which signs its own, has not made.
     """
     refuse_foreign(path, SIGNATURE)
-    options = {"axes.formatter.min_exponent": 3, "pdf.fonttype": 42}
     content = io.BytesIO()
-    with matplotlib.rc_context(options):
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
         figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
     replace_file(path, content.getvalue(), alone=False)

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 import drawing
@@ -24,7 +25,7 @@ import endings
 from endings import Refused, at_least, nonempty, say
 from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
-MIN_POINTS = 3000  # of a thinned curve, which has at most twice as many
+STRETCHES = 1500  # of a long curve; of each, the lowest, the highest and the last point are drawn
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
 MARKERS = "os^Dv<>pP*X"  # more of these than colours, so that a colour comes back with another one
@@ -51,8 +52,7 @@ def main():
     args = parser.parse_args()
     with endings.worded(parser, "the figures", "a larger --since"):
         folders = name_runs(args.runs)
-        groups = name_settings(folders.values()) if args.average else {label: [folder] for label, folder in folders.items()}
-        curves = {label: curve for label, members in groups.items() if (curve := read_curve(members, args.smooth))}
+        curves = (average_curves if args.average else run_curves)(folders, args.smooth)
         if not curves:
             raise Refused("there is nothing to draw yet: train.csv and test.csv have no row")
         check_since(curves, args.since)
@@ -60,7 +60,7 @@ def main():
         logarithmic = {"loss": not args.linear, "error": args.log_error}
         for path, columns in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw(curves, columns, path, args.title, args.since, logarithmic)
+            draw(curves, columns, path, args, logarithmic)
             say(path)
 
 
@@ -94,13 +94,20 @@ def panels(out, suffix):
     return {out: ["loss", "error"]}
 
 
-def name_settings(folders):
-    """{label: folders} of each setting; a label is what tells it from the others, and its number of runs."""
-    groups = {}
-    for differences, _, members in settings(folders):
-        names = [f"{name.replace('_', ' ')} {in_words(value)}" for name, value in differences.items()]
-        groups[", ".join([*names, f"{len(members)} run{'s' * (len(members) > 1)}"])] = members
-    return groups
+def run_curves(folders, smooth):
+    """{label: curve} of the runs in {label: folder} that have rows."""
+    curves = {label: read_curve([folder], smooth) for label, folder in folders.items()}
+    return {label: curve for label, curve in curves.items() if curve}
+
+
+def average_curves(folders, smooth):
+    """{label: curve} of the settings; a label is what tells one from the others, and the number of runs that have rows."""
+    curves = {}
+    for differences, _, members in settings(folders.values()):
+        if curve := read_curve(members, smooth):
+            names = [f"{name.replace('_', ' ')} {in_words(value)}" for name, value in differences.items()]
+            curves[", ".join([*names, f"{curve.runs} run{'s' * (curve.runs > 1)}"])] = curve
+    return curves
 
 
 def read_curve(folders, smooth):
@@ -155,11 +162,9 @@ def moving_average(train, epochs, last_batch):
 
 
 def over_runs(tables):
-    """Mean, min and max over the runs at the epochs that all of them have, a few thousand of these at most."""
+    """Mean, min and max over the runs at the epochs that all of them have."""
     groups = pd.concat(tables).groupby("epoch")[["loss", "error"]]
-    table = groups.agg(["mean", "min", "max"])[groups.size() == len(tables)]
-    every = max(1, len(table) // MIN_POINTS)
-    return table[(len(table) - 1) % every :: every]  # the last row among them
+    return groups.agg(["mean", "min", "max"])[groups.size() == len(tables)]
 
 
 def rate_changes(args, test):
@@ -178,15 +183,15 @@ def check_since(curves, since):
         raise Refused(f"--since {since:g} is after the last epoch, {last:g}: choose less")
 
 
-def draw(curves, columns, path, title, since, logarithmic):
+def draw(curves, columns, path, args, logarithmic):
     """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
     figure = drawing.new_figure(4.2 * len(columns), 3.2)
-    (title, *names), style = drawing.as_text([title or "", *curves])
+    (title, *names), style = drawing.as_text([args.title or "", *curves])
     looks = [(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)] if names[1:] else None) for i in range(len(names))]
-    changes = {change for curve in curves.values() for change in curve.changes if change > since}
+    changes = {change for curve in curves.values() for change in curve.changes if change > args.since}
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for curve, look in zip(curves.values(), looks, strict=True):
-            draw_curve(axes, column, curve, since, *look)
+            draw_curve(axes, column, curve, args.since, *look)
         for change in changes:
             colors = [color for curve, (color, _) in zip(curves.values(), looks, strict=True) if change in curve.changes]
             axes.axvline(change, zorder=0, **CHANGE | ({"color": colors[0]} if len(colors) == 1 < len(curves) else {}))
@@ -196,7 +201,7 @@ def draw(curves, columns, path, title, since, logarithmic):
             drawing.make_logarithmic(axes)
         axes.grid(alpha=0.3)
     entries = [(name, PARTS["test"] | {"color": look[0], "marker": look[1]}) for name, look in zip(names, looks, strict=True)]
-    drawing.add_legend(figure, entries + meanings(curves.values(), changes), style)
+    drawing.add_legend(figure, entries + meanings(curves.values(), changes, args.smooth), style)
     if title:
         figure.suptitle(drawing.wrapped(title, figure, letters=8), **style)
     drawing.save(figure, path)
@@ -206,21 +211,32 @@ def draw_curve(axes, column, curve, since, color, marker):
     """The mean of each part, and of the test a band over the runs. A few of its points are marked: one alone is no line."""
     for part, look in PARTS.items():
         table = curve.tables[part][column]
-        table = table[table.index >= since]
+        table = thinned(table[table.index >= since])
         if part == "test":
-            if curve.runs > 1:  # more bands of one colour could not be told apart
-                axes.fill_between(table.index, table["min"], table["max"], color=color, **BAND)
+            if curve.runs > 1:  # more bands of one colour could not be told apart; one epoch alone is a line
+                band = BAND | {"linewidth": 3 * (len(table) == 1)}
+                axes.fill_between(table.index, table["min"], table["max"], color=color, **band)
             look = look | {"marker": marker or ("o" if len(table) <= 20 else None), "markevery": max(1, len(table) // 12)}
         elif len(table) == 1:
             look = look | {"marker": "_" if part == "val" else ".", "markersize": 5}
         axes.plot(table.index, table["mean"], color=color, **look)
 
 
-def meanings(curves, changes):
+def thinned(table):
+    """Of a table with very many rows those that show in a figure, its extremes among them."""
+    if len(table) <= 3 * STRETCHES:
+        return table
+    stretches = table["mean"].groupby(np.arange(len(table)) * STRETCHES // len(table))
+    return table.loc[sorted({*stretches.idxmin(), *stretches.idxmax(), table.index[-1]})]
+
+
+def meanings(curves, changes, smooth):
     """(what means the same of all curves, its look), where there is any of it."""
+    train = f"train, averaged over {smooth:g} epoch{'s' * (smooth != 1)}" if smooth else "train"
     drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
     banded = any(curve.runs > 1 and not curve.tables["test"].empty for curve in curves)
-    entries = [(part, PARTS[part]) for part in drawn] + [("test, lowest to highest run", BAND | {"linewidth": 6})] * banded
+    entries = [(train if part == "train" else part, PARTS[part]) for part in drawn]
+    entries += [("test, lowest to highest run", BAND | {"linewidth": 6})] * banded
     return [(word, {"color": "black", **look}) for word, look in entries] + [("learning rate changed", CHANGE)] * bool(changes)
 
 

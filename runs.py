@@ -82,7 +82,8 @@ def arguments_of(folder):
 def settings(folders):
     """[(arguments in which the settings differ, common arguments, folders)]; runs that differ in `seed` only are one setting.
 
-    If two of its runs have the same seed, the machine and the version count, too. Refused if that does not tell them apart.
+    If two of its runs have the same seed, the machine and the version count, too; else it is said where these differ. Refused
+    if that does not tell them apart.
     """
     runs = {folder: arguments_of(folder) for folder in folders}
     groups = []
@@ -92,11 +93,18 @@ def settings(folders):
     for _, members in groups:
         if twins := same_seed(members, runs):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
+        if differ := mixed([runs[folder] for folder in members]):
+            say(f"{members[0]} and its other seeds also differ in {', '.join(sorted(differ))}, and count as one setting")
     names = dict.fromkeys(name for common, _ in groups for name in common)
     rows = [{name: shared(name, [runs[folder] for folder in members]) for name in [*names, "data"]} for _, members in groups]
     names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
     names = ["data" if name == "digests" and named_by_place(rows) else name for name in names]
     return [({name: row[name] for name in names}, *setting) for row, setting in zip(rows, groups, strict=True)]
+
+
+def mixed(runs):
+    """What the runs differ in of their machines and versions."""
+    return {name for name in MACHINE - {"device"} if shared(name, runs) == "various"}
 
 
 def shared(name, runs):
@@ -116,9 +124,9 @@ def group(runs, ignored):
     """[(common arguments, folders)] of runs that differ in `seed` and in ignored arguments only; null counts as absent."""
     groups = {}
     for folder, arguments in runs.items():
-        names = arguments.keys() - ignored - {"seed"}
-        if arguments.get("dataset") not in CHECKED:  # two folders of pictures, say, are two data sets
-            names.add("digests")
+        checked = arguments.get("dataset") in CHECKED  # else two folders of pictures, say, are two data sets
+        names = arguments.keys() - ignored - {"seed"} - ({"image_size"} if checked else set())
+        names |= set() if checked else {"digests"}
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
         groups.setdefault(json.dumps(common, sort_keys=True), (common, []))[1].append(folder)
     return [*groups.values()]

@@ -31,14 +31,14 @@ def main():
     parser.add_argument("report", type=nonempty(Path), metavar="REPORT.json", help="of attic/compare-speed.py --depths")
     args = parser.parse_args()
     with worded(parser, "the figure", "fewer depths"):
-        growth_rate, curves = read_curves(args.report)
+        growth_rate, conditions, curves = read_curves(args.report)
         path = args.report.with_suffix(".png")
-        draw(growth_rate, curves, path)
+        draw(growth_rate, conditions, curves, path)
         print(path)
 
 
 def read_curves(path):
-    """(growth rate, {variant: (depths, peaks in MB an image, ms an image)}). Refused if it is another report."""
+    """(growth rate, conditions, {variant: (depths, peaks in MB an image, ms an image)}). Refused if it is another report."""
     try:
         report = json.loads(path.read_text())
     except ValueError as error:
@@ -53,10 +53,11 @@ def read_curves(path):
         if None in peaks:
             raise Refused(f"{path} has no counted peaks, which only a report in fp32 has: make one")
         curves[LABELS.get(name, name)] = [*by_depth], peaks, times
-    return report["growth_rate"], curves
+    (heading, *_), *_ = (entry["table"] for entry in report["depths"].values())
+    return report["growth_rate"], heading.split(", ", 2)[2], curves  # after the command, depth and growth rate
 
 
-def draw(growth_rate, curves, path):
+def draw(growth_rate, conditions, curves, path):
     """Beside each name the exponent between the depth in the middle and the last."""
     figure = drawing.new_figure(10, 4.2)
     memory, time = figure.subplots(1, 2)
@@ -64,9 +65,10 @@ def draw(growth_rate, curves, path):
         for axes, values in [(memory, peaks), (time, times)]:
             middle = (len(depths) - 1) // 2
             exponent = math.log(values[-1] / values[middle]) / math.log(depths[-1] / depths[middle])
-            axes.plot(depths, values, marker="o", label=f"{label}: $L^{{{exponent:.2f}}}$")
-    memory.set_ylabel("peak memory, MB an image")
-    time.set_ylabel("time of a training step, ms an image")
+            axes.plot(depths, values, marker="o", label=f"{label}: $L^{{{exponent:.1f}}}$")
+    figure.suptitle(conditions, fontsize="medium")
+    memory.set_ylabel("peak memory, counted, MB an image")
+    time.set_ylabel("time of a training step, median, ms an image")
     for axes in (memory, time):
         drawing.make_logarithmic(axes)
         axes.set(xscale="log", xlabel=f"depth L of DenseNet-BC, k = {growth_rate}")

@@ -154,8 +154,13 @@ def test_columns_are_the_arguments_in_which_settings_differ(tables, tmp_path, ar
 
 
 def test_another_machine_or_version_is_another_setting_where_nothing_else_tells_equal_seeds_apart(tables, tmp_path):
-    one = write_run(tmp_path / "one", 5)
-    assert len(tables(one, write_run(tmp_path / "seed", 6, seed=2, torch="2.14", efficient=True))[0]) == 1
+    one, timed = write_run(tmp_path / "one", 5), {"columns": ",seconds", "values": ",2"}
+    shown, _, out = tables(one, write_run(tmp_path / "seed", 6, seed=2, torch="2.14", efficient=True, **timed))
+    assert [(row["n"], row["images/s"]) for row in shown] == [("2", "-")]
+    assert f"{one} and its other seeds also differ in efficient, torch, and count as one setting\n" in out
+    shown, _, out = tables(one, write_run(tmp_path / "commit", 6, seed=2, commit="4567", **timed))
+    assert ("differ in commit, and" in out, [row["images/s"] for row in shown]) == (True, ["500"])
+    assert "differ" not in tables(one, write_run(tmp_path / "device", 6, seed=2, device="cuda:1"))[2]
     shown, *_ = tables(one, write_run(tmp_path / "kernels", 6, efficient=True))
     assert [(row["efficient"], row["n"]) for row in shown] == [("no", "1"), ("yes", "1")]
 
@@ -164,6 +169,14 @@ def test_an_argument_that_is_null_is_as_one_that_args_json_of_another_version_la
     one, other = write_run(tmp_path / "one", 5), write_run(tmp_path / "other", 6, seed=2, limit=None)
     (other / "args.json").write_text(json.dumps(dict(reversed(json.loads((other / "args.json").read_text()).items()))))
     assert [row["n"] for row in tables(one, other)[0]] == ["2"]
+
+
+def test_the_size_of_images_that_are_always_the_same_is_no_setting(tables, tmp_path):
+    """Older runs do not say it. That of pictures is one."""
+    old, new = write_run(tmp_path / "old", 5), write_run(tmp_path / "new", 6, seed=2, image_size=32)
+    assert [row["n"] for row in tables(old, new)[0]] == ["2"]
+    sizes = [write_run(tmp_path / str(size), 5, dataset="folder", image_size=size, seed=size) for size in (32, 64)]
+    assert [row["image_size"] for row in tables(*sizes)[0]] == ["32", "64"]
 
 
 def test_what_was_not_given_has_no_name_of_a_value(tables, tmp_path):

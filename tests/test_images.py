@@ -38,8 +38,10 @@ def test_the_header(script, tmp_path):
 
 def report_of(peaks):
     """A report of attic/compare-speed.py with these peaks at L=40, 100 and 250."""
+    heading = "`attic/compare-speed.py --depths 40 100 250`: L=40, k=12, fp32, batch 8, a CPU, 2 threads"
+    variants = ("plain", "efficient")
     of_depth = {
-        depth: {"variants": {name: {"ms_a_step": [9, 1, 7], "peak_mb_an_image": peak} for name in ("plain", "efficient")}}
+        depth: {"table": [heading], "variants": {name: {"ms_a_step": [9, 1, 7], "peak_mb_an_image": peak} for name in variants}}
         for depth, peak in zip((40, 100, 250), peaks, strict=True)
     }
     return {"growth_rate": 12, "batch_size": 8, "depths": of_depth}
@@ -55,8 +57,9 @@ def test_memory_and_time_against_the_depth(run_script, tmp_path):
 def test_a_report_is_read_as_it_was_measured(tmp_path):
     (tmp_path / "memory.json").write_text(json.dumps(report_of([3, 7, 18])))
     read_curves = runpy.run_path(str(ROOT / "images" / "draw_memory.py"))["read_curves"]
-    growth_rate, curves = read_curves(tmp_path / "memory.json")
-    assert (growth_rate, [*curves]) == (12, ["plain modules", "--efficient"])
+    growth_rate, conditions, curves = read_curves(tmp_path / "memory.json")
+    assert (growth_rate, conditions) == (12, "fp32, batch 8, a CPU, 2 threads")
+    assert [*curves] == ["plain modules", "--efficient"]
     assert curves["--efficient"] == ([40, 100, 250], [3, 7, 18], [7 / 8, 7 / 8, 7 / 8])
 
 
@@ -64,9 +67,10 @@ def test_the_exponents_are_those_between_the_second_and_the_last_of_four_depths(
     """Of the README: between L=100 and L=250."""
     draw, saved = runpy.run_path(str(ROOT / "images" / "draw_memory.py"))["draw"], []
     monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure))
-    draw(12, {"a net": ([40, 100, 160, 250], [9, 4, 9, 4 * 2.5**1.5], [9, 2, 9, 2 * 2.5**2])}, tmp_path / "memory.png")
+    curves = {"a net": ([40, 100, 160, 250], [9, 4, 9, 4 * 2.5**1.5], [9, 2, 9, 2 * 2.5**2])}
+    draw(12, "batch 8", curves, tmp_path / "memory.png")
     labels = [axes.get_legend().get_texts()[0].get_text() for axes in saved[0].axes]
-    assert labels == ["a net: $L^{1.50}$", "a net: $L^{2.00}$"]
+    assert (labels, saved[0]._suptitle.get_text()) == (["a net: $L^{1.5}$", "a net: $L^{2.0}$"], "batch 8")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from PIL import Image
@@ -115,11 +116,27 @@ def test_a_picture_of_another_program_is_not_replaced(call_main, tmp_path, name)
         assert mine.read_bytes()
 
 
-def test_long_runs_are_thinned_and_keep_their_last_row():
-    train = pd.DataFrame({"epoch": np.arange(1, 30_008) / 100, "loss": 1.0, "error": 1.0})
-    thinned = plot.over_runs([plot.moving_average(train, 1, last_batch=1)])
-    assert 3000 <= len(thinned) <= 6000
-    assert thinned.index[-1] == 300.07
+def test_a_long_curve_is_thinned_and_keeps_its_last_row_and_its_extremes(call_main, saved, tmp_path):
+    """Also where --since leaves a part of it, of which every row is drawn if they are few."""
+    run, epochs = write_run(tmp_path / "run"), np.arange(1, 30_008) / 100
+    loss = np.random.default_rng(0).uniform(1, 2, len(epochs))
+    loss[[777, 22_222]] = 900, 0.25
+    pd.DataFrame({"epoch": epochs, "loss": loss, "error": 1.0}).to_csv(run / "train.csv", index=False)
+    for since in (0, 280):
+        assert call_main(plot, run, "--smooth", 0, "--since", since, "--out", tmp_path / "one.png")[0] == 0
+    look = plot.COLORS[0], "-", plot.PARTS["train"]["linewidth"]
+    (x, y), (late_x, late_y) = (curves(figure.axes[0])[look] for figure in saved)
+    assert (3000 <= len(x) <= 4501, max(y), min(y), x[-1], (np.diff(x) > 0).all()) == (True, 900, 0.25, 300.07, True)
+    assert {*zip(x, y, strict=True)} <= {*zip(epochs, loss, strict=True)}
+    np.testing.assert_array_equal([late_x, late_y], [epochs[27_999:], loss[27_999:]])
+
+
+def test_the_legend_says_over_what_the_training_curve_is_averaged(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run")
+    for smooth in (0, 0.5, 1, 10):
+        assert call_main(plot, run, "--smooth", smooth, "--out", tmp_path / "one.png")[0] == 0
+    words = ["train", "train, averaged over 0.5 epochs", "train, averaged over 1 epoch", "train, averaged over 10 epochs"]
+    assert [[*texts(figure)][1] for figure in saved] == words
 
 
 def test_runs_are_compared_in_one_figure_with_one_legend(call_main, tmp_path):
@@ -127,7 +144,7 @@ def test_runs_are_compared_in_one_figure_with_one_legend(call_main, tmp_path):
     status, out, errors = call_main(plot, *folders, "--out", tmp_path / "figures", "--format", "svg", "--title", "Two runs")
     assert status == 0, errors
     text = (tmp_path / "figures" / "loss-error.svg").read_text()
-    for label in ("a/base", "b/base", "train", "test", "Two runs", "cross-entropy loss"):
+    for label in ("a/base", "b/base", "train, averaged over 1 epoch", "test", "Two runs", "cross-entropy loss"):
         assert text.count(f"<!-- {label} -->") == 1
     assert len(out.split()) == 3
 
@@ -298,7 +315,7 @@ def test_names_and_titles_are_text_and_no_markup(call_main, saved, tmp_path):
     assert (status, errors, len(saved)) == (0, "", 3)
     for figure in saved:
         found = texts(figure)
-        assert {*map(letters, found)} == {*map(letters, [*NAMES, title, "train", "test"])}
+        assert {*map(letters, found)} == {*map(letters, [*NAMES, title, "train, averaged over 1 epoch", "test"])}
         assert not any(found.values())
 
 
@@ -408,7 +425,26 @@ def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp
     assert [*texts(saved[0])][:5] == labels
     assert [line.get_color() for line in saved[0].legends[0].get_lines()][:2] == plot.COLORS[:2]
     assert call_main(plot, *flat, "--average", "--out", tmp_path / "two.png")[0] == 0
-    assert [*texts(saved[1])][:3] == ["2 runs", "train", "learning rate changed"]
+    assert [*texts(saved[1])][:3] == ["2 runs", "train, averaged over 1 epoch", "learning rate changed"]
+
+
+def test_a_run_without_rows_counts_in_no_average(call_main, saved, tmp_path):
+    folders = write_seeds(tmp_path, [(1, 3), (2, 3), (3, 3)])
+    for folder, label in zip(folders, ("2 runs", "1 run"), strict=False):
+        for part in ("train.csv", "test.csv"):
+            (folder / part).write_text("epoch,loss,error\n")
+        assert call_main(plot, *folders, "--average", "--out", tmp_path / "one.png")[0] == 0
+        assert next(iter(texts(saved[-1]))) == label
+
+
+def test_the_band_of_one_epoch_is_a_line(call_main, saved, tmp_path):
+    folders = write_seeds(tmp_path, [(1, 1), (2, 1)])
+    assert call_main(plot, *folders, "--average", "--out", tmp_path / "one.png")[0] == 0
+    (band,) = saved[0].axes[0].collections
+    losses = [pd.read_csv(folder / "test.csv")["loss"].item() for folder in folders]
+    heights = [height for path in band.get_paths() for height in path.vertices[:, 1]]
+    assert band.get_linewidth() > 0
+    np.testing.assert_allclose([min(heights), max(heights)], sorted(losses))
 
 
 def test_runs_without_a_common_row_have_no_average_yet(call_main, tmp_path):
@@ -486,7 +522,7 @@ def test_the_curve_of_the_validation_images_is_dashed(call_main, saved, tmp_path
         assert [y.tolist() for (_, style, _), (_, y) in curves(axes).items() if style == "--"] == [values]
         assert len(curves(axes)) == 3
         assert plot.PARTS["train"]["linewidth"] < widths["--"] < widths["-"]
-    assert [*texts(saved[0])] == ["run", "train", "val", "test"]
+    assert [*texts(saved[0])] == ["run", "train, averaged over 1 epoch", "val", "test"]
 
 
 def upright(axes):
@@ -702,3 +738,36 @@ def test_a_figure_has_a_name_of_its_own_until_it_is_written(call_main, disk, tmp
     """A run and a person may draw the same one at the same time."""
     assert call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "curve.png")[0] == 0
     assert ("replace", f"curve.png.{os.getpid()}.tmp", "curve.png") in disk
+
+
+# ---------------------------------------------------------------------------------------------------- what a reader sees
+
+
+def test_each_axis_says_what_it_shows(call_main, saved, tmp_path):
+    assert call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "one.png")[0] == 0
+    named = [(axes.get_xlabel(), axes.get_ylabel()) for axes in saved[0].axes]
+    assert named == [("epoch", "cross-entropy loss"), ("epoch", "error, %")]
+
+
+def test_the_legend_shows_each_part_as_it_is_drawn(call_main, saved, tmp_path):
+    """Of a run without validation images, whose curves are dashed."""
+    assert call_main(plot, write_run(tmp_path / "run"), "--smooth", 0, "--out", tmp_path / "one.png")[0] == 0
+    (legend,) = saved[0].legends
+    entries = zip(legend.get_texts(), legend.get_lines(), strict=True)
+    looks = {text.get_text(): (line.get_linestyle(), line.get_linewidth()) for text, line in entries}
+    assert {looks["train"], looks["test"]} == {look[1:] for look in curves(saved[0].axes[0])}
+    assert looks["train"][1] < looks["test"][1]
+
+
+def test_a_band_has_the_colour_of_its_curve(call_main, saved, tmp_path):
+    runs = write_seeds(tmp_path / "a", [(1, 4), (2, 4)]) + write_seeds(tmp_path / "b", [(5, 4), (6, 4)], depth=100)
+    assert call_main(plot, *runs, "--average", "--out", tmp_path / "one.png")[0] == 0
+    bands = [each.get_facecolor()[0][:3] for each in saved[0].axes[0].collections]
+    assert [*map(to_hex, bands)] == [color.lower() for color in plot.COLORS[:2]]
+
+
+def test_the_training_curve_is_averaged_over_an_epoch_unless_told_otherwise(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run")
+    assert call_main(plot, run, "--out", tmp_path / "one.png")[0] == 0
+    look = plot.COLORS[0], "-", plot.PARTS["train"]["linewidth"]
+    assert curves(saved[0].axes[0])[look][1][-1] == pytest.approx(pd.read_csv(run / "train.csv")["loss"][-10:].mean())
