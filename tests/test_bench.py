@@ -192,6 +192,7 @@ def test_variants_warm_up_and_then_take_turns(monkeypatch, kind, warm_ups):
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--json", "."], "--json . cannot be written: name a file in an existing"),
         (["--json", "no/such/folder/report.json"], "--json no/such/folder/report.json cannot be written"),
+        (["--device", "cuda:99"], "--device 'cuda:99' is not a device that PyTorch can use here"),
         (["--image-size", 30], "30 is not a multiple of 4: the nearest are 28 and 32"),
         (["--only", "torchvision"], "invalid choice: 'torchvision'"),
     ],

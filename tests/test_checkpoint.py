@@ -294,3 +294,18 @@ def test_a_data_set_that_somebody_adds_may_have_images_of_another_size_and_any_n
         best = logits.softmax(dim=1)[0].sort(descending=True)
         answers = [f"{i} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
         assert call_main(evaluate, net, "--image", picture)[1] == f"{picture}: {', '.join(answers)}\n"
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tiny_run, tmp_path):
+    """Its tensors are marked as a GPU's, as torch.save does there."""
+    saved = torch.load(tiny_run / "latest.pth", weights_only=True)
+    registry = torch.serialization._package_registry
+    before = [*registry]
+    torch.serialization.register_package(0, lambda storage: "cuda:0", lambda storage, location: None)
+    try:
+        torch.save(saved, tmp_path / "latest.pth")
+    finally:
+        registry[:] = before
+    assert b"cuda:0" in (tmp_path / "latest.pth").read_bytes()
+    loaded = load_checkpoint(tmp_path / "latest.pth")
+    assert all(torch.equal(loaded["net"][name], value) for name, value in saved["net"].items())

@@ -1,5 +1,6 @@
 """Real processes, connected by gloo on this machine's loopback address."""
 
+import contextlib
 import os
 import re
 import signal
@@ -207,6 +208,44 @@ def test_the_last_batch_that_counts_is_one_of_the_training_images(monkeypatch):
     args = parse_args(train.build_parser(), [*TINY[:2], "--limit", "41", "--batch-size", "40"])
     with pytest.raises(Refused, match="the last batch has 1 images for 2 processes"):  # of the 360 test images it has 40
         train.load_data(args, torch.device("cpu"), World(0, 0, 2))
+    args.limit, args.val, args.batch_size = None, 1386, 50  # 51 are left, and all 1,437 would have a last batch of 37
+    with pytest.raises(Refused, match="the last batch has 1 images for 2 processes"):
+        train.load_data(args, torch.device("cpu"), World(0, 0, 2))
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["load", "barrier"]), (1, ["barrier", "load"])])
+def test_one_process_reads_the_data_first(monkeypatch, rank, order):
+    """Which may be a download."""
+    events, load = [], data.load
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(data, "load", lambda *arguments, **more: events.append("load") or load(*arguments, **more))
+    args = parse_args(train.build_parser(), [*TINY[:2], "--limit", "80", "--batch-size", "40"])
+    train.load_data(args, torch.device("cpu"), World(rank, rank, 2))
+    assert events == order
+
+
+def test_a_run_of_two_ranks_is_not_continued_by_one(forked, call_main, tmp_path):
+    words = [*FLAGS, "--limit", 8, "--batch-size", 8, "--epochs", 1, "--save", tmp_path / "run"]
+    for done in run_ranks(forked, "train.py", *words):
+        assert done.returncode == 0, done.stderr
+    status, _, errors = call_main(train, *words, "--resume")
+    assert (status, "the run was begun with processes 2, not 1" in errors) == (2, True), errors
+
+
+@pytest.mark.parametrize(("asked", "result"), [([], "capture False, efficient False"), (["--capture"], "a single process")])
+def test_on_several_gpus_nothing_is_captured(call_main, monkeypatch, tmp_path, asked, result):
+    """Neither unasked nor asked for. The GPU is not looked at before the data are loaded."""
+
+    def stop(args, device, world):
+        raise Refused(f"capture {args.capture}, efficient {args.efficient}")
+
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    monkeypatch.setattr(distributed, "read_world", lambda environment: World(0, 0, 2))
+    monkeypatch.setattr(distributed, "process_group", lambda *_: contextlib.nullcontext(torch.device("cuda")))
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value, world: value)
+    monkeypatch.setattr(train, "load_data", stop)
+    status, _, errors = call_main(train, *TINY[:6], *asked, "--save", tmp_path / "run")
+    assert (status, result in errors) == (2, True), errors
 
 
 def test_a_world_that_does_not_divide_the_batch_is_a_sentence(forked, tmp_path):
@@ -401,13 +440,19 @@ def test_a_first_process_that_fails_lets_the_others_go_on(monkeypatch):
 
 def test_after_a_restart_the_ranks_meet_by_new_keys(monkeypatch):
     """The old ones hold the addresses of processes that are gone."""
-    common, stores = distributed.dist.HashStore(), []
+    common, stores, waits = distributed.dist.HashStore(), [], set()
     monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(common, 0, 2)]))
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, store, **_: stores.append(store))
+
+    def init_process_group(backend, store, timeout, **_):
+        stores.append(store)
+        waits.add(timeout)
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", init_process_group)
     for attempt in (0, 1, 1):
         distributed.meet(World(0, 0, 2, attempt), torch.device("cpu"))
     stores[1].set("address", "of this attempt")
     assert [store.check(["address"]) for store in stores] == [False, True, True]
+    assert waits == {timedelta(minutes=30)}  # a rank may be downloading
 
 
 def test_one_rank_tells_what_is_read_and_what_is_not(monkeypatch, capsys, pictures):

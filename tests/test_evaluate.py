@@ -378,14 +378,42 @@ def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path
         ),
         (["--export", "new.pth", "--predictions", "p.csv"], "--export evaluates nothing"),
         (["--export", "new.pth", "--out", "folder"], "--export evaluates nothing"),
+        (["--export", "new.pth", "--image", "a.png"], "--export evaluates nothing"),
+        (["--export", "new.pth", "--data", "data"], "--export evaluates nothing"),
         (["--image", "a.png", "--data", "data"], "--image classifies your own pictures, no data set: leave out --val, --data"),
         (["--image", "a.png", "--val"], "--image classifies your own pictures"),
         (["--image", "a.png", "--out", "folder"], "--image classifies your own pictures"),
     ],
 )
-def test_flags_that_contradict_each_other(call_main, tiny_run, flags, message):
+def test_flags_that_contradict_each_other(call_main, monkeypatch, tmp_path, tiny_run, flags, message):
+    monkeypatch.chdir(tmp_path)
     status, out, errors = call_main(evaluate, tiny_run / "latest.pth", *flags)
     assert (status, out, message in errors) == (2, "", True)
+
+
+def test_a_device_that_is_not_there_is_refused(call_main, tiny_run):
+    status, _, errors = call_main(evaluate, tiny_run, "--device", "cuda:99")
+    assert (status, "--device 'cuda:99' is not a device that PyTorch can use here" in errors) == (2, True)
+
+
+def test_the_title_of_a_matrix_names_its_images(call_main, monkeypatch, tmp_path):
+    titles = []
+    monkeypatch.setattr(evaluate, "draw", lambda confusion, classes, what, path: titles.append((what, path.name)))
+    assert call_main(train, *TINY, "--val", 50, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")[0] == 0
+    for more in ([], ["--val"]):
+        assert call_main(evaluate, tmp_path / "run", *more)[0] == 0
+    assert titles == [("test images", "confusion.png"), ("val images", "confusion-val.png")]
+
+
+def test_fuller_cells_are_darker_and_up_to_20_classes_have_counts(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(evaluate.drawing, "save", lambda figure, path: figures.append(figure))
+    for number in (20, 21):
+        evaluate.draw(np.eye(number, dtype=int), [str(i) for i in range(number)], "test images", tmp_path / "x.png")
+    (image,) = figures[0].axes[0].images
+    shades = [sum(image.cmap(share)[:3]) for share in (0.0, 0.5, 1.0)]
+    assert shades == sorted(shades, reverse=True)
+    assert [sum(text.get_text() == "1" for text in figure.axes[0].texts) for figure in figures] == [20, 0]
 
 
 def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch, tmp_path):

@@ -145,6 +145,22 @@ def test_a_test_picture_that_is_a_training_picture_is_told_of(run, pictures, tmp
     assert "\n  1 of 5 test images are training images, too: new ones may have a higher error\n" in out
 
 
+def test_held_out_pictures_that_are_training_pictures_are_told_of(run, pictures, tmp_path):
+    root = shutil.copytree(pictures, tmp_path / "set")
+    for folder_of_class in (root / "train").iterdir():
+        first, *others = sorted(folder_of_class.iterdir())
+        for other in others:
+            shutil.copy(first, other)
+    status, out, errors = run(tmp_path / "run", "--data", root, "--val", 4)
+    assert (status, "\n  4 of 4 held-out images are training images, too" in out) == (0, True), errors
+
+
+def test_memory_that_holds_a_cache_is_free(monkeypatch):
+    monkeypatch.setattr(folder.Path, "exists", lambda path: True)
+    monkeypatch.setattr(folder.Path, "read_text", lambda path: "MemTotal: 9 kB\nMemFree: 2 kB\nMemAvailable: 5 kB\n")
+    assert folder.free_memory() == 5 * 1024
+
+
 def test_a_link_back_to_all_classes_gives_none_of_them_more_pictures(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "set" / "train")
     shutil.copytree(pictures / "test" / "dark", tmp_path / "elsewhere")

@@ -134,3 +134,8 @@ def test_a_cluster_gives_fewer_cpus(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert machine.num_cpus() == 2
+
+
+def test_each_precision_computes_in_its_own_type():
+    names = {name: str(dtype) for name, dtype in DTYPES.items()}
+    assert names == {"fp32": "torch.float32", "tf32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -832,6 +833,10 @@ def test_a_figure_is_drawn_again_when_the_last_one_is_done(tmp_path):
 
 def test_a_run_that_is_forced_leaves_nothing_of_the_old_one(call_main, tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
+    for val in (False, True):
+        table = evaluate.confusion_table(SimpleNamespace(out=tmp_path / "run", val=val))
+        table.touch()
+        table.with_suffix(".png").touch()
     status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--force", "--save", tmp_path / "run")
     assert status == 0, errors
     assert {*contents(tmp_path / "run")} - {".lock", "stdout"} == {"args.json", "train.csv", "test.csv", "latest.pth"}

@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 import data
 import endings
 import evaluate
+import machine
 import run_folder
 import step
 import train
@@ -302,9 +303,9 @@ def test_a_run_writes_its_files(tiny_run):
     facts = json.loads((tiny_run / "args.json").read_text())
     assert (facts["depth"], facts["batch_size"], facts["torch"]) == (10, 40, torch.__version__)
     assert facts["device"].startswith("cpu")
-    assert "commit" in facts
-    for name in ("loss.png", "error.png", "loss-error.png"):
-        assert Image.open(tiny_run / name).size[1] > 300
+    assert (facts["commit"], facts["hardware"]) == (run_folder.git_commit(), machine.describe(torch.device("cpu")))
+    for name, inches in [("loss.png", 4.2), ("error.png", 4.2), ("loss-error.png", 8.4)]:
+        assert Image.open(tiny_run / name).size[0] == pytest.approx(200 * inches)  # as printing needs it
 
 
 def test_a_run_says_what_it_is_how_far_it_is_and_what_there_is(tiny_run):
