@@ -124,12 +124,14 @@ def evaluate(net, checkpoint, args, device):
 
 
 def data_folder(args, checkpoint):
-    """--data, else the run's; where that does not exist, as from another working directory, the absolute path in args.json."""
-    root = Path(args.data or checkpoint["args"]["data"])
-    if not args.data and not root.exists():
-        with contextlib.suppress(Refused):
-            return Path(read_arguments(args.checkpoint.parent).get("data") or root)
-    return root
+    """--data, else the run's: the absolute path in args.json or, where that does not exist, the one that the run was given."""
+    if args.data:
+        return Path(args.data)
+    given = checkpoint["args"]["data"]
+    with contextlib.suppress(Refused):
+        absolute = Path(read_arguments(args.checkpoint.parent).get("data") or given)
+        return absolute if absolute.exists() else Path(given)
+    return Path(given)
 
 
 def read_split(checkpoint, root, part):
@@ -144,12 +146,14 @@ def read_split(checkpoint, root, part):
     if classes != checkpoint["classes"]:
         differing = ", ".join(sorted({*classes} ^ {*checkpoint["classes"]})[:5]) or "their order"
         raise Refused(f"the classes in {root} differ from those of the net ({differing}): name its data by --data")
-    if part == "test":
-        return split
-    _, held_out = data.hold_out(split.labels, run["val"])
-    split = split.take(held_out)
-    if (run.get("digests") or {}).get("val") not in (None, split.digest()):
+    if part == "val":
+        _, held_out = data.hold_out(split.labels, run["val"])
+        split = split.take(held_out)
+    known = (run.get("digests") or {}).get(part) in (None, split.digest())
+    if part == "val" and not known:
         raise Refused(f"the images held out of {root} are not those that the run held out: name its data with --data")
+    if not known:
+        say(f"the test images in {root} are not those that the run was tested with")
     return split
 
 

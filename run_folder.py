@@ -6,6 +6,7 @@ CSV rows are on the disk before the checkpoint of their epoch; --resume removes 
 import contextlib
 import csv
 import errno
+import functools
 import itertools
 import math
 import os
@@ -45,7 +46,7 @@ def refuse_to_replace(save, resume, force):
 
 @contextlib.contextmanager
 def locked(save):
-    """Creates the folder and holds its lock, which is released when the process dies.
+    """Creates the folder and holds its lock until the process ends or dies; yields a check to be called before writing.
 
     Where the file system has no locks, the run goes on without one: a lock that is a mere file would outlive a killed run.
     """
@@ -60,9 +61,24 @@ def locked(save):
             raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save") from error
         say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:
-        yield
+        yield functools.partial(refuse_moved, save, file_number(save / ".lock"))
     finally:
         lock.release()
+
+
+def refuse_moved(save, number):
+    """Refused if the lock of this folder is not the file with this number: a run that was begun since may have its name."""
+    if file_number(save / ".lock") != number:
+        remedy = "resume the run where it is now, or begin it anew"
+        raise Refused(f"{save} was moved or removed while the run was writing there: {remedy}", status=1)
+
+
+def file_number(path):
+    """What tells a file from others, also from one that gets its name; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 def is_fresh(save, resume):
@@ -234,9 +250,13 @@ class Plots:
 
 
 def git_commit():
-    """The commit of this code, with "-dirty" after it if files have changed since; None without git."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this code, with "-dirty" after it if files have changed since; None without a repository of its own."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks of another one set
+    options = {"env": own, "capture_output": True, "text": True, "check": True}
+    git = ["git", "-C", str(HERE), "-c", f"safe.directory={HERE}"]  # also where it is another user's
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.strip()
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, **options).stdout.strip() if Path(top) == HERE else None
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -147,13 +147,13 @@ def initial_net(args, classes, init, quiet=False):
 
 def run(net, dataset, args, world, ending, fresh):
     """Begins the run in its folder, or continues it, and trains to the end."""
-    with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext():
+    with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext() as check_folder:
         checkpoint = open_run(net, dataset, args, world, fresh) if world.rank == 0 else None
         checkpoint = distributed.broadcast_object(checkpoint, world)
         ending.resume, ending.silent = endings.resume_command(world.size), world.rank > 0
         if world.rank == 0:
             say(*opening_lines(net, dataset, args, checkpoint))
-        fit(net, dataset, args, world, checkpoint)
+        fit(net, dataset, args, world, checkpoint, check_folder)
         if world.rank == 0:
             say(*closing_lines(args))
 
@@ -205,7 +205,7 @@ def closing_lines(args):
     yield f"{args.save} has {', '.join(name for name in run_folder.FILES if (args.save / name).is_file())}"
 
 
-def fit(net, dataset, args, world, checkpoint):
+def fit(net, dataset, args, world, checkpoint, check_folder):
     """The training loop: trains, tests, saves and plots each epoch, starting after the checkpoint."""
     stop = endings.StopSignals()
     setproctitle(str(args.save).encode(errors="replace").decode())  # it takes UTF-8 only
@@ -222,13 +222,14 @@ def fit(net, dataset, args, world, checkpoint):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
             bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}", refresh=False)
-            log = EpochLog(args, epoch, len(dataset.train), world)
+            log = EpochLog(args, epoch, len(dataset.train), world, check_folder)
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
             tested = test(net, dataset, world)
             check_loss(sum(tested[::2]), f"in the test after epoch {epoch + 1}", largest=sys.float_info.max)
             if world.rank == 0:
+                check_folder()
                 result = [*tested, *log.mean(), rate, seconds]
                 run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
                 plots.redraw()
@@ -250,7 +251,8 @@ def epoch_batches(dataset, epoch, args, world):
 class EpochLog:
     """Collects the loss and error of each step and writes them to train.csv in groups."""
 
-    def __init__(self, args, epoch, num_images, world):
+    def __init__(self, args, epoch, num_images, world, check_folder):
+        self.check_folder = check_folder
         self.path = args.save / "train.csv"
         self.epoch = epoch
         self.world = world
@@ -275,6 +277,7 @@ class EpochLog:
         *rows, (signals, _) = distributed.sum_over_ranks(table, self.world).tolist()
         steps = [*enumerate(rows, start=len(self.rows) + 1)]
         if self.world.rank == 0:
+            self.check_folder()
             run_folder.append_rows(self.path, [(self.epoch + step / len(self.sizes), *row) for step, row in steps])
         for step, (loss, _) in steps:
             check_loss(loss, f"at step {step} of epoch {self.epoch + 1}")

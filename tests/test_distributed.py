@@ -479,4 +479,4 @@ def test_one_rank_draws(call_main, monkeypatch, tmp_path):
     dataset = data.load("digits", ".", limit=8)
     for rank in range(2):
         with pytest.raises(InterruptedError, match=str(rank == 0)):
-            train.fit(flags.make_net(args), dataset, args, World(rank, rank, 2), None)
+            train.fit(flags.make_net(args), dataset, args, World(rank, rank, 2), None, lambda: None)

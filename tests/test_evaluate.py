@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -82,14 +83,16 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
         assert not (tmp_path / "confusion.csv").exists()
 
 
-def test_data_that_are_here_go_before_those_where_the_run_had_them(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    Path("args.json").write_text('{"epochs": 1, "data": "/elsewhere/pets"}')
+def test_the_data_that_the_run_had_go_before_others_of_that_name_here(monkeypatch, tmp_path):
+    (tmp_path / "here" / "pets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
     checkpoint = {"args": {"data": "pets"}}
     args = SimpleNamespace(data=None, checkpoint=tmp_path / "latest.pth")
-    assert evaluate.data_folder(args, checkpoint) == Path("/elsewhere/pets")
-    Path("pets").mkdir()
-    assert evaluate.data_folder(args, checkpoint) == Path("pets")
+    assert evaluate.data_folder(args, checkpoint) == Path("pets")  # there is no args.json
+    (tmp_path / "args.json").write_text(json.dumps({"epochs": 1, "data": str(tmp_path / "pets")}))
+    assert evaluate.data_folder(args, checkpoint) == Path("pets")  # which were moved
+    (tmp_path / "pets").mkdir()
+    assert evaluate.data_folder(args, checkpoint) == tmp_path / "pets"
     args.data = "given"
     assert evaluate.data_folder(args, checkpoint) == Path("given")
 
@@ -307,6 +310,17 @@ def test_the_held_out_images_are_evaluated_as_the_run_did(call_main, run_with_va
     torch.save(checkpoint, tmp_path / "latest.pth")
     status, _, errors = call_main(evaluate, tmp_path / "latest.pth", "--val")
     assert (status, "are not those that the run held out: name its data with --data" in errors) == (2, True)
+
+
+def test_other_test_images_than_the_runs_are_told_of(call_main, run_with_val, tmp_path):
+    checkpoint, told = load_checkpoint(run_with_val / "latest.pth"), []
+    for digest in (checkpoint["args"]["digests"]["test"], "0"):
+        checkpoint["args"]["digests"]["test"] = digest
+        torch.save(checkpoint, tmp_path / "latest.pth")
+        status, out, errors = call_main(evaluate, tmp_path / "latest.pth")
+        assert status == 0, errors
+        told.append("are not those that the run was tested with" in out)
+    assert told == [False, True]
 
 
 def test_a_checkpoint_without_digests_is_evaluated_on_what_there_is(call_main, run_with_val, tmp_path):

@@ -23,6 +23,7 @@ import flags
 import plot
 import run_folder
 import train
+from checkpoint import load_checkpoint
 from endings import Refused
 
 FLAGS = [*TINY, "--batch-size", 40, "--drop-rate", 0.2, "--augment", "--no-plot"]
@@ -252,6 +253,28 @@ def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
     with run_folder.locked(tmp_path / "run"):
         status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
     assert (status, "another process is training in" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_whose_folder_is_moved_away_writes_nothing_into_a_new_one(call_main, monkeypatch, tmp_path, again):
+    """After its first epoch, whether or not another run was begun under the old name by then."""
+    save, words = tmp_path / "run", [*FLAGS, "--epochs", 2]
+    print_epoch = train.print_epoch
+
+    def moved(*arguments):
+        print_epoch(*arguments)
+        save.rename(tmp_path / "moved")
+        monkeypatch.setattr(train, "print_epoch", print_epoch)
+        assert not again or call_main(train, *words, "--seed", 2, "--save", save)[0] == 0
+
+    monkeypatch.setattr(train, "print_epoch", moved)
+    status, _, errors = call_main(train, *words, "--save", save)
+    assert (status, f"{save} was moved or removed while the run was writing there: resume" in errors) == (1, True), errors
+    assert save.exists() == again
+    assert not again or json.loads((save / "args.json").read_text())["seed"] == 2
+    assert not again or load_checkpoint(save / "latest.pth")["args"]["seed"] == 2
+    assert not again or len((save / "train.csv").read_text().splitlines()) == 1 + 2 * 3  # steps
+    assert call_main(train, "--save", tmp_path / "moved", "--resume", "--no-plot")[0] == 0
 
 
 def meanwhile(monkeypatch, happens):
@@ -788,8 +811,6 @@ def test_digests_that_are_none_are_a_sentence(call_main, tiny_run, tmp_path):
 
 def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "HERE", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # as in git's hooks
         monkeypatch.delenv(name, raising=False)
     assert run_folder.git_commit() is None
@@ -799,6 +820,12 @@ def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatc
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert run_folder.git_commit() == commit
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook of another repository
+    assert run_folder.git_commit() == commit
+    (tmp_path / "copied").mkdir()
+    monkeypatch.setattr(run_folder, "HERE", tmp_path / "copied")  # into somebody's repository, whose commit says nothing
+    assert run_folder.git_commit() is None
+    monkeypatch.setattr(run_folder, "HERE", tmp_path)
     (tmp_path / "step.py").write_text("two")
     assert run_folder.git_commit() == f"{commit}-dirty"
 
