@@ -1,9 +1,8 @@
 """Data sets as uint8 tensors on the training device; a batch is gathered, normalised, cropped and flipped there.
 
-No worker processes; every image is decoded once. torchvision reads the archives, folder.py your own pictures.
+No worker processes; every image is decoded once. archives.py reads the data sets of others, folder.py your own pictures.
 """
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets import CIFAR10, CIFAR100
 
+import archives
 import folder
 from endings import Refused
 from progress import progress
@@ -89,30 +88,6 @@ def hold_out(labels, val, limit=None):
     return kept, held_out
 
 
-def read_cifar(dataset_class, root, part):
-    files, meta = getattr(dataset_class, f"{part}_list"), [dataset_class.meta["filename"], dataset_class.meta["md5"]]
-    lists = {"train_list": [meta], "test_list": [meta], f"{part}_list": files}  # torchvision checks both, and reads one
-    one_part = type(dataset_class.__name__, (dataset_class,), lists)
-    if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
-        root = root.resolve().parent  # --data named the folder of the batches itself
-    paths = [(root / dataset_class.base_folder / name, md5) for name, md5 in [*files, meta]]
-    complete = all(path.exists() for path, _ in paths)
-    archive = (root / dataset_class.filename, dataset_class.tgz_md5)  # from which missing ones will be extracted
-    refuse_damaged(paths if complete else [*paths, archive])
-    data = download(one_part, root, dataset_class.filename, complete, train=part == "train")
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
-
-
-def read_svhn(root, part):
-    """Train and extra together are the training set; pixels are divided by 255 and nothing else (paper, section 4.1)."""
-    splits = ["train", "extra"] if part == "train" else ["test"]
-    files = {split: SVHN.split_list[split][1:] for split in splits}
-    refuse_damaged([(root / name, md5) for name, md5 in files.values()])
-    parts = [download(SVHN, root, name, (root / name).exists(), split=split) for split, (name, _) in files.items()]
-    images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
-    return images, labels.long(), [*map(str, range(10))]
-
-
 def read_digits(root, part):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32 in three channels; 360 of them are the test set."""
     from sklearn import datasets, model_selection  # slow to import, and needed here only
@@ -127,34 +102,12 @@ def read_digits(root, part):
 
 # For each data set its reader, and the mean and std to normalise by: CIFAR's are the official code's; None: computed.
 SOURCES = {
-    "cifar10": (partial(read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
-    "cifar100": (partial(read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
-    "svhn": (read_svhn, ((0, 0, 0), (255, 255, 255))),
+    "cifar10": (partial(archives.read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
+    "cifar100": (partial(archives.read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
+    "svhn": (archives.read_svhn, ((0, 0, 0), (255, 255, 255))),
     "digits": (read_digits, ((77.86529541015625,) * 3, (82.53422546386719,) * 3)),
     "folder": (folder.read_part, None),
 }
-
-
-def refuse_damaged(files):
-    """Refused if one of the (path, MD5) files exists with another checksum."""
-    for path, md5 in files:
-        if path.exists() and not check_integrity(path, md5):
-            raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
-
-
-def download(dataset_class, root, archive, complete, **kwargs):
-    """torchvision's data set; unless complete, extracted from the archive in root, or downloaded there."""
-    if not (complete or (root / archive).exists()) and all((root / part).is_dir() for part in ("train", "test")):
-        raise Refused(f"{root} holds train and test, as a folder of pictures does: choose --dataset folder, or another --data")
-    new = [path for path in (root, *root.parents) if not path.exists()]
-    try:
-        return dataset_class(root, download=not complete, **kwargs)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            for path in new:  # a mistyped name leaves no folder behind
-                path.rmdir()
-        lacks = f"{root} lacks files of {dataset_class.__name__}, and downloads fail ({error})"
-        raise Refused(f"{lacks}: put {archive} there or name another --data") from error
 
 
 def mean_and_std(images):

@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 import drawing
@@ -226,7 +225,7 @@ def thinned(table):
     """Of a table with very many rows those that show in a figure, its extremes among them."""
     if len(table) <= 3 * STRETCHES:
         return table
-    stretches = table["mean"].groupby(np.arange(len(table)) * STRETCHES // len(table))
+    stretches = table["mean"].groupby(pd.RangeIndex(len(table)) * STRETCHES // len(table))
     return table.loc[sorted({*stretches.idxmin(), *stretches.idxmax(), table.index[-1]})]
 
 

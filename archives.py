@@ -1,0 +1,107 @@
+"""CIFAR and SVHN from the archives of their authors, which are downloaded where they are missing; torchvision reads them.
+
+Several processes may ask for the same archive at once, and each may be killed: one of them downloads, the others wait, and a
+file gets its name when it is whole.
+"""
+
+import contextlib
+import os
+import shutil
+
+import torch
+from filelock import FileLock, Timeout
+from torchvision.datasets import SVHN
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from endings import Refused, say
+
+UNFINISHED = ".download"  # a folder for what is not whole yet
+
+
+def read_cifar(dataset_class, root, part):
+    """(images (M, 3, 32, 32) uint8, labels (M,), class names) of the "train" or "test" part of CIFAR10 or CIFAR100."""
+    files, meta = getattr(dataset_class, f"{part}_list"), [dataset_class.meta["filename"], dataset_class.meta["md5"]]
+    lists = {"train_list": [meta], "test_list": [meta], f"{part}_list": files}  # torchvision checks both, and reads one
+    one_part = type(dataset_class.__name__, (dataset_class,), lists)
+    if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
+        root = root.resolve().parent  # --data named the folder of the batches itself
+    paths = {root / dataset_class.base_folder / name: md5 for name, md5 in [*files, meta]}
+    if not all(path.exists() for path in paths):
+        refuse_damaged(paths)
+        fetch(dataset_class.__name__, root, dataset_class.url, dataset_class.filename, dataset_class.tgz_md5, paths)
+    refuse_damaged(paths)
+    data = one_part(root, train=part == "train")
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
+
+
+def read_svhn(root, part):
+    """As read_cifar. Train and extra are the training set; pixels are divided by 255 and nothing else (paper, section 4.1)."""
+    splits = ["train", "extra"] if part == "train" else ["test"]
+    for url, name, md5 in (SVHN.split_list[split] for split in splits):
+        if not (root / name).exists():
+            fetch("SVHN", root, url, name, md5, [root / name])
+        refuse_damaged({root / name: md5})
+    parts = [SVHN(root, split=split) for split in splits]
+    images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
+    return images, labels.long(), [*map(str, range(10))]
+
+
+def refuse_damaged(files):
+    """Refused if one of the files in {path: MD5} exists with another checksum."""
+    for path, md5 in files.items():
+        if path.exists() and not check_integrity(path, md5):
+            raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
+
+
+def fetch(title, root, url, archive, md5, paths):
+    """Downloads the archive into root, unless it is there, and extracts those of the paths that are missing."""
+    if not (root / archive).exists() and all((root / part).is_dir() for part in ("train", "test")):
+        raise Refused(f"{root} holds train and test, as a folder of pictures does: choose --dataset folder, or another --data")
+    new = [path for path in (root, *root.parents) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(root):
+            refuse_damaged({root / archive: md5})
+            if not all(path.exists() for path in paths):  # as another process may have left them
+                download_whole(root, url, archive, md5, paths)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            for path in new:  # a mistyped name leaves no folder behind
+                (path / f"{UNFINISHED}.lock").unlink(missing_ok=True)
+                path.rmdir()
+        lacks = f"{root} lacks files of {title}, and downloads fail ({error})"
+        raise Refused(f"{lacks}: put {archive} there or name another --data") from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(root):
+    """Waits until no other process downloads into root; where the file system has no locks, it goes on without one."""
+    lock = FileLock(root / f"{UNFINISHED}.lock", fallback_to_soft=False)
+    with contextlib.suppress(OSError):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            say(f"another process is downloading into {root}: waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def download_whole(root, url, archive, md5, paths):
+    """As fetch. The files get their names when they are whole; none that exists is replaced."""
+    unfinished = root / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    try:
+        if not (root / archive).exists():
+            download_url(url, unfinished, archive, md5)
+            os.replace(unfinished / archive, root / archive)
+        if root / archive not in paths:
+            extract_archive(root / archive, unfinished)
+        for path in paths:
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                os.replace(unfinished / path.relative_to(root), path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
