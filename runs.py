@@ -20,8 +20,15 @@ MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch"
 
 
 def name_runs(folders):
-    """{label: folder}; a label is the path from the folder that holds all. Refused if one is named twice."""
-    paths = [folder.resolve() for folder in folders]
+    """{label: folder}; a label is the path from the folder that holds all. Refused if one is named twice.
+
+    A folder that holds no run yet, as of a job that waits or has failed, is told of and left out, unless there is no other.
+    """
+    begun = [folder for folder in folders if not folder.is_dir() or (folder / "test.csv").exists()] or folders
+    for folder in folders:
+        if folder not in begun:
+            say(f"{folder} holds no run yet (no test.csv) and is left out")
+    paths = [folder.resolve() for folder in begun]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
         raise Refused(f"{twice} is named twice: name each run once")

@@ -264,11 +264,9 @@ def no_rows(run):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_run, "args.json does not exist: put it back, or name a run that has it"),
         (a_file, "args.json does not exist: put it back, or name a run that has it"),
         (no_arguments, "args.json does not exist: put it back, or name a run that has it"),
         (half_the_arguments, "args.json is damaged"),
-        (no_rows, "test.csv does not exist: put it back, or name a run that has it"),
     ],
 )
 def test_what_is_no_run_is_one_sentence_and_status_2(call_main, tmp_path, spoil, message):
@@ -278,6 +276,16 @@ def test_what_is_no_run_is_one_sentence_and_status_2(call_main, tmp_path, spoil,
     assert (status, out, len(errors.splitlines())) == (2, "", 2)
     assert message in errors
     assert not (tmp_path / "table.csv").exists()
+
+
+@pytest.mark.parametrize("spoil", [no_run, no_rows])
+def test_a_run_that_has_not_begun_is_told_of_and_left_out(call_main, tables, tmp_path, spoil):
+    run, other = write_run(tmp_path / "run", 5), write_run(tmp_path / "other", 5, seed=2)
+    spoil(run)
+    shown, _, out = tables(run, other)
+    assert ([row["n"] for row in shown], f"{run} holds no run yet (no test.csv) and is left out\n" in out) == (["1"], True)
+    status, _, errors = call_main(compare, run)
+    assert (status, "does not exist: put it back, or name a run that has it" in errors) == (2, True)
 
 
 def test_a_run_named_twice_and_one_with_the_seed_of_another(call_main, tmp_path):
