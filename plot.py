@@ -24,7 +24,7 @@ import endings
 from endings import Refused, at_least, nonempty, say
 from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
-STRETCHES = 1500  # of a long curve; of each, the lowest, the highest and the last point are drawn
+STRETCHES = 1500  # of a long curve; the lowest and the highest point of each are drawn
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
 MARKERS = "os^Dv<>pP*X"  # more of these than colours, so that a colour comes back with another one
