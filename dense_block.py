@@ -332,10 +332,18 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
     The contents of a and da are lost.
     """
     aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
-    da_centred = torch.sub(x, mean, out=a).mul_(da)  # in 16 bits, da x would lose it against a large mean
     grads.addcmul_(da, gamma * rstd)
-    grad_beta, sum_da_centred = (values.sum(dim=(0, 1, 2), dtype=mean.dtype) for values in (da, da_centred))
+    grad_beta = sum_of_pixels(da, mean.dtype)
+    if x.element_size() == 2:  # da x, rounded, would lose the gradient against a large mean
+        sum_da_centred = sum_of_pixels(torch.sub(x, mean, out=a).mul_(da), mean.dtype)
+    else:  # a pass less
+        sum_da_centred = sum_of_pixels(torch.mul(da, x, out=a), mean.dtype) - mean * grad_beta
     return torch.stack([grad_beta, sum_da_centred * rstd])
+
+
+def sum_of_pixels(x, dtype):
+    """(C,) of (N, H, W, C), added up in this type."""
+    return x.sum(dim=(0, 1, 2), dtype=dtype)
 
 
 def convolution_backward(grad, x, weight):
