@@ -4,10 +4,10 @@
     ./compare.py work/sgd-1 work/sgd-2 work/adam-1 work/adam-2
     ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
 
-Runs that differ in --seed only are one setting, n is their number; other machines and versions among them are told of. An error
-is in percent, mean and sample standard deviation (lowest to highest); images/s is of training without the test. A run that has
-not reached its last epoch is reported and left out. With images held out by --val, the setting with their lowest error comes
-first.
+Runs that differ in --seed only are one setting; n is their number. Where their machines or versions differ, that is said, and
+images/s, of training without the test, is left out unless only the commit differs. An error is in percent, mean and sample
+standard deviation (lowest to highest). A run that has not reached its last epoch is reported and left out. With images held
+out by --val, the setting with their lowest error comes first.
 """
 
 import argparse

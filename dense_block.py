@@ -76,7 +76,8 @@ class Block(NamedTuple):
 
     def state(self):
         """What the backward pass needs as it was: how often each parameter was written to, and the drop rates."""
-        return [p._version for p in self.parameters()], [module.dropout.p for module in self.modules]
+        versions = [None if p.is_inference() else p._version for p in self.parameters()]
+        return versions, [module.dropout.p for module in self.modules]
 
 
 def bn_convs(module):
@@ -116,8 +117,9 @@ class DenseBlockFunction(torch.autograd.Function):
             raise RuntimeError("an efficient block cannot be differentiated twice (create_graph=True): efficient=False")
         if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
             raise RuntimeError("an efficient block takes no batch of gradients (is_grads_batched, vmap): efficient=False")
-        buffer, mean, rstd, *rest = ctx.saved_tensors  # autograd refuses a parameter that was changed in place, but not
-        check_unchanged(ctx.block, ctx.parameters, ctx.state)  # where hooks on saved tensors, as of save_on_cpu, packed it
+        # Autograd refuses a parameter that was changed in place, but not where hooks on saved tensors packed it.
+        buffer, mean, rstd, *rest = ctx.saved_tensors
+        check_unchanged(ctx.block, ctx.parameters, ctx.state)
         rest = rest[len(ctx.parameters) :]
         per_layer = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
@@ -409,7 +411,7 @@ def infer(x, layers, transition, kernels):
 def computable(x, layers):
     """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
 
-    Asked before each pass, some 20 us a layer, since a hook may be added at any time. A replayed CUDA graph does not ask.
+    Asked before each pass, some 50 us a layer, since a hook may be added at any time. A replayed CUDA graph does not ask.
     """
     training = layers[0].training
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
@@ -455,7 +457,7 @@ def observed(x, training):
 def untouched(module, kind, training):
     """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    own = {"forward", "_conv_forward"} & module.__dict__.keys()
+    own = "forward" in module.__dict__ or "_conv_forward" in module.__dict__
     return type(module) is kind and module.training == training and not any(hooks) and not own
 
 
@@ -471,8 +473,9 @@ def plain_norm(bn, training):
     own = type(bn.weight) is type(bn.bias) is nn.Parameter  # unlike in torch.func.functional_call
     if not own or any(buffer is None for buffer in bn._buffers.values()):
         return False
-    vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
-    return all(vector.shape == (bn.num_features,) and vector.is_contiguous() for vector in vectors)
+    vectors = *bn._parameters.values(), bn._buffers["running_mean"], bn._buffers["running_var"]
+    size = (bn.num_features,)
+    return all(vector.shape == size and vector.is_contiguous() for vector in vectors)
 
 
 def plain_convolution(conv, channels, side, training):

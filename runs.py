@@ -101,7 +101,7 @@ def settings(folders):
         if twins := same_seed(members, runs):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
         if differ := mixed([runs[folder] for folder in members]):
-            say(f"{members[0]} and its other seeds also differ in {', '.join(sorted(differ))}, and count as one setting")
+            say(f"{members[0]} and the other seeds of its setting differ in {', '.join(sorted(differ))}, too")
     names = dict.fromkeys(name for common, _ in groups for name in common)
     rows = [{name: shared(name, [runs[folder] for folder in members]) for name in [*names, "data"]} for _, members in groups]
     names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]

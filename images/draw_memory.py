@@ -50,8 +50,8 @@ def read_curves(path):
     for name in next(iter(by_depth.values())):
         peaks = [variants[name]["peak_mb_an_image"] for variants in by_depth.values()]
         times = [statistics.median(variants[name]["ms_a_step"]) / report["batch_size"] for variants in by_depth.values()]
-        if None in peaks:
-            raise Refused(f"{path} has no counted peaks, which only a report in fp32 has: make one")
+        if None in peaks or not all(entry.get("table") for entry in report["depths"].values()):
+            raise Refused(f"{path} lacks counted peaks, which only a report in fp32 has, or its table: make one")
         curves[LABELS.get(name, name)] = [*by_depth], peaks, times
     (heading, *_), *_ = (entry["table"] for entry in report["depths"].values())
     return report["growth_rate"], heading.split(", ", 2)[2], curves  # after the command, depth and growth rate

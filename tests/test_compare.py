@@ -157,9 +157,9 @@ def test_another_machine_or_version_is_another_setting_where_nothing_else_tells_
     one, timed = write_run(tmp_path / "one", 5), {"columns": ",seconds", "values": ",2"}
     shown, _, out = tables(one, write_run(tmp_path / "seed", 6, seed=2, torch="2.14", efficient=True, **timed))
     assert [(row["n"], row["images/s"]) for row in shown] == [("2", "-")]
-    assert f"{one} and its other seeds also differ in efficient, torch, and count as one setting\n" in out
+    assert f"{one} and the other seeds of its setting differ in efficient, torch, too\n" in out
     shown, _, out = tables(one, write_run(tmp_path / "commit", 6, seed=2, commit="4567", **timed))
-    assert ("differ in commit, and" in out, [row["images/s"] for row in shown]) == (True, ["500"])
+    assert ("differ in commit, too\n" in out, [row["images/s"] for row in shown]) == (True, ["500"])
     assert "differ" not in tables(one, write_run(tmp_path / "device", 6, seed=2, device="cuda:1"))[2]
     shown, *_ = tables(one, write_run(tmp_path / "kernels", 6, efficient=True))
     assert [(row["efficient"], row["n"]) for row in shown] == [("no", "1"), ("yes", "1")]

@@ -572,10 +572,17 @@ def test_what_traces_or_transforms_a_net_meets_the_plain_modules(transform, trai
 
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
-def test_in_evaluation_mode_it_is_one_graph():
-    torch._dynamo.reset()
-    net, (images, _) = efficient_twin(random_net(BC)).eval(), batch(3, 8)
-    assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(images), net(images))
+def test_in_evaluation_mode_and_without_efficient_it_is_one_graph():
+    net, (images, _) = random_net(BC), batch(3, 8)
+    for each in (efficient_twin(net).eval(), copy.deepcopy(net).eval(), net.train()):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(each, backend="eager", fullgraph=True)(images), each(images))
+
+
+def test_a_net_that_is_made_in_inference_mode():
+    with torch.inference_mode():
+        net, (images, _) = random_net(BC), batch(3, 8)
+        torch.testing.assert_close(efficient_twin(net)(images), net(images), rtol=1e-12, atol=1e-12)
 
 
 def test_a_drop_rate_that_was_changed_before_the_backward_pass_is_an_error():

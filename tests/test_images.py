@@ -80,7 +80,7 @@ def test_another_report_is_refused(run_script, tmp_path, text):
     (tmp_path / "memory.json").write_text(text)
     done = run_script("images/draw_memory.py", tmp_path / "memory.json")
     assert done.returncode == 2
-    assert any(f"memory.json {why}" in done.stderr for why in ("has no counted peaks", "is not a report of attic"))
+    assert any(f"memory.json {why}" in done.stderr for why in ("lacks counted peaks", "is not a report of attic"))
     assert not (tmp_path / "memory.png").exists()
 
 
