@@ -26,10 +26,7 @@ def read_cifar(dataset_class, root, part):
     if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
         root = root.resolve().parent  # --data named the folder of the batches itself
     paths = {root / dataset_class.base_folder / name: md5 for name, md5 in [*files, meta]}
-    if not all(path.exists() for path in paths):
-        refuse_damaged(paths)
-        fetch(dataset_class.__name__, root, dataset_class.url, dataset_class.filename, dataset_class.tgz_md5, paths)
-    refuse_damaged(paths)
+    fetch(dataset_class.__name__, root, dataset_class.url, dataset_class.filename, dataset_class.tgz_md5, paths)
     data = one_part(root, train=part == "train")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
@@ -38,9 +35,7 @@ def read_svhn(root, part):
     """As read_cifar. Train and extra are the training set; pixels are divided by 255 and nothing else (paper, section 4.1)."""
     splits = ["train", "extra"] if part == "train" else ["test"]
     for url, name, md5 in (SVHN.split_list[split] for split in splits):
-        if not (root / name).exists():
-            fetch("SVHN", root, url, name, md5, [root / name])
-        refuse_damaged({root / name: md5})
+        fetch("SVHN", root, url, name, md5, {root / name: md5})
     parts = [SVHN(root, split=split) for split in splits]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
     return images, labels.long(), [*map(str, range(10))]
@@ -53,17 +48,24 @@ def refuse_damaged(files):
             raise Refused(f"{path} is damaged (wrong checksum): delete it to have it downloaded again")
 
 
-def fetch(title, root, url, archive, md5, paths):
-    """Downloads the archive into root, unless it is there, and extracts those of the paths that are missing."""
+def fetch(title, root, url, archive, md5, files):
+    """Where some of the files in {path: MD5} are missing, extracts them from the archive in root, or downloads it there first.
+
+    Refused if one that is there is damaged. torchvision checks all of them when it reads them.
+    """
+    refuse_damaged(files)
+    if all(path.exists() for path in files):
+        return
     if not (root / archive).exists() and all((root / part).is_dir() for part in ("train", "test")):
         raise Refused(f"{root} holds train and test, as a folder of pictures does: choose --dataset folder, or another --data")
     new = [path for path in (root, *root.parents) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(root):
-            refuse_damaged({root / archive: md5})
-            if not all(path.exists() for path in paths):  # as another process may have left them
-                download_whole(root, url, archive, md5, paths)
+            missing = [path for path in files if not path.exists()]  # another process may have left them all
+            if missing:
+                refuse_damaged({root / archive: md5})
+                download_whole(root, url, archive, md5, missing)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             for path in new:  # a mistyped name leaves no folder behind
@@ -89,18 +91,17 @@ def one_at_a_time(root):
         lock.release()
 
 
-def download_whole(root, url, archive, md5, paths):
-    """As fetch. The files get their names when they are whole; none that exists is replaced."""
+def download_whole(root, url, archive, md5, missing):
+    """As fetch. The files get their names when they are whole."""
     unfinished = root / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     try:
         if not (root / archive).exists():
             download_url(url, unfinished, archive, md5)
             os.replace(unfinished / archive, root / archive)
-        if root / archive not in paths:
+        if missing != [root / archive]:
             extract_archive(root / archive, unfinished)
-        for path in paths:
-            if not path.exists():
+            for path in missing:
                 path.parent.mkdir(exist_ok=True)
                 os.replace(unfinished / path.relative_to(root), path)
     finally:

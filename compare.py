@@ -19,7 +19,7 @@ import pandas as pd
 import endings
 from endings import new_file, nonempty, say
 from files import refuse_existing, write_text
-from runs import arguments_of, in_words, mixed, name_runs, read_csv, settings
+from runs import in_words, mixed, name_runs, read_csv, settings
 
 STATISTICS = ("mean", "std", "min", "max")
 ERRORS = {"test_error": "error", "val_error": "val_error"}  # name here: column of test.csv
@@ -56,21 +56,20 @@ def build_parser():
     return parser
 
 
-def summary(differences, arguments, folders):
+def summary(differences, arguments, runs):
     """The numbers of a setting: those of its runs that are complete, and how many are not, which is said."""
-    tables = {folder: read_csv(folder / "test.csv") for folder in folders}
+    tables = {folder: read_csv(folder / "test.csv") for folder in runs}
     epochs = {folder: int(table["epoch"].max()) if len(table) else 0 for folder, table in tables.items()}
     for folder, done in epochs.items():
         if done != arguments["epochs"]:
             say(f"{folder} has {done} of {arguments['epochs']} epochs and is not averaged")
-    complete = [tables[folder] for folder in folders if epochs[folder] == arguments["epochs"]]
-    row = {**differences, "epochs": arguments["epochs"], "n": len(complete), "incomplete": len(folders) - len(complete)}
+    complete = [tables[folder] for folder in runs if epochs[folder] == arguments["epochs"]]
+    row = {**differences, "epochs": arguments["epochs"], "n": len(complete), "incomplete": len(runs) - len(complete)}
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
-    runs = [arguments_of(folder) for folder in folders]
-    counts = (run.get("train_images") for run in runs)  # which older runs do not say
-    return row | ({} if mixed(runs) - {"commit"} else images_per_second(next(filter(None, counts), None), complete))
+    counts = (run.get("train_images") for run in runs.values())  # which older runs do not say
+    return row | ({} if mixed(runs.values()) - {"commit"} else images_per_second(next(filter(None, counts), None), complete))
 
 
 def images_per_second(train_images, tables):

@@ -416,19 +416,20 @@ def computable(x, layers):
     training = layers[0].training
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
         return False
-    channels = x.shape[1]
+    channels, counters = x.shape[1], set()
     for layer in layers:
         if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
             return False
         if layer.dropout.p == 1:  # all is dropped, and the scale is 1 / 0
             return False
-        if not all(plain(*half, training) for half in bn_convs(layer)):
+        halves = bn_convs(layer)
+        if not all(plain(*half, training) for half in halves):
             return False
+        counters |= {id(bn.num_batches_tracked) for bn, *_ in halves}
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
-    tracked = [bn.num_batches_tracked for layer in layers for bn, *_ in bn_convs(layer)]
-    if len({*map(id, tracked)}) < len(tracked):  # all are counted up at once, a shared one must be twice
+    if len(counters) < len(layers) * len(halves):  # all are counted up at once, a shared one must be twice
         return False
     if not (training or fitting_kernels(x, layers)):
         return False

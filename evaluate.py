@@ -128,10 +128,10 @@ def data_folder(args, checkpoint):
     if args.data:
         return Path(args.data)
     given = checkpoint["args"]["data"]
+    absolute = None
     with contextlib.suppress(Refused):
-        absolute = Path(read_arguments(args.checkpoint.parent).get("data") or given)
-        return absolute if absolute.exists() else Path(given)
-    return Path(given)
+        absolute = read_arguments(args.checkpoint.parent).get("data")
+    return Path(absolute if absolute and os.path.exists(absolute) else given)
 
 
 def read_split(checkpoint, root, part):

@@ -56,10 +56,9 @@ def main():
             raise Refused("there is nothing to draw yet: train.csv and test.csv have no row")
         check_since(curves, args.since)
         figures = panels(args.out or Path(os.path.commonpath(folders.values())), args.format)
-        logarithmic = {"loss": not args.linear, "error": args.log_error}
         for path, columns in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw(curves, columns, path, args, logarithmic)
+            draw(curves, columns, path, args)
             say(path)
 
 
@@ -182,7 +181,7 @@ def check_since(curves, since):
         raise Refused(f"--since {since:g} is after the last epoch, {last:g}: choose less")
 
 
-def draw(curves, columns, path, args, logarithmic):
+def draw(curves, columns, path, args):
     """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
     figure = drawing.new_figure(4.2 * len(columns), 3.2)
     (title, *names), style = drawing.as_text([args.title or "", *curves])
@@ -196,7 +195,7 @@ def draw(curves, columns, path, args, logarithmic):
             axes.axvline(change, zorder=0, **CHANGE | ({"color": colors[0]} if len(colors) == 1 < len(curves) else {}))
         axes.set(xlabel="epoch", ylabel=LABELS[column])
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-        if logarithmic[column]:
+        if {"loss": not args.linear, "error": args.log_error}[column]:
             drawing.make_logarithmic(axes)
         axes.grid(alpha=0.3)
     entries = [(name, PARTS["test"] | {"color": look[0], "marker": look[1]}) for name, look in zip(names, looks, strict=True)]

@@ -87,7 +87,7 @@ def arguments_of(folder):
 
 
 def settings(folders):
-    """[(arguments in which the settings differ, common arguments, folders)]; runs that differ in `seed` only are one setting.
+    """[(arguments in which the settings differ, common arguments, {folder: its arguments})] of runs that differ in `seed` only.
 
     If two of its runs have the same seed, the machine and the version count, too; else it is said where these differ. Refused
     if that does not tell them apart.
@@ -95,15 +95,14 @@ def settings(folders):
     runs = {folder: arguments_of(folder) for folder in folders}
     groups = []
     for common, members in group(runs, STARTED | MACHINE):
-        twins = same_seed(members, runs)
-        groups += group({folder: runs[folder] for folder in members}, STARTED) if twins else [(common, members)]
+        groups += group(members, STARTED) if same_seed(members) else [(common, members)]
     for _, members in groups:
-        if twins := same_seed(members, runs):
+        if twins := same_seed(members):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
-        if differ := mixed([runs[folder] for folder in members]):
-            say(f"{members[0]} and the other seeds of its setting differ in {', '.join(sorted(differ))}, too")
+        if differ := mixed(members.values()):
+            say(f"{next(iter(members))} and the other seeds of its setting differ in {', '.join(sorted(differ))}, too")
     names = dict.fromkeys(name for common, _ in groups for name in common)
-    rows = [{name: shared(name, [runs[folder] for folder in members]) for name in [*names, "data"]} for _, members in groups]
+    rows = [{name: shared(name, members.values()) for name in [*names, "data"]} for _, members in groups]
     names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
     names = ["data" if name == "digests" and named_by_place(rows) else name for name in names]
     return [({name: row[name] for name in names}, *setting) for row, setting in zip(rows, groups, strict=True)]
@@ -128,20 +127,20 @@ def named_by_place(rows):
 
 
 def group(runs, ignored):
-    """[(common arguments, folders)] of runs that differ in `seed` and in ignored arguments only; null counts as absent."""
+    """[(common arguments, {folder: its arguments})] of runs that differ in seed and what is ignored; null counts as absent."""
     groups = {}
     for folder, arguments in runs.items():
         checked = arguments.get("dataset") in CHECKED  # else two folders of pictures, say, are two data sets
         names = arguments.keys() - ignored - {"seed"} - ({"image_size"} if checked else set())
         names |= set() if checked else {"digests"}
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
-        groups.setdefault(json.dumps(common, sort_keys=True), (common, []))[1].append(folder)
+        groups.setdefault(json.dumps(common, sort_keys=True), (common, {}))[1][folder] = arguments
     return [*groups.values()]
 
 
-def same_seed(folders, runs):
-    """Two of the folders whose runs have the same seed, or None."""
-    pairs = itertools.combinations(folders, 2)
+def same_seed(runs):
+    """Two of the folders in {folder: arguments} whose runs have the same seed, or None."""
+    pairs = itertools.combinations(runs, 2)
     return next((pair for pair in pairs if runs[pair[0]]["seed"] == runs[pair[1]]["seed"]), None)
 
 

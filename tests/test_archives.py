@@ -64,7 +64,7 @@ def server(monkeypatch):
 
 
 def fetch(root, url):
-    archives.fetch("a set", root, url, "batches.tar", MD5, [root / name for name in CONTENT])
+    archives.fetch("a set", root, url, "batches.tar", MD5, {root / name: None for name in CONTENT})
 
 
 def assert_whole(root):
@@ -117,5 +117,5 @@ def test_another_file_than_expected_leaves_nothing(server, tmp_path):
     server.go.set()
     root = tmp_path / "new" / "data"
     with pytest.raises(Refused, match=r"lacks files of a set, and downloads fail \(File not found or corrupted"):
-        archives.fetch("a set", root, server.url, "batches.tar", "0" * 32, [root / "batches" / "one"])
+        archives.fetch("a set", root, server.url, "batches.tar", "0" * 32, {root / "batches" / "one": None})
     assert not list(tmp_path.iterdir())

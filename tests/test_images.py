@@ -47,6 +47,9 @@ def report_of(peaks):
     return {"growth_rate": 12, "batch_size": 8, "depths": of_depth}
 
 
+WITHOUT_TABLE = json.dumps(report_of([3, 7, 18])).replace('"table"', '"no table"')
+
+
 def test_memory_and_time_against_the_depth(run_script, tmp_path):
     (tmp_path / "memory.json").write_text(json.dumps(report_of([3, 7, 18])))
     done = run_script("images/draw_memory.py", tmp_path / "memory.json")
@@ -74,7 +77,8 @@ def test_the_exponents_are_those_between_the_second_and_the_last_of_four_depths(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", json.dumps({**report_of([3, 7, 18]), "depths": {}}), json.dumps(report_of([3, None, 18]))]
+    "text",
+    ["", "[]", "{}", json.dumps({**report_of([3, 7, 18]), "depths": {}}), json.dumps(report_of([3, None, 18])), WITHOUT_TABLE],
 )
 def test_another_report_is_refused(run_script, tmp_path, text):
     (tmp_path / "memory.json").write_text(text)
