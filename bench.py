@@ -186,10 +186,15 @@ def measured(step, steps, device):
     return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def conditions(args, device):
+    """Under which any net is measured."""
+    run = f"{args.precision}, batch {args.batch_size}, {args.rounds} x {args.steps} steps"
+    return f"{run}, {describe(device)}, torch {torch.__version__}"
+
+
 def table(results, args, device):
     """Yields a heading and the lines of a Markdown table; the ratio is to the first row."""
-    run = f"L={args.depth}, k={args.growth_rate}, {args.precision}, batch {args.batch_size}, {args.rounds} x {args.steps} steps"
-    yield f"`{shlex.join(sys.argv)}`: {run}, {describe(device)}, torch {torch.__version__}"
+    yield f"`{shlex.join(sys.argv)}`: L={args.depth}, k={args.growth_rate}, {conditions(args, device)}"
     yield f"\n| | ms a step | images/s | ratio | memory, GB |\n|{' --- |' * 5}"
     base = statistics.median(next(iter(results.values()))["ms_a_step"])
     for name, result in results.items():

@@ -79,15 +79,15 @@ def measure_depths(args, device):
     of_depth = {depth: argparse.Namespace(**vars(args) | {"depth": depth}) for depth in args.depths or [args.depth]}
     for settings in of_depth.values():  # before anything is measured, that takes long
         bench.check_measurement(settings)
-    report = {"growth_rate": args.growth_rate, "batch_size": args.batch_size, "depths": {}}
+    report = {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
+    report |= {"conditions": bench.conditions(args, device), "depths": {}}
     for depth, settings in of_depth.items():
         names = args.only or [name for name in VARIANTS if device.type == "cuda" or not name.endswith(ON_GPUS)]
         results = bench.measure(
             {name: functools.partial(make_step, name, settings, device) for name in names}, settings, device
         )
-        table = [*bench.table(results, settings, device)]
-        print(*table, "", sep="\n", flush=True)
-        report["depths"][depth] = {"table": table, "variants": with_peaks(results, settings, device)}
+        print(*bench.table(results, settings, device), "", sep="\n", flush=True)
+        report["depths"][depth] = {"variants": with_peaks(results, settings, device)}
     return report
 
 

@@ -43,18 +43,17 @@ def read_curves(path):
         report = json.loads(path.read_text())
     except ValueError as error:
         raise Refused(f"{path} is not a report of attic/compare-speed.py ({error}): make one") from error
-    if not isinstance(report, dict) or len(report.get("depths", {})) < 2:
+    if not isinstance(report, dict) or not report.keys() >= {"conditions", "depths"} or len(report["depths"]) < 2:
         raise Refused(f"{path} is not a report of attic/compare-speed.py --depths: make one")
     by_depth = {int(depth): entry["variants"] for depth, entry in report["depths"].items()}
     curves = {}
     for name in next(iter(by_depth.values())):
         peaks = [variants[name]["peak_mb_an_image"] for variants in by_depth.values()]
         times = [statistics.median(variants[name]["ms_a_step"]) / report["batch_size"] for variants in by_depth.values()]
-        if None in peaks or not all(entry.get("table") for entry in report["depths"].values()):
-            raise Refused(f"{path} lacks counted peaks, which only a report in fp32 has, or its table: make one")
+        if None in peaks:
+            raise Refused(f"{path} lacks counted peaks, which only a report in fp32 has: make one")
         curves[LABELS.get(name, name)] = [*by_depth], peaks, times
-    (heading, *_), *_ = (entry["table"] for entry in report["depths"].values())
-    return report["growth_rate"], heading.split(", ", 2)[2], curves  # after the command, depth and growth rate
+    return report["growth_rate"], report["conditions"], curves
 
 
 def draw(growth_rate, conditions, curves, path):

@@ -196,7 +196,9 @@ def test_a_table_for_each_depth_with_counted_bytes(call_main, monkeypatch, tmp_p
     assert status == 0, errors
     names = [name for name in compare.VARIANTS if not name.endswith(compare.ON_GPUS)]
     assert re.findall(r"^\| (\S+) \| 1[06]\.0 \|", out, re.MULTILINE) == 2 * names
-    variants = json.loads((tmp_path / "report.json").read_text())["depths"]["16"]["variants"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["conditions"].startswith("fp32, batch 2, 5 x 2 steps, cpu")
+    variants = report["depths"]["16"]["variants"]
     assert variants["torchvision-checkpointed"]["peak_mb_an_image"] < variants["plain"]["peak_mb_an_image"]
     assert variants["torchvision"]["peak_mb_an_image"] == pytest.approx(variants["plain"]["peak_mb_an_image"], rel=0.2)
 

@@ -38,16 +38,15 @@ def test_the_header(script, tmp_path):
 
 def report_of(peaks):
     """A report of attic/compare-speed.py with these peaks at L=40, 100 and 250."""
-    heading = "`attic/compare-speed.py --depths 40 100 250`: L=40, k=12, fp32, batch 8, a CPU, 2 threads"
     variants = ("plain", "efficient")
     of_depth = {
-        depth: {"table": [heading], "variants": {name: {"ms_a_step": [9, 1, 7], "peak_mb_an_image": peak} for name in variants}}
+        depth: {"variants": {name: {"ms_a_step": [9, 1, 7], "peak_mb_an_image": peak} for name in variants}}
         for depth, peak in zip((40, 100, 250), peaks, strict=True)
     }
-    return {"growth_rate": 12, "batch_size": 8, "depths": of_depth}
+    return {"growth_rate": 12, "batch_size": 8, "conditions": "fp32, batch 8, a CPU, 2 threads", "depths": of_depth}
 
 
-WITHOUT_TABLE = json.dumps(report_of([3, 7, 18])).replace('"table"', '"no table"')
+WITHOUT_CONDITIONS = json.dumps(report_of([3, 7, 18])).replace('"conditions"', '"others"')
 
 
 def test_memory_and_time_against_the_depth(run_script, tmp_path):
@@ -78,7 +77,14 @@ def test_the_exponents_are_those_between_the_second_and_the_last_of_four_depths(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", json.dumps({**report_of([3, 7, 18]), "depths": {}}), json.dumps(report_of([3, None, 18])), WITHOUT_TABLE],
+    [
+        "",
+        "[]",
+        "{}",
+        json.dumps({**report_of([3, 7, 18]), "depths": {}}),
+        json.dumps(report_of([3, None, 18])),
+        WITHOUT_CONDITIONS,
+    ],
 )
 def test_another_report_is_refused(run_script, tmp_path, text):
     (tmp_path / "memory.json").write_text(text)
@@ -91,6 +97,7 @@ def test_another_report_is_refused(run_script, tmp_path, text):
 def test_every_layer_of_the_header_reads_all_maps_before_it(monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    monkeypatch.setattr("sys.argv", ["draw_header.py"])
     runpy.run_path(str(ROOT / "images" / "draw_header.py"))["main"]()
     arrows = [patch for patch in figures[0].axes[0].patches if isinstance(patch, FancyArrowPatch)]
     assert len(arrows) == 4 + 3 + 2 + 1 + 4  # from each group to all layers behind it, and from each layer
