@@ -219,16 +219,25 @@ def test_a_step_that_waits_for_the_device_is_not_captured_and_says_so_once(strea
     ("reason", "status", "message"),
     [
         ("not permitted\nmore", 1, "a step of this net cannot be captured (not permitted): choose --no-capture"),
+        (None, 1, "a step of this net cannot be captured (invalid): choose --no-capture"),
         ("CUDA out of memory", 1, "memory ran out for batches: choose --no-capture"),
     ],
 )
-def test_a_capture_that_fails_ends_the_run_with_a_sentence(streams_of_nothing, reason, status, message):
+def test_a_capture_that_fails_ends_the_run_with_a_sentence(streams_of_nothing, monkeypatch, reason, status, message):
     calls = itertools.count(1)
 
     def fail(module, inputs, output):
-        if next(calls) == 4:
+        if reason and next(calls) == 4:
             raise RuntimeError(reason)
 
+    @contextlib.contextmanager
+    def graph(*arguments, **options):
+        try:
+            yield
+        finally:
+            raise RuntimeError("invalid")  # as PyTorch's does after an error inside, or on its own
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.raises(endings.Refused) as refused:
         take_captured_steps(fail)
     ending = SimpleNamespace(needs="batches", remedy="--no-capture", resume=None)
