@@ -99,7 +99,9 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     """
     given = parser.parse_args(argv)
     names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER  # not vars(given), of which some have no flag
-    words = words_of(begun, names, parser, source, remedy) if begun else []
+    begun = begun or {}
+    words = words_of({name: begun[name] for name in sorted(names & begun.keys()) if begun[name] is not None}, parser)
+    refuse_unknown_words(words, parser, source, remedy)
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
     args = parser.parse_args(words)
@@ -116,11 +118,27 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     return args
 
 
-def words_of(begun, names, parser, source, remedy):
-    """The named arguments, but null ones, as a command line. Refused if the parser does not accept it."""
+def words_of(arguments, parser):
+    """{argument: value} as the words of a command line."""
     actions = {action.dest: action for action in reversed(parser._actions)}  # of flags of the same argument the first
-    known = [name for name in sorted(names & begun.keys()) if begun[name] is not None]
-    words = [word for name in known for word in words_for(actions[name], begun[name])]
+    return [word for name, value in arguments.items() for word in words_for(actions[name], value)]
+
+
+def words_for(action, value):
+    """The words that give an argument this value: a switch, a constant, a list or a single value."""
+    flag = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        switch = flag if value else f"--no-{flag.removeprefix('--')}"
+        return [switch] if isinstance(value, bool) else [f"{flag}={value}"]  # the latter is refused
+    if action.nargs == 0 and value in (action.const, action.default):  # store_true, say
+        return [flag] * (value == action.const)
+    if action.nargs and isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def refuse_unknown_words(words, parser, source, remedy):
+    """Refused if the parser does not accept the words."""
     parser.exit_on_error = False
     try:
         _, unknown = parser.parse_known_args(words)
@@ -129,27 +147,6 @@ def words_of(begun, names, parser, source, remedy):
     except argparse.ArgumentError as error:
         raise Refused(f"{source} is damaged ({error}): {remedy}") from error
     parser.exit_on_error = True
-    return words
-
-
-def words_for(action, value):
-    """The words of a command line that give an argument this value: a switch, a constant, a list or a single value."""
-    flag = action.option_strings[0]
-    if isinstance(action, argparse.BooleanOptionalAction):
-        return [flag_of(flag.removeprefix("--"), value)]
-    if action.nargs == 0 and value in (action.const, action.default):  # store_true, say
-        return [flag] * (value == action.const)
-    if action.nargs and isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]
-
-
-def flag_of(name, value):
-    """The word of a command line that gives an argument this value; a switch is a BooleanOptionalAction."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag}={value}"
 
 
 def model_arguments(args):

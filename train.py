@@ -118,7 +118,7 @@ def refuse_another_net(args, trained):
     """Refused if the model flags make other shapes than the net of --init has, but for the classifier's."""
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
-    words = [flags.flag_of(name, trained[name]) for name in ours if trained[name] != ours[name]]
+    words = flags.words_of({name: trained[name] for name in ours if trained[name] != ours[name]}, build_parser())
     if words:
         ways = f"leave these flags out, or give {' '.join(words)}"
         raise Refused(f"--init {args.init} holds a different net from that of the model flags: {ways}")
