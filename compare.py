@@ -45,11 +45,8 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s DIR [DIR ...] [options], which --help lists",
-    )
+    usage = "%(prog)s DIR [DIR ...] [options], which --help lists"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
     parser.add_argument("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     for kind, what in [("csv", "the numbers"), ("markdown", "the table"), ("latex", "the table")]:
         parser.add_argument(f"--{kind}", type=new_file, metavar="FILE", help=f"write {what} to FILE, too")

@@ -55,9 +55,8 @@ def main():
 
 
 def build_parser():
-    layout = argparse.RawDescriptionHelpFormatter
     usage = "%(prog)s CHECKPOINT [options], which --help lists"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=usage)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
     add = parser.add_argument
     add("checkpoint", type=nonempty(Path), help="a run's folder or its latest.pth, or weights of --export")
     add_device_flag(parser)

@@ -63,11 +63,8 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s DIR [DIR ...] [options], which --help lists",
-    )
+    usage = "%(prog)s DIR [DIR ...] [options], which --help lists"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
     add, number = parser.add_argument, at_least(0, float)
     add("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     text = "their folder, or the file of one figure (default: the run, or what holds all)"
