@@ -38,7 +38,7 @@ def read_svhn(root, part):
         fetch("SVHN", root, url, name, md5, {root / name: md5})
     parts = [SVHN(root, split=split) for split in splits]
     images, labels = (torch.cat([torch.from_numpy(getattr(p, name)) for p in parts]) for name in ("data", "labels"))
-    return images, labels.long(), [*map(str, range(10))]
+    return images, labels.long(), range(10)
 
 
 def refuse_damaged(files):

@@ -54,8 +54,9 @@ class Dataset(NamedTuple):
         return Dataset(*(each.to(device) for each in self[:-1]), self.classes)
 
     def digests(self):
-        """{part: hash of its pixels and labels}; a run that is continued compares them."""
-        return {part: split.digest() for part, split in zip(self._fields[:3], self[:3], strict=True) if split}
+        """{part: hash of its pixels and labels}, which --resume compares."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split.digest() for name, split in parts.items() if split}
 
 
 def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
@@ -75,7 +76,7 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
     """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
     options = {"image_size": image_size, "quiet": quiet, "val": val} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
-    return Split(images, labels), [*map(str, classes)]
+    return Split(images, labels), [str(name) for name in classes]
 
 
 def hold_out(labels, val, limit=None):
@@ -97,7 +98,7 @@ def read_digits(root, part):
     indices = train if part == "train" else test
     images = torch.from_numpy(pixels[indices]).float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
-    return images, torch.from_numpy(labels[indices]), [*map(str, range(10))]
+    return images, torch.from_numpy(labels[indices]), range(10)
 
 
 # For each data set its reader, and the mean and std to normalise by: CIFAR's are the official code's; None: computed.
