@@ -10,6 +10,7 @@ every batch here has two images: the slices of a batch of one have no gaps in me
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numdifftools
@@ -40,10 +41,11 @@ def main():
 def checks():
     """(title, the check, the module in float64, its input) of every row of the table."""
     torch.manual_seed(0)
+    conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
     tiny = dict(growth_rate=2, num_classes=3, init_channels=2)
     rows = [
-        ("concatenation, fully connected", against_numdifftools, chain(CatLinear), torch.randn(2, 2)),
-        ("concatenation, convolutions", against_numdifftools, chain(CatConv), torch.randn(2, 2, 4, 4)),
+        ("concatenation, fully connected", against_numdifftools, chain(nn.Linear), torch.randn(2, 2)),
+        ("concatenation, convolutions", against_numdifftools, chain(conv3x3), torch.randn(2, 2, 4, 4)),
         ("Bottleneck", against_gradcheck, Bottleneck(3, growth_rate=2), torch.randn(2, 3, 4, 4)),
         ("SingleLayer", against_gradcheck, SingleLayer(3, growth_rate=2), torch.randn(2, 3, 4, 4)),
         ("Transition", against_gradcheck, Transition(4, 2), torch.randn(2, 4, 4, 4)),
@@ -62,31 +64,20 @@ def print_row(title, module, method, right, remark):
 # ------------------------------------------------------------------------------------------------- concatenation by itself
 
 
-class CatLinear(nn.Module):
-    """A fully connected layer whose output is concatenated to its input."""
+class Concatenation(nn.Module):
+    """A layer whose output is concatenated to its input."""
 
-    def __init__(self, in_features, new_features):
+    def __init__(self, layer):
         super().__init__()
-        self.fc = nn.Linear(in_features, new_features)
+        self.layer = layer
 
     def forward(self, x):
-        return torch.cat([x, self.fc(x)], dim=1)
+        return torch.cat([x, self.layer(x)], dim=1)
 
 
-class CatConv(nn.Module):
-    """A convolution whose output is concatenated to its input."""
-
-    def __init__(self, in_channels, new_channels):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, new_channels, kernel_size=3, padding=1, bias=False)
-
-    def forward(self, x):
-        return torch.cat([x, self.conv(x)], dim=1)
-
-
-def chain(layer):
+def chain(make_layer):
     """Two such layers: the second one follows the concatenation of the first."""
-    return nn.Sequential(layer(2, 2), layer(4, 2))
+    return nn.Sequential(Concatenation(make_layer(2, 2)), Concatenation(make_layer(4, 2)))
 
 
 # ------------------------------------------------------------------------------------------------------------- the checks
