@@ -110,8 +110,7 @@ def tensors_in(structure):
 
 def traffic_of(step):
     """The launches of a step on the meta device, as Traffic counts them."""
-    traffic = Traffic()
-    with traffic:
+    with Traffic() as traffic:
         step()
     return traffic.launches
 
