@@ -84,14 +84,14 @@ def checkpoint_in(path):
 def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     """A checkpoint, or exported weights with their card, on the CPU. Refused, with a remedy, if the file is neither or damaged.
 
-    No code in the file is run. testzip, because torch.load ignores checksums.
+    No code in the file is run.
     """
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
+            if archive.testzip():  # torch.load ignores checksums
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
