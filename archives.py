@@ -1,7 +1,7 @@
-"""CIFAR and SVHN from the archives of their authors, which are downloaded where they are missing; torchvision reads them.
+"""CIFAR and SVHN: the archives of their authors, downloaded if they are missing, and read by torchvision.
 
-Several processes may ask for the same archive at once, and each may be killed: one of them downloads, the others wait, and a
-file gets its name when it is whole.
+Several processes may want the same archive, and each may be killed: one downloads, the others wait, and a file gets its name
+only when it is whole.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ UNFINISHED = ".download"  # a folder for what is not whole yet
 def read_cifar(dataset_class, root, part):
     """(images (M, 3, 32, 32) uint8, labels (M,), class names) of the "train" or "test" part of CIFAR10 or CIFAR100."""
     files, meta = getattr(dataset_class, f"{part}_list"), [dataset_class.meta["filename"], dataset_class.meta["md5"]]
-    lists = {"train_list": [meta], "test_list": [meta], f"{part}_list": files}  # torchvision checks both, and reads one
+    lists = {"train_list": [meta], "test_list": [meta], f"{part}_list": files}  # the other part may be missing
     one_part = type(dataset_class.__name__, (dataset_class,), lists)
     if root.resolve().name == dataset_class.base_folder and not (root / dataset_class.base_folder).exists():
         root = root.resolve().parent  # --data named the folder of the batches itself
@@ -32,7 +32,7 @@ def read_cifar(dataset_class, root, part):
 
 
 def read_svhn(root, part):
-    """As read_cifar. Train and extra are the training set; pixels are divided by 255 and nothing else (paper, section 4.1)."""
+    """As read_cifar; train and extra together are the training set (paper, section 4.1)."""
     splits = ["train", "extra"] if part == "train" else ["test"]
     for url, name, md5 in (SVHN.split_list[split] for split in splits):
         fetch("SVHN", root, url, name, md5, {root / name: md5})
@@ -49,9 +49,9 @@ def refuse_damaged(files):
 
 
 def fetch(title, root, url, archive, md5, files):
-    """Where some of the files in {path: MD5} are missing, extracts them from the archive in root, or downloads it there first.
+    """Extracts the missing ones of the files {path: MD5} from the archive in root, which is downloaded if it is not there.
 
-    Refused if one that is there is damaged. torchvision checks all of them when it reads them.
+    Refused if a file that is there is damaged; torchvision checks all of them when it reads them.
     """
     refuse_damaged(files)
     if all(path.exists() for path in files):
@@ -92,7 +92,7 @@ def one_at_a_time(root):
 
 
 def download_whole(root, url, archive, md5, missing):
-    """As fetch. The files get their names when they are whole."""
+    """Downloads the archive unless it is there, and extracts the missing files; each gets its name when it is whole."""
     unfinished = root / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     try:

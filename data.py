@@ -101,7 +101,8 @@ def read_digits(root, part):
     return images, torch.from_numpy(labels[indices]), range(10)
 
 
-# For each data set its reader, and the mean and std to normalise by: CIFAR's are the official code's; None: computed.
+# {data set: (its reader, the mean and std to normalise by)}: CIFAR's are the official code's, SVHN's divide by 255 as in the
+# paper (section 4.1); None: computed.
 SOURCES = {
     "cifar10": (partial(archives.read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
     "cifar100": (partial(archives.read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
@@ -112,7 +113,7 @@ SOURCES = {
 
 
 def mean_and_std(images):
-    """Per channel, of pixels 0..255, from histograms, counted in parts; the std is 1 at least."""
+    """(means, stds) of the channels, exactly, by counting the pixels of each value 0..255; a std is at least 1."""
     parts = images.split(max(1, 2**26 // images[0, 0].numel()))
     counts = torch.stack([sum(part[:, c].flatten().bincount(minlength=256) for part in parts) for c in range(3)])
     shares, values = counts / counts.sum(dim=1, keepdim=True, dtype=torch.float64), torch.arange(256.0, dtype=torch.float64)

@@ -22,8 +22,8 @@ def read_part(root, part, image_size, quiet=False, val=0):
     """(images (M, 3, S, S) uint8, labels (M,) int64, names of the classes) of the part "train" or "test" of a folder.
 
     Training images are shuffled, always alike, so that --limit keeps all classes; test images come class by class.
-    Refused, before any picture is read, if the folders are not a data set or do not fit into memory, of which holding out
-    `val` images needs more.
+    Refused, before any picture is read, if the folders are no data set or need more memory than is free; holding out `val`
+    images needs more.
     """
     classes = list_classes(root / part)
     if part == "train":
@@ -77,7 +77,7 @@ def spelling(name):
 
 
 def free_memory():
-    """Bytes that the machine can still give, as Linux says; infinity on other systems."""
+    """Free memory in bytes, as Linux tells it; infinity on other systems."""
     path = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.exists() else None
     return 1024 * int(found[1]) if found else math.inf
@@ -118,9 +118,9 @@ def visible(folder):
 
 
 def left_out(root, parts=()):
-    """A line that counts, by extension, the files below root that are not read, if there are any but hidden ones.
+    """A line that counts, by extension, the files below root that are not read; none if there are only hidden ones.
 
-    With the parts of a data set: those below them; pictures in a part itself, beside its classes, are not read either.
+    Given the parts of a data set, it looks below those alone, and also counts pictures that lie beside the classes.
     """
     files = (file for folder in parts or [root] for file in list_files(folder))
     others = (file for file in files if file.suffix.lower() not in EXTENSIONS or file.parent in parts)

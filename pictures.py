@@ -31,7 +31,7 @@ SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 def read_pictures(paths, size, title=None):
     """(images (M, 3, size, size) uint8, the M paths that could be read, {path: why not, an Unreadable} of the others).
 
-    The title is that of a bar, or printed where no terminal is.
+    With a title, a bar is shown, or the title alone where there is no terminal.
     """
     images, readable, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], {}
     pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
@@ -75,7 +75,7 @@ def to_tensor(picture, size):
     """A Pillow picture as a (3, size, size) uint8 tensor: upright, its shorter side resized to `size`, the middle cut out."""
     decode(picture)
     rgb = to_rgb(picture)
-    with contextlib.suppress(Exception):  # EXIF data that cannot be read say nothing
+    with contextlib.suppress(Exception):  # unreadable EXIF data is ignored
         rgb.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(rgb, in_place=True)
     return pil_to_tensor(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))

@@ -22,7 +22,7 @@ MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch"
 def name_runs(folders):
     """{label: folder}; a label is the path from the folder that holds all. Refused if one is named twice.
 
-    A folder that holds no run yet, as of a job that waits or has failed, is told of and left out, unless there is no other.
+    A folder without a run, such as a waiting job's, is reported and left out, unless there is no other.
     """
     begun = [folder for folder in folders if not folder.is_dir() or (folder / "test.csv").exists()] or folders
     for folder in folders:
@@ -53,7 +53,7 @@ def refuse_missing(path):
 
 
 def whole_rows(lines, columns, path):
-    """The lines that have a finite number in each column and a later epoch than the line before; the others are told of."""
+    """The lines that have a finite number in each column and a later epoch than the line before; the others are reported."""
     rows, damaged, epoch = [], [], 0
     for number, line in enumerate(lines, start=2):
         try:
@@ -87,10 +87,10 @@ def arguments_of(folder):
 
 
 def settings(folders):
-    """[(arguments in which the settings differ, common arguments, {folder: its arguments})] of runs that differ in `seed` only.
+    """For each setting (what tells it from the others, its arguments, {folder: the run's arguments}); its runs are seeds of it.
 
-    If two of its runs have the same seed, the machine and the version count, too; else it is said where these differ. Refused
-    if that does not tell them apart.
+    Machines and versions belong to a setting only where it would otherwise have two runs of one seed; elsewhere it is reported
+    that they differ. Refused if two runs are alike even so.
     """
     runs = {folder: arguments_of(folder) for folder in folders}
     groups = []
@@ -120,14 +120,14 @@ def shared(name, runs):
 
 
 def named_by_place(rows):
-    """Whether the pictures of the settings differ exactly where their folders do, whose names say more than digests."""
+    """Whether the settings' pictures differ exactly where their folders do: the folder's name then says more than a digest."""
     pictures, places = [json.dumps(row["digests"]) for row in rows], [str(row["data"]) for row in rows]
     pairs = {*zip(pictures, places, strict=True)}
     return "various" not in places and len(pairs) == len({*pictures}) == len({*places})
 
 
 def group(runs, ignored):
-    """[(common arguments, {folder: its arguments})] of runs that differ in seed and what is ignored; null counts as absent."""
+    """[(common arguments, {folder: its arguments})]: runs of a group differ in `seed` and `ignored` only; null is as absent."""
     groups = {}
     for folder, arguments in runs.items():
         checked = arguments.get("dataset") in CHECKED  # else two folders of pictures, say, are two data sets
