@@ -136,7 +136,7 @@ def read_card(path):
 
 
 def image_size_of(checkpoint):
-    """The size that the net's pictures had; older runs say it in their arguments, of a folder alone."""
+    """The side of the net's images; older checkpoints have it in their arguments, and only for a folder."""
     return checkpoint.get("image_size") or checkpoint["args"].get("image_size") or IMAGE_SIZE
 
 

@@ -45,9 +45,9 @@ def read_world(environment):
 
 @contextlib.contextmanager
 def process_group(world, device, ending):
-    """Connects the ranks, for what is inside; yields this rank's device. Refused if they cannot meet, or a rank has no GPU.
+    """Connects the ranks inside a `with`; yields this rank's device. Refused if they cannot meet, or a rank has no GPU.
 
-    ending: of endings.worded, which knows the exit status in the end.
+    ending: what endings.worded yields; it has the exit status when the program ends.
     """
     if world.size == 1:
         yield device
@@ -101,7 +101,7 @@ def free(group):
 
 
 def leave(ending):
-    """At exit, ends the process and leaves the group as it is; torchrun, told of a failure, ends the other ranks."""
+    """At exit, ends the process without waiting for the group; torchrun sees the failure and ends the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ending.status)

@@ -105,7 +105,7 @@ def last_words(error, ending):
 
 
 def way_out(number, resume):
-    """What helps against this error of the system, to be put after its words."""
+    """The remedy for this error of the system, to follow its message."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room there" + ", or name another place" * (not resume)
     if resume:
@@ -148,7 +148,7 @@ def failed_compiler(error):
 
 @contextlib.contextmanager
 def memory_for(needs, remedy):
-    """Where memory runs out inside, the message has this `needs` and `remedy`, not those of the whole program."""
+    """If memory runs out inside, the message has this `needs` and `remedy` in place of the program's."""
     try:
         yield
     except Exception as error:

@@ -94,8 +94,8 @@ def image_size(text):
 def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in.
 
-    What is not given is taken from `begun`, arguments that the file `source` holds, except NOT_TAKEN_OVER. Refused, with the
-    remedy, if that file has values that no flag takes.
+    Those not given are taken from `begun`, the arguments in the file `source`, except NOT_TAKEN_OVER. Refused, with the
+    remedy, if a flag does not take its value there.
     """
     given = parser.parse_args(argv)
     names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER  # not vars(given), of which some have no flag

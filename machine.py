@@ -43,8 +43,8 @@ def default_precision(device):
 def set_precision(precision):
     """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that.
 
-    Set are PyTorch's older switches, which set the newer ones (fp32_precision), too. torch.compile reads the older ones, which
-    is an error where only the newer ones were set.
+    PyTorch's older switches set the newer ones (fp32_precision), too. To set only the newer ones is an error in torch.compile,
+    which reads the older.
     """
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"

@@ -7,7 +7,7 @@ from data import normalize
 from progress import progress
 
 BATCH_PIXELS = 250 * 32 * 32  # of a batch on a CPU; without gradients a net needs little memory
-GPU_NUMBERS = 2**28  # in the widest layer's input at a time, on a GPU: large batches that take 1 to 3 GB, whatever the net
+GPU_NUMBERS = 2**28  # in the input of the widest layer, on a GPU: large batches, which take 1 to 3 GB with any net
 
 
 @torch.inference_mode()

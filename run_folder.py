@@ -67,14 +67,14 @@ def locked(save):
 
 
 def refuse_moved(save, number):
-    """Refused if the lock of this folder is not the file with this number: a run that was begun since may have its name."""
+    """Refused if the folder's lock is not the file with this number: the folder was moved, and may be another run's now."""
     if file_number(save / ".lock") != number:
         remedy = "resume the run where it is now, or begin it anew"
         raise Refused(f"{save} was moved or removed while the run was writing there: {remedy}", status=1)
 
 
 def file_number(path):
-    """What tells a file from others, also from one that gets its name; None if there is none."""
+    """What identifies a file even when another one takes its name; None if there is none."""
     with contextlib.suppress(FileNotFoundError):
         status = path.stat()
         return status.st_dev, status.st_ino

@@ -81,7 +81,7 @@ def build_parser():
 def continued(parser, args):
     """(args, with --resume those of the run that is continued; its args.json, or {}).
 
-    A flag that the run's version did not have stands there with its default: another value would change the run.
+    Flags newer than the run are in it with their defaults, so that another value counts as a change.
     """
     run_folder.refuse_to_replace(args.save, args.resume, args.force)
     begun = run_folder.read_arguments(args.save) if args.resume else {}
@@ -99,7 +99,7 @@ def starting_point(parser, args, begun, fresh):
 
 
 def read_init(parser, args, begun):
-    """(args, the net of --init), whose shapes and, for a folder, image size fill in the flags that are not given."""
+    """(args, the net of --init); flags that are not given get its shapes and, for a folder, its image size."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
@@ -115,7 +115,7 @@ def read_init(parser, args, begun):
 
 
 def refuse_another_net(args, trained):
-    """Refused if the model flags make other shapes than the net of --init has, but for the classifier's."""
+    """Refused if the model flags make a net of other shapes than that of --init; the classifier may differ."""
     with torch.device("meta"):
         ours = flags.make_net(args).architecture
     words = flags.words_of({name: trained[name] for name in ours if trained[name] != ours[name]}, build_parser())
