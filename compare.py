@@ -4,10 +4,10 @@
     ./compare.py work/sgd-1 work/sgd-2 work/adam-1 work/adam-2
     ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
 
-Runs that differ in --seed only are one setting; n is their number. Where their machines or versions differ, that is said, and
-images/s, of training without the test, is left out unless only the commit differs. An error is in percent, mean and sample
-standard deviation (lowest to highest). A run that has not reached its last epoch is reported and left out. With images held
-out by --val, the setting with their lowest error comes first.
+Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
+(lowest to highest). A run that has not reached its last epoch is reported and left out. Differences of
+machine or version are reported; then images/s (of training, without the test) is left out, unless only the commit differs.
+With images held out by --val, the setting with their lowest error comes first.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def build_parser():
 
 
 def summary(differences, arguments, runs):
-    """The numbers of a setting: those of its runs that are complete, and how many are not, which is said."""
+    """The numbers of a setting, over its complete runs; the others are counted and reported."""
     tables = {folder: read_csv(folder / "test.csv") for folder in runs}
     epochs = {folder: int(table["epoch"].max()) if len(table) else 0 for folder, table in tables.items()}
     for folder, done in epochs.items():
@@ -70,7 +70,7 @@ def summary(differences, arguments, runs):
 
 
 def images_per_second(train_images, tables):
-    """{"images_per_second": of all runs that tell their time}, or nothing."""
+    """{"images_per_second": over all runs with times}, or {} if there are none."""
     timed = pd.concat([table["seconds"] for table in tables if "seconds" in table] or [pd.Series(dtype=float)])
     return {"images_per_second": train_images * len(timed) / timed.sum()} if train_images and timed.sum() else {}
 

@@ -16,8 +16,8 @@ shift = beta - scale mean: one pass over the maps. It is not kept but computed a
                is linear in da. Its first term is added to G at once. The other two are summed over the layers that read a map,
                and subtracted once, when the backward pass reaches that map:
                    g = G - offset - (x - mean) rstd slope,   offset = sum of scale dbeta / P,   slope = sum of scale dgamma / P.
-    transition It reads the maps x, too. kernels.py computes it together with the block, whose output is then not needed; here
-               it is a module of its own.
+    transition It reads x as a layer does. kernels.py computes it with the block, whose output is then not made; without
+               kernels.py, it is a module of its own.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class Block(NamedTuple):
         return [p for module in self.modules for bn, conv, _ in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
 
     def state(self):
-        """What the backward pass needs as it was: how often each parameter was written to, and the drop rates."""
+        """What must not change before the backward pass: how often each parameter was written to, and the drop rates."""
         versions = [None if p.is_inference() else p._version for p in self.parameters()]
         return versions, [module.dropout.p for module in self.modules]
 
@@ -463,7 +463,7 @@ def untouched(module, kind, training):
 
 
 def plain(bn, conv, side, training):
-    """Whether the batch norm and the convolution after it, of this size, compute what is computed here."""
+    """Whether the batch norm, and the convolution after it with a kernel of this side, compute what is computed here."""
     return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, side, training)
 
 

@@ -156,7 +156,7 @@ class DenseBlock(nn.Sequential):
 
 
 def joined(block, transition, x):
-    """transition(block(x)), (N, C', H // 2, W // 2); computed as one where dense_block.py can, without the block's output."""
+    """transition(block(x)), (N, C', H // 2, W // 2); where dense_block.py can, in one go without the block's output."""
     mode = block.training
     as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
     if as_made and block.takes(x) and joinable(x, block, transition):

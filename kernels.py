@@ -443,9 +443,9 @@ def without_dropout(module):
     return not module.training or module.dropout.p == 0
 
 
-# By kernel: pixels and channels at a time, warps, pipeline stages, and of a backward kernel the turns, tiles of pixels that a
-# program takes one after the other. For 2^16 pixels or more, 2^14 or more, and fewer: the fastest on an H200 of several dozen
-# that spill no registers, at L=100 with 48 channels in z. The last column, for wider z or another GPU, was not timed.
+# Of each kernel: pixels and channels of a tile, warps, pipeline stages and, in a backward kernel, turns (tiles of pixels that a
+# program takes one after the other). Columns: 2^16 pixels or more, 2^14 or more, fewer, each the fastest on an H200 of several
+# dozen that spill no registers, at L=100 with 48 channels in z; the last, for wider z or another GPU, was not timed.
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),

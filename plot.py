@@ -218,7 +218,7 @@ def draw_curve(axes, column, curve, since, color, marker):
 
 
 def thinned(table):
-    """Of a table with very many rows those that show in a figure, its extremes among them."""
+    """The rows of a very long table that a figure can show, the extremes among them."""
     if len(table) <= 3 * STRETCHES:
         return table
     stretches = table["mean"].groupby(pd.RangeIndex(len(table)) * STRETCHES // len(table))
@@ -226,7 +226,7 @@ def thinned(table):
 
 
 def meanings(curves, changes, smooth):
-    """(what means the same of all curves, its look), where there is any of it."""
+    """[(label, look)] of what the legend explains once for all curves, if it is drawn."""
     train = f"train, averaged over {smooth:g} epoch{'s' * (smooth != 1)}" if smooth else "train"
     drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
     banded = any(curve.runs > 1 and not curve.tables["test"].empty for curve in curves)
