@@ -98,10 +98,7 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     remedy, if a flag does not take its value there.
     """
     given = parser.parse_args(argv)
-    names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER  # not vars(given), of which some have no flag
-    begun = begun or {}
-    words = words_of({name: begun[name] for name in sorted(names & begun.keys()) if begun[name] is not None}, parser)
-    refuse_unknown_words(words, parser, source, remedy)
+    words = words_taken_over(parser, begun or {}, source, remedy)
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
     args = parser.parse_args(words)
@@ -116,6 +113,21 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     if args.save is None:
         args.save = Path("work", f"{args.dataset}.base")
     return args
+
+
+def words_taken_over(parser, begun, source, remedy):
+    """What `begun` holds of the parser's arguments, as a command line. Refused if the parser does not accept it."""
+    names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER
+    words = words_of({name: begun[name] for name in sorted(names & begun.keys()) if begun[name] is not None}, parser)
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args(words)
+        if unknown:
+            raise argparse.ArgumentError(None, f"no flag is {unknown[0]}")
+    except argparse.ArgumentError as error:
+        raise Refused(f"{source} is damaged ({error}): {remedy}") from error
+    parser.exit_on_error = True
+    return words
 
 
 def words_of(arguments, parser):
@@ -135,18 +147,6 @@ def words_for(action, value):
     if action.nargs and isinstance(value, list):
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]
-
-
-def refuse_unknown_words(words, parser, source, remedy):
-    """Refused if the parser does not accept the words."""
-    parser.exit_on_error = False
-    try:
-        _, unknown = parser.parse_known_args(words)
-        if unknown:
-            raise argparse.ArgumentError(None, f"no flag is {unknown[0]}")
-    except argparse.ArgumentError as error:
-        raise Refused(f"{source} is damaged ({error}): {remedy}") from error
-    parser.exit_on_error = True
 
 
 def model_arguments(args):
