@@ -115,8 +115,9 @@ def measure(factories, args, device):
         compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]
         for group in [compiling, *([each] for each in workers if each not in compiling)]:  # one by one, unless it takes long
             take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
-        answers = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
-    return {n: {"ms_a_step": [each[i][0] for each in answers], "memory_gb": answers[-1][i][1]} for i, n in enumerate(factories)}
+        rounds = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
+    by_variant = zip(factories, zip(*rounds, strict=True), strict=True)
+    return {name: {"ms_a_step": [ms for ms, _ in answers], "memory_gb": answers[-1][1]} for name, answers in by_variant}
 
 
 @contextlib.contextmanager

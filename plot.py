@@ -91,8 +91,7 @@ def panels(out, suffix):
 
 def run_curves(folders, smooth):
     """{label: curve} of the runs in {label: folder} that have rows."""
-    curves = {label: read_curve([folder], smooth) for label, folder in folders.items()}
-    return {label: curve for label, curve in curves.items() if curve}
+    return {label: curve for label, folder in folders.items() if (curve := read_curve([folder], smooth))}
 
 
 def average_curves(folders, smooth):
