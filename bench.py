@@ -87,7 +87,7 @@ def variant_arguments(name, args):
 
 
 def make_step(args, device, make=flags.make_net):
-    """train.py's own training step as a function without arguments, of the net that `make` makes of args."""
+    """A function without arguments that takes one training step of train.py; `make` makes the net from args."""
     keep_freed_memory(device)
     set_determinism(args.deterministic)
     torch.manual_seed(args.seed)
@@ -99,7 +99,7 @@ def make_step(args, device, make=flags.make_net):
 
 
 def random_batches(args, device):
-    """Batches without end, as train.py draws them, of random images and labels."""
+    """Endless batches of random images and labels, drawn as train.py draws them."""
     shape = (16 * args.batch_size, 3, args.image_size, args.image_size)
     split = data.Split(torch.randint(256, shape, dtype=torch.uint8, device=device), torch.randint(10, shape[:1], device=device))
     dataset = data.Dataset(split, split, split, *torch.full((2, 3, 1, 1), 127.5, device=device), classes=[*"0123456789"])
@@ -122,7 +122,7 @@ def measure(factories, args, device):
 
 @contextlib.contextmanager
 def worker(name, factory, device):
-    """Yields a process that makes a step and takes as many as it is asked for, and the connection to ask."""
+    """Yields a process that takes as many steps as it is asked for, and the connection to ask it."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's heap
     connection, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, factory, device), name=name, daemon=True)
@@ -140,7 +140,7 @@ def worker(name, factory, device):
 
 
 def take_steps(workers, steps):
-    """The answer of each; they work at the same time."""
+    """The answers of the workers, which take these steps at the same time."""
     for _, connection in workers:
         with contextlib.suppress(OSError):  # one that has ended does not answer either
             connection.send(steps)
@@ -162,7 +162,7 @@ def receive(process, connection):
 
 
 def serve(connection, factory, device):
-    """What a worker's process does: makes its step when it is first asked for one, and answers until nobody asks."""
+    """The process of a worker: makes its step when it is first asked, and answers until the connection is closed."""
     choose_device(str(device))  # the process's own current device
     step = None
     with contextlib.suppress(EOFError, OSError):

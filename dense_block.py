@@ -236,7 +236,7 @@ def dropout(x, rate):
 
 
 def update_running_statistics(norms, mean, var):
-    """As each batch norm does it: with its own momentum, for the first channels, those that it reads. var is unbiased."""
+    """As each batch norm would: with its own momentum, for the channels that it reads, which come first. var is unbiased."""
     weights = [bn.momentum for bn in norms]
     for name, values in [("running_mean", mean), ("running_var", var)]:
         running = [getattr(bn, name) for bn in norms]
@@ -489,7 +489,7 @@ def plain_convolution(conv, channels, side, training):
 
 @torch.compiler.disable
 def joinable(x, block, transition):
-    """Whether dense_block also computes the transition after a block that it computes: by kernels.py, if it is unchanged."""
+    """Whether dense_block computes the transition together with its block: kernels.py can, if the transition is unchanged."""
     bn, conv, layers = transition.bn1, transition.conv1, list(block)
     training = layers[0].training  # the mode in which all is computed, whatever the block's own
     if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):

@@ -81,7 +81,7 @@ def refuse_contradictions(args):
 
 
 def refuse_unwritable(args):
-    """Refused if --out or the folder of --predictions cannot be written to, or made, or has another's confusion matrix."""
+    """Refused if --out or the folder of --predictions cannot be made or written to, or what is there would be overwritten."""
     folders = {} if args.image else {"--out": args.out or args.checkpoint.parent}
     if args.predictions and not args.predictions.exists():  # unlike /dev/stdout
         folders["--predictions"] = args.predictions.parent
@@ -134,7 +134,7 @@ def data_folder(args, checkpoint):
 
 
 def read_split(checkpoint, root, part):
-    """The test images, or those that the run held out, of the net's data in the folder root."""
+    """The test images of the net's data set in the folder root, or the images that the run held out."""
     run = checkpoint["args"]
     if run["dataset"] not in data.SOURCES:
         raise Refused(f"the net was trained on {run['dataset']}, which this version of the program does not know")
@@ -157,7 +157,7 @@ def read_split(checkpoint, root, part):
 
 
 def files_of(run, root, part):
-    """The files of the pictures that read_split gives, in a list that is empty where the data set is not a folder."""
+    """The picture files of read_split's images, in its order; [] unless the data set is a folder."""
     if run["dataset"] != "folder":
         return []
     source = "train" if part == "val" else "test"
@@ -189,7 +189,7 @@ def class_lines(confusion, classes):
 
 
 def predictions(pictures, logits, classes, labels=None):
-    """The true class of each picture, if known, its most likely class, and the probability of that, as CSV."""
+    """As CSV, the true class of each picture, if known, its most likely class and how probable that is."""
     best = logits.softmax(dim=1).max(dim=1)
     columns = {"true": labels, "class": best.indices}
     names = {name: [classes[i] for i in indices.tolist()] for name, indices in columns.items() if indices is not None}
@@ -228,7 +228,7 @@ def shortened(name):
 
 
 def classify(net, checkpoint, args, device):
-    """Classifies the pictures that can be read; a folder stands for the pictures in it. Refused then, if some cannot be."""
+    """Classifies the pictures, and those in folders, that can be read; then refuses the others, by name."""
     paths = [picture for path in args.image for picture in named_pictures(path)]
     images, readable, unreadable = read_pictures(paths, image_size_of(checkpoint))
     if readable:

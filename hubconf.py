@@ -4,7 +4,7 @@
     preprocess = torch.hub.load("<folder of this repository>", "preprocess", source="local")
     logits = net(preprocess(PIL.Image.open("cat.png")))
 
-Images are (N, 3, 32, 32), normalised by the mean and std in work/<run>/net.json, where the classes are named, too.
+Images are (N, 3, 32, 32), normalised by the mean and std in work/<run>/net.json, which also names the classes.
 With another num_classes the classifier is a new one, and the rest is loaded.
 The nets need torch alone; preprocess needs Pillow, NumPy, torchvision and tqdm as well.
 """

@@ -133,7 +133,7 @@ def load_data(args, device, world):
 
 
 def initial_net(args, classes, init, quiet=False):
-    """The net at the start of the run: initialised from --seed, or that of --init, for other classes with a new classifier."""
+    """The net that the run begins with: made from --seed, or that of --init, with a new classifier if the classes differ."""
     torch.manual_seed(args.seed)
     net = flags.make_net(args, len(classes))
     if init:
@@ -178,7 +178,7 @@ def open_run(net, dataset, args, world, fresh):
 
 
 def opening_lines(net, dataset, args, checkpoint):
-    """What is trained; on what, where, how and into which folder; a folder's classes and leaks; where a run goes on."""
+    """What is trained; on which data and device, how, into which folder; a folder's classes and leaks; where a run goes on."""
     name = ("DenseNet-BC" if args.bottleneck else "DenseNet") + f", L={args.depth}, k={args.growth_rate}"
     name += f", dropout {args.drop_rate:g}" if args.drop_rate else ""
     yield f"{name if args.depth else type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters"
