@@ -366,7 +366,7 @@ def undo_dropout(grad, mask, rate):
 
 
 def fitting_kernels(x, layers):
-    """kernels.py if it computes these layers, which are bottlenecks that drop nothing, on a GPU; else None."""
+    """kernels.py if it computes these layers: bottlenecks without dropout, on a GPU; else None."""
     if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
         return None
     kernels = load_kernels()
@@ -375,7 +375,7 @@ def fitting_kernels(x, layers):
 
 @functools.cache
 def load_kernels():
-    """kernels.py beside this file. torch.hub has taken the folder off the path, and other packages have that name, too."""
+    """kernels.py beside this file, by its path: torch.hub takes the folder off sys.path, and others have that name."""
     spec = importlib.util.spec_from_file_location("kernels", Path(__file__).with_name("kernels.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

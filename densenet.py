@@ -1,7 +1,7 @@
 """DenseNet and DenseNet-BC for small images (CIFAR, SVHN).
 
 Huang, Liu, Weinberger, van der Maaten: Densely Connected Convolutional Networks, arXiv:1608.06993.
-Built after the paper and the authors' Lua Torch code; they differ in one place, see DenseNet.
+It follows the paper and the authors' Lua Torch code; the one place where these differ is init_channels of DenseNet.
 
     >>> net = DenseNet(growth_rate=12, depth=100)            # DenseNet-BC, 769,162 parameters
     >>> net(torch.zeros(64, 3, 32, 32)).shape

@@ -37,7 +37,7 @@ def add_data_flags(group):
 
 def add_model_flags(group, depth=100):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
-    size = at_least(-math.inf, high=MAX_SIZE)  # what is too small, DenseNet says
+    size = at_least(-math.inf, high=MAX_SIZE)  # DenseNet refuses what is too small
     add("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
     add("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
     add("--reduction", type=float, help="fraction of the channels a transition keeps (0.5; plain net 1.0)")

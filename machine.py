@@ -8,7 +8,7 @@ import torch
 
 from endings import Refused
 
-# The precisions, and in which type the net computes what autocast lets it.
+# {--precision: the type that autocast computes in}; with float32 there is no autocast.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 

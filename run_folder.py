@@ -118,7 +118,7 @@ def headers(facts):
 
 
 def resume(save, begun, facts, net, old_rates, new_rates):
-    """The run's checkpoint, with newer CSV rows removed; None if there is none yet.
+    """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
 
     `begun` is the old args.json, `facts` the new one; the rates are each epoch's, with the old and the new --epochs.
     Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.

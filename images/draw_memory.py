@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Draws images/memory.png, memory and time of a training step against the depth, from a report that was measured before.
+"""Draws memory and time of a training step against the depth, from a report: images/memory.png beside images/memory.json.
 
     images/draw_memory.py images/memory.json
 
-draws beside the report, which this measures in minutes:
+This measures the report, in minutes:
 
     attic/compare-speed.py --depths 40 100 160 250 --only plain torchvision-checkpointed efficient --batch-size 8 --json FILE
 """
