@@ -82,10 +82,7 @@ def checkpoint_in(path):
 
 
 def load_checkpoint(path, remedy="name a run, or its latest.pth"):
-    """A checkpoint, or exported weights with their card, on the CPU. Refused, with a remedy, if the file is neither or damaged.
-
-    No code in the file is run.
-    """
+    """A checkpoint, or exported weights with their card, on the CPU. Refused, with a remedy, if the file is neither."""
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {remedy}")
@@ -93,7 +90,7 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load ignores checksums
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that is in the file
     except Exception as error:  # torch.load raises nearly anything for a file that is not its own
         raise Refused(f"{path} is damaged or no checkpoint of train.py: {remedy}") from error
     if is_state_dict(checkpoint):

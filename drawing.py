@@ -93,12 +93,9 @@ def add_legend(figure, entries, style):
 
 
 def save(figure, path):
-    """Writes the figure, in a PDF with TrueType fonts, which journals accept.
-
-    Refused if a picture is there that Matplotlib, which signs its own, has not made.
-    """
+    """Writes the figure. Refused if it would replace a picture that Matplotlib has not made."""
     refuse_foreign(path, SIGNATURE)
     content = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType, which journals accept
         figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
     replace_file(path, content.getvalue(), alone=False)

@@ -141,7 +141,7 @@ def words_for(action, value):
     flag = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
         switch = flag if value else f"--no-{flag.removeprefix('--')}"
-        return [switch] if isinstance(value, bool) else [f"{flag}={value}"]  # the latter is refused
+        return [switch] if isinstance(value, bool) else [f"{flag}={value}"]  # the parser refuses what is no bool
     if action.nargs == 0 and value in (action.const, action.default):  # store_true, say
         return [flag] * (value == action.const)
     if action.nargs and isinstance(value, list):

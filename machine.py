@@ -41,11 +41,9 @@ def default_precision(device):
 
 
 def set_precision(precision):
-    """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that.
-
-    PyTorch's older switches set the newer ones (fp32_precision), too. To set only the newer ones is an error in torch.compile,
-    which reads the older.
-    """
+    """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that."""
+    # PyTorch's older switches also set the newer ones (fp32_precision). torch.compile reads the older ones, and fails if only
+    # the newer ones were set.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 

@@ -18,10 +18,7 @@ TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "2", "--limit",
 def pytest_configure(config):
     """PyTorch is imported later: it reads OMP_NUM_THREADS then, and the process that hands out the tests does not need it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs have the same bits where they have as many threads
-    for signum in (
-        signal.SIGINT,
-        signal.SIGHUP,
-    ):  # a background job ignores them, and so would all it starts
+    for signum in (signal.SIGINT, signal.SIGHUP):  # a background job ignores them, and so would all it starts
         if signal.getsignal(signum) == signal.SIG_IGN:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     if config.option.markexpr == "gpu":
