@@ -79,12 +79,13 @@ def fetch(title, root, url, archive, md5, files):
 def one_at_a_time(root):
     """Waits until no other process downloads into root; where the file system has no locks, it goes on without one."""
     lock = FileLock(root / f"{UNFINISHED}.lock", fallback_to_soft=False)
-    with contextlib.suppress(OSError):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            say(f"another process is downloading into {root}: waiting for it")
-            lock.acquire()
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"another process is downloading into {root}: waiting for it")
+        lock.acquire()
+    except OSError:  # no locks
+        pass
     try:
         yield
     finally:
