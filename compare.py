@@ -5,9 +5,9 @@
     ./compare.py work/sgd-* work/adam-* --csv table.csv --markdown table.md --latex table.tex
 
 Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
-(lowest to highest). A run that has not reached its last epoch is reported and left out. Differences of
-machine or version are reported; then images/s (of training, without the test) is left out, unless only the commit differs.
-With images held out by --val, the setting with their lowest error comes first.
+(lowest to highest). A run that has not reached its last epoch is reported and left out. Differences of machine or version are
+reported; then images/s (of training, without the test) is left out, unless only the commit differs. With images held out by
+--val, the setting with their lowest error comes first.
 """
 
 import argparse
