@@ -418,7 +418,7 @@ def computable(x, layers):
         return False
     channels, counters = x.shape[1], set()
     for layer in layers:
-        if not (untouched(layer, type(layers[0]), training) and untouched(layer.dropout, nn.Dropout, training)):
+        if not (untouched(layer, type(layers[0]), training) and has_parts(layer, training)):
             return False
         if layer.dropout.p == 1:  # all is dropped, and the scale is 1 / 0
             return False
@@ -462,6 +462,12 @@ def untouched(module, kind, training):
     return type(module) is kind and module.training == training and not any(hooks) and not own
 
 
+def has_parts(module, training):
+    """Whether it has modules of the names used here, which an edited layer or transition may lack, and a plain Dropout."""
+    names = ("bn1", "conv1", "dropout", "conv2") if "bn2" in module._modules else ("bn1", "conv1", "dropout")
+    return all(name in module._modules for name in names) and untouched(module.dropout, nn.Dropout, training)
+
+
 def plain(bn, conv, side, training):
     """Whether the batch norm, and the convolution after it with a kernel of this side, compute what is computed here."""
     return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, side, training)
@@ -490,11 +496,11 @@ def plain_convolution(conv, channels, side, training):
 @torch.compiler.disable
 def joinable(x, block, transition):
     """Whether dense_block computes the transition together with its block: kernels.py can, if the transition is unchanged."""
-    bn, conv, layers = transition.bn1, transition.conv1, list(block)
+    layers = list(block)
     training = layers[0].training  # the mode in which all is computed, whatever the block's own
-    if not (untouched(transition.dropout, nn.Dropout, training) and plain(bn, conv, 1, training)):
+    if not (has_parts(transition, training) and plain(transition.bn1, transition.conv1, 1, training)):
         return False
-    kernels = fitting_kernels(x, layers)
+    kernels, bn = fitting_kernels(x, layers), transition.bn1
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
     fits = alike and kernels is not None and kernels.fit_transition(x, transition)
     return fits and as_defined(type(block), Definition.block) and as_defined(type(transition), Definition.transition)

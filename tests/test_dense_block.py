@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import inspect
+import textwrap
 import types
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import dense_block
 import densenet
 from attic.comparison import random_batch, randomize, relative_error, training_pass
-from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 
 BC = dict(depth=16, growth_rate=5)
 PLAIN = dict(depth=13, growth_rate=5, bottleneck=False)
@@ -504,6 +506,21 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
     told = f"^{kind.__name__}.forward is not as in dense_block.Definition, so it runs as it is$"
     with pytest.warns(UserWarning, match=told):
         assert_equal_training(net, images, labels)
+
+
+RENAMED = [(kind, name) for kind in (Bottleneck, SingleLayer, Transition) for name in ("bn1", "conv1", "dropout")]
+
+
+@pytest.mark.parametrize(("kind", "name"), [*RENAMED, (Bottleneck, "bn2"), (Bottleneck, "conv2")])
+def test_a_layer_whose_modules_were_renamed_goes_through_the_plain_modules(monkeypatch, kind, name):
+    net = random_net(PLAIN if kind is SingleLayer else BC)
+    for module in net.modules():
+        if type(module) is kind and name in module._modules:
+            module.other = module._modules.pop(name)
+    edited = dict(vars(densenet))
+    exec(textwrap.dedent(inspect.getsource(kind.forward)).replace(f"self.{name}(", "self.other("), edited)
+    monkeypatch.setattr(kind, "forward", edited["forward"])
+    assert_equal_training(net, *batch(2, 8))
 
 
 def doubled_call(self, x):
