@@ -9,8 +9,10 @@ With another num_classes the classifier is a new one, and the rest is loaded.
 The nets need torch alone; preprocess needs Pillow, NumPy, torchvision and tqdm as well.
 """
 
+import importlib
 import json
 import pathlib
+import sys
 
 import torch
 
@@ -39,8 +41,7 @@ def preprocess(size=None):
     As evaluate.py --image reads a file: upright RGB, white where transparent, its shorter side resized to `size` and the middle
     cut out; then normalised as CIFAR-10 was. Without a size, 32, which is CIFAR-10's.
     """
-    from pictures import to_tensor
-
+    to_tensor = _import_ours("pictures", "endings", "machine", "progress").to_tensor
     card = json.loads((HERE / "work" / "bc-40-12" / "net.json").read_text())
     mean, std = (torch.tensor(card[name]).view(3, 1, 1) for name in ("mean", "std"))
 
@@ -50,6 +51,18 @@ def preprocess(size=None):
         return (images.float() - mean) / std
 
     return batch
+
+
+def _import_ours(name, *needed):
+    """The module of this folder; the caller's program may have, or import later, others of its name and of those it needs."""
+    names = (name, *needed)
+    theirs = {each: sys.modules.pop(each) for each in names if each in sys.modules}
+    try:
+        return importlib.import_module(name)
+    finally:
+        for each in names:
+            sys.modules.pop(each, None)
+        sys.modules.update(theirs)
 
 
 def _make(run, pretrained, arguments):

@@ -174,6 +174,23 @@ def test_the_card_says_what_its_pixels_are_and_preprocess_fits_each(folder):
     assert (card["mean"], card["std"]) == tuple(torch.tensor(moments).tolist() for moments in data.SOURCES["cifar10"][1])
 
 
+THEIRS = """
+import sys, torch, progress
+from PIL import Image
+preprocess = torch.hub.load(sys.argv[1], "preprocess", source="local")
+import machine
+print(preprocess(Image.new("RGB", (9, 9))).shape, progress.mine, machine.mine)
+"""
+
+
+def test_the_callers_modules_and_ours_may_have_the_same_names(tmp_path):
+    """Imported before and after."""
+    for name in ("progress", "machine"):
+        (tmp_path / f"{name}.py").write_text("mine = True\n")
+    done = subprocess.run([sys.executable, "-c", THEIRS, ROOT], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "torch.Size([1, 3, 32, 32]) True True\n"), done.stderr
+
+
 def test_several_pictures_may_be_a_tuple():
     preprocess, picture = load("preprocess"), Image.new("RGB", (40, 40))
     assert torch.equal(preprocess((picture, picture)), preprocess([picture, picture]))
