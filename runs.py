@@ -22,9 +22,9 @@ MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch"
 def name_runs(folders):
     """{label: folder}; a label is the path from the folder that holds all. Refused if one is named twice.
 
-    A folder without a run, such as a waiting job's, is reported and left out, unless there is no other.
+    What holds no run, such as a waiting job's folder or a file, is reported and left out, unless there is nothing else.
     """
-    begun = [folder for folder in folders if not folder.is_dir() or (folder / "test.csv").exists()] or folders
+    begun = [folder for folder in folders if not folder.exists() or (folder / "test.csv").exists()] or folders
     for folder in folders:
         if folder not in begun:
             say(f"{folder} holds no run yet (no test.csv) and is left out")
@@ -150,4 +150,4 @@ def in_words(value):
         return " ".join(f"{part} {str(digest)[:6]}" for part, digest in value.items())
     if value is None or isinstance(value, bool):
         return {None: "not given", True: "yes", False: "no"}[value]
-    return re.sub(r"(?<=^[0-9a-f]{10})[0-9a-f]{30}", "", str(value))
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", str(value))

@@ -264,7 +264,6 @@ def no_rows(run):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (a_file, "args.json does not exist: put it back, or name a run that has it"),
         (no_arguments, "args.json does not exist: put it back, or name a run that has it"),
         (half_the_arguments, "args.json is damaged"),
     ],
@@ -278,7 +277,7 @@ def test_what_is_no_run_is_one_sentence_and_status_2(call_main, tmp_path, spoil,
     assert not (tmp_path / "table.csv").exists()
 
 
-@pytest.mark.parametrize("spoil", [no_run, no_rows])
+@pytest.mark.parametrize("spoil", [no_run, no_rows, a_file])
 def test_a_run_that_has_not_begun_is_told_of_and_left_out(call_main, tables, tmp_path, spoil):
     run, other = write_run(tmp_path / "run", 5), write_run(tmp_path / "other", 5, seed=2)
     spoil(run)
