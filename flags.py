@@ -12,7 +12,7 @@ from data import IMAGE_SIZE, SOURCES
 from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
 from endings import Refused, at_least, nonempty
-from machine import DTYPES, default_precision
+from machine import DTYPES, THEN, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
 FILLED_IN = {"precision", "capture", "efficient"}  # by fill_in, for the device
@@ -125,7 +125,7 @@ def words_taken_over(parser, begun, source, remedy):
         if unknown:
             raise argparse.ArgumentError(None, f"no flag is {unknown[0]}")
     except argparse.ArgumentError as error:
-        raise Refused(f"{source} is damaged ({error}): {remedy}") from error
+        raise Refused(f"{source} is damaged, or of another version of this program ({error}): {remedy}") from error
     parser.exit_on_error = True
     return words
 
@@ -169,7 +169,7 @@ def fill_in(args, device, processes=1, begun=None):
     A continued run keeps its --capture and --efficient if it was begun on the same kind of device (CPU or GPU).
     """
     args.precision = args.precision or default_precision(device)
-    alike = begun and str(begun.get("hardware")).startswith("cpu") == (device.type == "cpu")
+    alike = begun and str(begun.get("hardware")).split(THEN)[-1].startswith("cpu") == (device.type == "cpu")
     had = begun if alike else {}
     alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile
     if args.capture is None:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from checkpoint import encoded, fits, load_checkpoint, of_kinds
 from endings import Refused, naming, say
-from files import as_json, flush_to_disk, read_json, replace_file
+from files import as_json, flush_to_disk, read_json, refuse_foreign, replace_file
+from machine import THEN
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
@@ -36,12 +37,18 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNO
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if `save` is not a folder, or holds a run without --resume or --force."""
+    """Refused if `save` is not a folder, holds a run without --resume or --force, or files that would be lost in a new run."""
     if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
         raise Refused(f"--save {save} is not a folder: name that of a run, or a new one")
-    if not (resume or force) and any((save / name).exists() for name in FILES):
+    refuse_foreign(save / "args.json", rb'"dataset"')
+    found = [name for name in FILES if (save / name).exists()]
+    if found and "args.json" not in found:  # a run has it first and loses it last
+        raise Refused(f"{save} holds {found[0]} and no args.json of a run: put it back, or choose another --save")
+    if found and not (resume or force):
         ways = "continue it with --resume, replace it with --force, or choose another --save"
         raise Refused(f"{save} already holds a run: {ways}")
+    if is_fresh(save, resume) and (save / "net.pth").exists():  # would be taken for the new run's
+        raise Refused(f"{save} holds exported weights, net.pth: move them away, or choose another --save")
 
 
 @contextlib.contextmanager
@@ -90,8 +97,6 @@ def read_arguments(save):
     """args.json of the run in the folder, or {}. The values of other flags are checked by flags.parse_args."""
     path = save / "args.json"
     if not path.exists():
-        if (save / "latest.pth").exists():
-            raise Refused(f"{save} holds a checkpoint and no args.json: put it back, or choose another --save")
         return {}
     facts = read_json(path, REMEDY)
     kinds = {"epochs": int, "digests": dict | None, "capture": bool | None, "efficient": bool | None, "data": str | None}
@@ -104,9 +109,10 @@ def begin(save, facts):
     """Deletes an earlier run and writes args.json and empty CSVs. Refused, before that, if a folder is in a file's place."""
     for folder in filter(Path.is_dir, (save / name for name in FILES)):
         raise Refused(f"{folder} is a folder where a file is expected: remove it, or choose another --save")
-    for name in FILES:
-        (save / name).unlink(missing_ok=True)
+    (save / "latest.pth").unlink(missing_ok=True)  # first: it is never beside another run's args.json
     replace_file(save / "args.json", as_json(facts))
+    for name in FILES[1:]:
+        (save / name).unlink(missing_ok=True)
     for name, header in headers(facts).items():
         replace_file(save / name, header.encode())
 
@@ -117,10 +123,10 @@ def headers(facts):
     return {"train.csv": "epoch,loss,error\n", "test.csv": f"epoch,loss,error{val},train_loss,train_error,lr,seconds\n"}
 
 
-def resume(save, begun, facts, net, old_rates, new_rates):
+def resume(save, begun, facts, net, rates):
     """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
 
-    `begun` is the old args.json, `facts` the new one; the rates are each epoch's, with the old and the new --epochs.
+    `begun` is the old args.json, `facts` the new one, which a run that is complete does not get; rates are those of all epochs.
     Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.
     """
     compare_arguments(begun, facts)
@@ -130,14 +136,33 @@ def resume(save, begun, facts, net, old_rates, new_rates):
         return None
     checkpoint = load_checkpoint(path, REMEDY)
     compare_arguments(checkpoint["args"], facts)
-    compare_rates(old_rates, new_rates, checkpoint["epoch"])
     if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
         raise Refused(f"{path} is not of this run, or of another version of this program: put back its own")
     steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
-    rows = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
-    for name, content in {"args.json": as_json(facts), **rows}.items():
+    files = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
+    compare_rates(column(files["test.csv"], "lr"), rates, begun.get("epochs", len(rates)))
+    if checkpoint["epoch"] < facts["epochs"] or begun.get("epochs") != facts["epochs"]:
+        files = {"args.json": as_json(facts | history(save, begun, facts))} | files
+    for name, content in files.items():
         replace_file(save / name, content)
     return checkpoint
+
+
+def history(save, begun, facts):
+    """{fact: its values so far, one after the other} of versions and hardware; says which is another now."""
+    values = {}
+    for name in ("commit", "torch", "hardware"):
+        old, new = begun.get(name) or "unknown", facts[name] or "unknown"
+        values[name] = begun.get(name)
+        if old.split(THEN)[-1] != new:
+            say(f"{save} goes on with another {name}: {new}; args.json keeps both")
+            values[name] = f"{old}{THEN}{new}"
+    return values
+
+
+def column(content, name):
+    """The texts in a column of a CSV."""
+    return [row[name] for row in csv.DictReader(content.decode().splitlines())]
 
 
 def last_row(path):
@@ -165,13 +190,18 @@ def compare_arguments(old, new):
         raise Refused(f"the run was begun with {changes}: resume it as it was begun, or choose another --save")
 
 
-def compare_rates(old, new, epochs_done):
-    """Refused if the finished epochs had other learning rates, or are more than --epochs."""
-    remedy = f"resume it with --epochs {len(old)}, or go on from its net by --init, in another --save"
-    if epochs_done > len(new):
-        raise Refused(f"--epochs {len(new)} is less than the {epochs_done} that are done: {remedy}")
-    if old[:epochs_done] != new[:epochs_done]:
-        raise Refused(f"with --epochs {len(new)} the {epochs_done} epochs done would have had other learning rates: {remedy}")
+def compare_rates(done, rates, begun_epochs):
+    """Refused if the finished epochs had other learning rates, in the texts `done`, or are more than --epochs."""
+    go_on = "go on from its net by --init, in another --save"
+    remedy = f"resume it with --epochs {begun_epochs}, or {go_on}"
+    if len(done) > len(rates):
+        raise Refused(f"--epochs {len(rates)} is less than the {len(done)} that are done: {remedy}")
+    now = [old if rate is None else f"{rate:.6g}" for old, rate in zip(done, rates, strict=False)]
+    if now != done and begun_epochs != len(rates):
+        raise Refused(f"with --epochs {len(rates)} the {len(done)} epochs done would have had other learning rates: {remedy}")
+    if now != done:
+        code = f"put back the code that the run was begun with, or {go_on}"
+        raise Refused(f"the {len(done)} epochs done had other learning rates than step.py gives now: {code}")
 
 
 def rows_until(path, facts, epochs_done, steps):
@@ -193,7 +223,8 @@ def rows_until(path, facts, epochs_done, steps):
 def append_rows(path, rows):
     """Adds rows, the epoch first, to a CSV."""
     lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) + "\n" for epoch, *values in rows]
-    with naming(path), path.open("a") as file:
+    with naming(path), path.open("r+") as file:  # not "a", which would make a file that was removed anew
+        file.seek(0, os.SEEK_END)
         file.writelines(lines)
 
 

@@ -170,8 +170,7 @@ def open_run(net, dataset, args, world, fresh):
     checkpoint = None
     if args.resume:
         begun = run_folder.read_arguments(args.save)
-        rates = [schedule(args, epochs) for epochs in (begun.get("epochs", args.epochs), args.epochs)]
-        checkpoint = run_folder.resume(args.save, begun, facts, net, *rates)
+        checkpoint = run_folder.resume(args.save, begun, facts, net, schedule(args, args.epochs))
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     return checkpoint

@@ -273,7 +273,7 @@ def test_a_run_takes_over_flags_of_kinds_that_somebody_adds(tmp_path):
     values = args.mixup, args.shuffle, args.betas, args.label_smoothing, args.anneal, args.epochs, args.device
     assert values == (True, False, [0.5, -0.25], 0.1, False, 7, "cpu")
     for damage in ({"mixup": "yes"}, {"betas": [1]}, {"betas": 1}, {"anneal": 3}, {"label_smoothing": True}):
-        with pytest.raises(Refused, match=r"^args.json is damaged \(.+\): put back"):
+        with pytest.raises(Refused, match=r"^args.json is damaged, or of another version of this program \(.+\): put back"):
             parse_args(parser, [], begun | damage, "args.json", "put back a whole one")
 
 

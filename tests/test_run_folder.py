@@ -1,4 +1,7 @@
+import contextlib
 import errno
+import functools
+import itertools
 import json
 import os
 import re
@@ -89,28 +92,68 @@ def test_resume_of_a_finished_run_changes_nothing(call_main, tiny_run, tmp_path)
     assert_same_run(tiny_run, tmp_path / "run")
 
 
-def test_no_file_that_has_the_name_of_a_runs_is_replaced_unasked(tmp_path):
-    """Such as a figure of yours."""
-    for name in run_folder.FILES:
-        (tmp_path / name).mkdir()
-        run_folder.refuse_to_replace(tmp_path / name, resume=False, force=False)
-        (tmp_path / name / name).touch()
-        with pytest.raises(Refused, match="already holds a run"):
-            run_folder.refuse_to_replace(tmp_path / name, resume=False, force=False)
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--force"]])
+@pytest.mark.parametrize("name", run_folder.FILES[1:])
+def test_a_file_with_the_name_of_a_runs_is_kept_where_there_is_no_run(call_main, tmp_path, name, options):
+    """Such as a figure of yours, or the train.csv of a competition."""
+    (tmp_path / name).write_text("yours")
+    status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, *options)
+    told = f"{tmp_path} holds {name} and no args.json of a run: put it back, or choose another --save\n"
+    assert (status, errors.endswith(told), contents(tmp_path)) == (2, True, {name: b"yours"})
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--force"]])
+def test_arguments_of_another_program_are_kept_and_what_lies_beside_them(call_main, tmp_path, options):
+    before = {"args.json": b'{"lr": 0.1}', "train.csv": b"yours", "latest.pth": b"yours"}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, *options)
+    assert (status, "args.json exists already and is not of this program" in errors) == (2, True), errors
+    assert contents(tmp_path) == before
+
+
+def test_exported_weights_are_not_left_beside_a_new_run_whose_they_would_seem(call_main, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    assert call_main(evaluate, save, "--export", save / "net.pth")[0] == 0
+    before = contents(save)
+    status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", save, "--force")
+    assert (status, "holds exported weights, net.pth: move them away, or choose another" in errors) == (2, True), errors
+    assert contents(save) == before
+    assert call_main(train, "--save", save, "--resume", "--no-plot")[0] == 0
 
 
 def test_resume_begins_where_there_is_nothing_yet_and_says_so(call_main, tmp_path):
-    for folder in ("new", "begun"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "begun" / "train.csv").write_text("epoch,loss,error\n0.1,2,3\n")
-    for folder in ("new", "begun"):
-        status, out, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / folder, "--resume")
-        assert status == 0, errors
-        assert ("from the start" in out, out.splitlines()[0]) == (True, f"{tmp_path / folder} holds no run yet: starting one")
-        assert len(pd.read_csv(tmp_path / folder / "train.csv")) == 3
+    save = tmp_path / "new"
+    save.mkdir()
+    status, out, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", save, "--resume")
+    assert status == 0, errors
+    assert ("from the start" in out, out.splitlines()[0]) == (True, f"{save} holds no run yet: starting one")
+    assert len(pd.read_csv(save / "train.csv")) == 3
 
 
-@pytest.mark.parametrize("also_gone", [[], ["args.json"], ["test.csv"], ["args.json", "train.csv"]])
+def test_a_run_that_is_replaced_never_has_its_checkpoint_beside_other_arguments(monkeypatch, tiny_run, tmp_path):
+    """However far begin() comes: each of its steps fails once."""
+    old = json.loads((tiny_run / "args.json").read_text())
+    for fails_at in itertools.count(1):
+        save, steps = shutil.copytree(tiny_run, tmp_path / str(fails_at)), itertools.count(1)
+
+        def step(real, *arguments, steps=steps, fails_at=fails_at, **options):
+            if next(steps) == fails_at:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", functools.partialmethod(functools.partial(step, Path.unlink)))
+            patch.setattr(run_folder, "replace_file", functools.partial(step, run_folder.replace_file))
+            run_folder.begin(save, old | {"lr": 0.2})
+            break
+        assert (save / "args.json").exists()
+        lr = json.loads((save / "args.json").read_text())["lr"]
+        assert lr == old["lr"] or not (save / "latest.pth").exists()
+    assert fails_at > len(run_folder.FILES)
+
+
+@pytest.mark.parametrize("also_gone", [[], ["test.csv"]])
 def test_a_run_whose_checkpoint_is_gone_is_not_begun_anew(call_main, tiny_run, tmp_path, also_gone):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     for name in ("latest.pth", *also_gone):
@@ -195,11 +238,47 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
 
 def test_each_finished_epoch_has_to_have_had_its_rate():
     """Also where the last of them has the same with the old and the new number of epochs."""
-    old, new = ([0.1] * 2 + [0.01] + [0.001], [0.1] + [0.01] * 2 + [0.001] * 3)
-    run_folder.compare_rates(old, new, 1)
+    done, rates = ["0.1", "0.1", "0.01"], [0.1] + [0.1 * 0.1] * 2 + [0.001] * 3
+    run_folder.compare_rates(done[:1], rates, begun_epochs=4)
     for epochs_done in (2, 3):
         with pytest.raises(Refused, match=f"with --epochs 6 the {epochs_done} epochs done would have had other learning rates"):
-            run_folder.compare_rates(old, new, epochs_done)
+            run_folder.compare_rates(done[:epochs_done], rates, begun_epochs=4)
+    run_folder.compare_rates(["0.001"] * 3, [None] * 6, begun_epochs=4)  # of Adam
+
+
+def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, tmp_path):
+    assert call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, "--no-plot")[0] == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(train, "schedule", lambda args, epochs: [0.05] * epochs)
+    for epochs, told in [
+        (1, "the 1 epochs done had other learning rates than step.py gives now: put back the code"),
+        (2, "with --epochs 2 the 1 epochs done would have had other learning rates: resume it with --epochs 1"),
+    ]:
+        status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", epochs)
+        assert (status, told in errors, contents(tmp_path)) == (2, True, before), errors
+
+
+def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, monkeypatch, tmp_path):
+    facts, a, b, c = [], "a" * 40, "b" * 40, "c" * 40
+    for epochs, commit, version in [(1, a, "2.11.0"), (2, b, "2.11.0"), (3, b, "2.14.1"), (3, c, "9")]:
+        monkeypatch.setattr(run_folder, "git_commit", lambda commit=commit: commit)
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(train, "schedule", lambda args, epochs: [0.1] * epochs)
+        status, out, errors = call_main(train, *FLAGS, "--epochs", epochs, "--save", tmp_path, "--no-plot", "--resume")
+        assert status == 0, errors
+        facts.append({name: json.loads((tmp_path / "args.json").read_text())[name] for name in ("commit", "torch")})
+        told = re.findall(r" goes on with another (\w+): \S+; args.json keeps both$", out, re.MULTILINE)
+        assert told == [[], ["commit"], ["torch"], []][len(facts) - 1]
+    assert facts[1] == {"commit": f"{a}, then {b}", "torch": "2.11.0"}
+    assert facts[2] == facts[3] == {"commit": f"{a}, then {b}", "torch": "2.11.0, then 2.14.1"}  # it was complete the last time
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_a_csv_that_is_removed_ends_the_run(monkeypatch, tmp_path, name):
+    """A new one would lack the header and all rows before."""
+    with pytest.raises(FileNotFoundError) as error:
+        run_folder.append_rows(tmp_path / name, [(1, 2, 3)])
+    assert (error.value.filename, contents(tmp_path)) == (str(tmp_path / name), {})
 
 
 def test_rows_of_the_second_epoch_tell_of_a_checkpoint_that_is_lost(tmp_path):
@@ -691,10 +770,11 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
     ],
 )
 def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(
-    call_main, monkeypatch, tiny_run, tmp_path, flag, default, value, told
+    call_main, monkeypatch, tmp_path, flag, default, value, told
 ):
     """With another value the epochs done would count as trained by it."""
-    save, real = shutil.copytree(tiny_run, tmp_path / "run"), train.build_parser
+    save, real = tmp_path / "run", train.build_parser
+    assert call_main(train, *FLAGS, "--epochs", 1, "--save", save, "--no-plot")[0] == 0
 
     def later_version():
         parser = real()
@@ -707,7 +787,7 @@ def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(
     assert (status, f"the run was begun with later {told}: " in errors) == (2, True), errors
     assert contents(save) == before
     for _ in range(2):
-        assert call_main(train, "--save", save, "--resume", "--no-plot")[0] == 0
+        assert call_main(train, "--save", save, "--resume", "--epochs", 2)[0] == 0
         assert json.loads((save / "args.json").read_text())["later"] == default
 
 
@@ -770,7 +850,7 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tin
 def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):
     flags = [*TINY, "--batch-size", 40, "--no-plot", "--deterministic", "--epochs", 1]
     assert call_main(train, *flags, "--save", tmp_path / "run")[0] == 0
-    assert call_main(train, "--save", tmp_path / "run", "--resume", "--plot", "--no-deterministic")[0] == 0
+    assert call_main(train, "--save", tmp_path / "run", "--resume", "--epochs", 2, "--plot", "--no-deterministic")[0] == 0
     facts = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (facts["plot"], facts["deterministic"], (tmp_path / "run" / "loss.png").exists()) == (True, False, True)
 

@@ -793,13 +793,12 @@ def test_a_link_to_nothing_is_no_folder_of_a_run(call_main, tmp_path):
 
 
 def test_a_folder_with_a_run_is_kept_unless_forced(call_main, tiny_run, tmp_path):
-    save = tmp_path / "run"
-    save.mkdir()
+    save = shutil.copytree(tiny_run, tmp_path / "run")
     (save / "notes.txt").write_text("mine")
-    (save / "train.csv").write_text("epoch,loss,error\n1,2,3\n")
+    before = contents(save)
     status, _, errors = call_main(train, *TINY, "--save", save)
     assert (status, "already holds a run" in errors, "--force" in errors) == (2, True, True)
-    assert (save / "train.csv").read_text() == "epoch,loss,error\n1,2,3\n"
+    assert contents(save) == before
     status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--save", save, "--force")
     assert status == 0, errors
     assert len(pd.read_csv(save / "train.csv")) == 2
