@@ -60,6 +60,16 @@ def test_flushing_what_cannot_be_flushed(capsys):
     )
 
 
+def test_no_file_stays_open(tmp_path):
+    """A long run, which writes several in each epoch, would reach the system's limit."""
+    numbers = []
+    for content in (b"old", b"new"):
+        numbers.append(os.dup(0))  # the lowest that is free
+        os.close(numbers[-1])
+        replace_file(tmp_path / "file", content)
+    assert numbers[0] == numbers[1]
+
+
 def test_a_file_behind_a_link_is_written_beside_itself(monkeypatch, tmp_path):
     """Not beside the link: from one disk to another, nothing can be renamed."""
     renamed, replace = [], os.replace
