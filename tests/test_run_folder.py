@@ -515,6 +515,10 @@ def of_another_net(checkpoint):
     checkpoint["net"] = {**checkpoint["net"], "fc.bias": torch.zeros(11)}
 
 
+def of_a_larger_net(checkpoint):
+    checkpoint["net"] = {**checkpoint["net"], "fc2.bias": torch.zeros(10)}
+
+
 def without_optimizer(checkpoint):
     del checkpoint["optimizer"]
 
@@ -527,6 +531,7 @@ def of_another_run(checkpoint):
     ("change", "message"),
     [
         (of_another_net, "latest.pth is not of this run"),
+        (of_a_larger_net, "latest.pth is not of this run"),
         (without_optimizer, "latest.pth is not of this run, or of another version"),
         (of_another_run, "the run was begun with opt adam, not sgd"),
     ],
