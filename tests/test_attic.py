@@ -200,6 +200,9 @@ def test_a_table_for_each_depth_with_counted_bytes(call_main, monkeypatch, tmp_p
     assert report["conditions"].startswith("fp32, batch 2, 5 x 2 steps, cpu")
     variants = report["depths"]["16"]["variants"]
     assert variants["torchvision-checkpointed"]["peak_mb_an_image"] < variants["plain"]["peak_mb_an_image"]
+    args = compare.flags.parse_args(compare.build_parser(), [*map(str, flags[3:]), "--depth", "16"])
+    peak = compare.peak_bytes(compare.step_on(torch.device("cpu"), "plain", args)[0])
+    assert variants["plain"]["peak_mb_an_image"] == pytest.approx(peak / 2 / 1e6)
     assert variants["torchvision"]["peak_mb_an_image"] == pytest.approx(variants["plain"]["peak_mb_an_image"], rel=0.2)
 
 
@@ -259,6 +262,15 @@ def test_the_comparison_finds_faults(fault, group):
     assert worst(errors_against_official(fault), group)[1] > 1e-7
 
 
+def test_a_difference_from_the_official_code_is_status_1(call_main, monkeypatch):
+    compare = script("compare-with-torch7-grads")
+    net = compare.build_net(reference())
+    other_epsilon(net)
+    monkeypatch.setattr(compare, "build_net", lambda reference: net)
+    status, out, _ = call_main(compare)
+    assert (status, out.splitlines()[-1]) == (1, "official implementation and ours are DIFFERENT (bound 1e-09)")
+
+
 # --------------------------------------------------------------------------------- comparison with other implementations
 
 
@@ -304,6 +316,25 @@ def test_the_table_of_implementations_and_its_verdict(call_main, monkeypatch):
     assert (status, out.splitlines()[-1]) == (0, "the three implementations are the same (bound 1e-09)")
     with planted_bug():
         status, out, _ = call_main(compare)
+    assert (status, out.splitlines()[-1]) == (1, "the three implementations are DIFFERENT (bound 1e-09)")
+
+
+@pytest.mark.parametrize("other", ["torchvision_pass", "jax_pass"])
+def test_each_of_the_other_implementations_counts(call_main, monkeypatch, other):
+    """A single gradient of one of them is off by 1e-8."""
+    compare = script("compare-implementations")
+
+    def right(net, images, labels):
+        return training_pass(copy.deepcopy(net), images, labels)
+
+    def wrong(net, images, labels):
+        results = right(net, images, labels)
+        return results | {"grad/fc.bias": (1 + 1e-8) * results["grad/fc.bias"]}
+
+    monkeypatch.setattr(compare, "NETS", {"one": BC})
+    for name in ("torchvision_pass", "jax_pass"):
+        monkeypatch.setattr(compare, name, wrong if name == other else right)
+    status, out, _ = call_main(compare)
     assert (status, out.splitlines()[-1]) == (1, "the three implementations are DIFFERENT (bound 1e-09)")
 
 
@@ -372,6 +403,42 @@ NUMERIC_CHECKS = [
 @pytest.mark.parametrize("title", [title for title, _ in NUMERIC_CHECKS])
 def test_numeric_differentiation_agrees(title):
     assert numeric_verdict(title)
+
+
+class SlightlyWrong(torch.autograd.Function):
+    """The identity; its gradient is off by 1e-4."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.0001 * gradient
+
+
+class SlightlyWrongWeight(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, SlightlyWrong.apply(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("name", ["against_numdifftools", "against_gradcheck"])
+def test_numeric_differentiation_notices_a_small_fault_of_a_single_gradient(name):
+    torch.manual_seed(0)
+    for kind in (nn.Linear, SlightlyWrongWeight):
+        _, right, remark = getattr(script("numcheck-grads"), name)(kind(2, 2).double(), torch.randn(2, 2).double())
+        assert right == (kind is nn.Linear), remark
+
+
+def test_one_check_that_finds_gradients_wrong_is_status_1(call_main, monkeypatch):
+    numcheck = script("numcheck-grads")
+    rows = [row for row in numcheck.checks() if row[0] in ("Bottleneck", "Transition")]
+    monkeypatch.setattr(numcheck, "checks", lambda: rows)
+    status, out, _ = call_main(numcheck)
+    assert (status, out.splitlines()[-1]) == (0, "2 of 2 checks find the gradients right")
+    with planted_bug():
+        status, out, _ = call_main(numcheck)
+    assert (status, out.splitlines()[-1]) == (1, "1 of 2 checks find the gradients right")
 
 
 # ------------------------------------------------------------------------------------------------------- the planted bug
@@ -459,9 +526,46 @@ def test_what_is_not_finite_is_infinitely_wrong(value):
 def test_a_kernel_is_wrong_by_its_logits_too(monkeypatch, wrong):
     check = script("check-kernels")
     errors = dict.fromkeys(["logits", "loss", "grad/fc.weight"], 1e-6)
-    for more, right in [({}, True), ({wrong: 1.0}, False)]:
+    for more, right in [({}, True), ({wrong: 0.01}, False)]:
         monkeypatch.setattr(check, "measure", lambda *_, more=more: (errors | more, 0))
         assert check.check(check.Row("cuDNN on", "fp32", True), None, None, None, None) == right
+
+
+SWITCHED = {  # by each row of check-kernels.py, of what else is as in NOT_SWITCHED
+    "cuDNN on": {},
+    "cuDNN off": {"cudnn": False},
+    "TF32 on": {"tf32": [True, True]},
+    "TF32 off": {},
+    "oneDNN on": {},
+    "oneDNN off": {"onednn": False},
+    "channels_last": {"channels_last": True},
+    "bf16 autocast": {"dtype": torch.bfloat16},
+    "torch.compile": {"compiled": True},
+}
+NOT_SWITCHED = dict(cudnn=True, tf32=[False, False], onednn=True, channels_last=False, dtype=torch.float32, compiled=False)
+
+
+def test_each_row_of_the_check_of_kernels_switches_what_it_names(monkeypatch):
+    """As the first convolution finds it; with any other switch, a row would be right without having been tried."""
+    check, found, compiled = script("check-kernels"), {}, []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compiled.append(net))
+    backends, batch = torch.backends, random_batch(2, num_classes=10, seed=1, size=8)
+
+    def look(module, inputs, output):
+        found[row.switch] = {
+            "cudnn": backends.cudnn.enabled,
+            "tf32": [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32],
+            "onednn": backends.mkldnn.enabled,
+            "channels_last": module.weight.is_contiguous(memory_format=torch.channels_last),
+            "dtype": output.dtype,
+            "compiled": net in compiled,
+        }
+
+    for row in check.rows(torch.device("cpu"), with_compile=True):
+        net = small_net(dict(depth=10, growth_rate=2))
+        net.conv1.register_forward_hook(look)
+        check.device_pass(row, net, *batch, torch.device("cpu"))
+    assert found == {name: NOT_SWITCHED | switched for name, switched in SWITCHED.items()}
 
 
 @pytest.mark.parametrize(
@@ -493,3 +597,14 @@ def test_the_rivals_optimiser_is_that_of_train(monkeypatch):
     monkeypatch.setattr(torch.optim, "SGD", lambda p, **options: [taken.append(options), sgd(p, **options)][1])
     compare.step_of_pytorch(torch.nn.Linear(2, 2), SimpleNamespace(precision="fp32"), torch.device("cpu"))
     assert taken == [dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)]
+
+
+@pytest.mark.parametrize(("precision", "dtype", "tf32"), [("fp32", torch.float32, False), ("bf16", torch.bfloat16, True)])
+def test_the_rivals_step_has_the_precision_of_the_others(monkeypatch, put_back, precision, dtype, tf32):
+    compare, types = script("compare-speed"), []
+    batch = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 1.0
+    monkeypatch.setattr(compare.bench, "random_batches", lambda *_: iter([batch]))
+    net = nn.Linear(3, 4)
+    net.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    compare.step_of_pytorch(net, SimpleNamespace(precision=precision), torch.device("cpu"))()
+    assert (types, torch.backends.cudnn.allow_tf32) == ([dtype], tf32)
