@@ -202,6 +202,30 @@ def test_a_log_that_does_not_fit_on_the_disk(run, printing):
     assert f"No space left on device: make room there{advice}" in done.stderr
 
 
+PRINTS = """
+import argparse, endings
+with endings.worded(argparse.ArgumentParser("program"), "x", "y"):
+    print("the result")
+    {}
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("last", "stream", "status"),
+    [("pass", "stdout", 1), ("raise endings.Refused('no')", "stderr", 2), ("raise endings.Refused('no', 1)", "stderr", 1)],
+)
+def test_the_status_where_a_stream_does_not_fit_on_the_disk(last, stream, status):
+    """Python's own would be 0 where the last line was not flushed, and 120 for what is flushed at exit."""
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # as if unset
+        done = subprocess.run([sys.executable, "-c", PRINTS.format(last)], cwd=ROOT, env=environment, text=True, **streams)
+    assert done.returncode == status
+    if stream == "stdout":
+        assert done.stderr == "program: standard output: No space left on device: make room there, or name another place\n"
+
+
 def test_a_bug_shows_its_traceback_and_how_to_go_on(run, call_main, tiny_run, tmp_path):
     program = tmp_path / "broken.py"
     program.write_text(FAILING)
@@ -498,3 +522,10 @@ def test_memory_that_ran_out_while_another_error_was_handled():
     error = ValueError("while it was handled")
     error.__context__ = MemoryError()
     assert endings.out_of_memory(error)
+
+
+def test_what_needed_the_memory_is_told_whatever_the_error():
+    for full in (MemoryError(), RuntimeError("out of memory"), OSError(errno.ENOMEM, "Cannot allocate memory")):
+        with pytest.raises(type(full)), endings.memory_for("the test", "a smaller net"):
+            raise full
+        assert endings.last_words(full, ENDING) == (1, "memory ran out for the test: choose a smaller net")
