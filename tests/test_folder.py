@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import contents
 from PIL import Image
 
@@ -222,5 +223,25 @@ def test_the_predictions_of_a_folder_are_of_its_pictures_one_by_one(call_main, p
     assert ours["probability"].nunique() > 1
 
 
-def test_names_in_letters_of_another_width_look_alike():
-    assert folder.spelling("\uff43\uff41\uff54") == folder.spelling("Cat")  # as a Japanese keyboard writes it
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [
+        ("\uff43\uff41\uff54", "Cat"),  # as a Japanese keyboard writes it
+        ("Stra\u00dfe", "STRASSE"),
+        ("cat\u200b", "cat"),  # with a space of no width, as pasted from a web page
+    ],
+)
+def test_names_that_look_alike(name, alike):
+    assert folder.spelling(name) == folder.spelling(alike)
+
+
+def test_up_to_five_extensions_are_told_of_and_up_to_20_classes_listed(tmp_path):
+    for number in range(folder.MANY_KINDS):
+        (tmp_path / f"a.{number}").touch()
+    (line,) = folder.left_out(tmp_path)
+    assert line == f"{tmp_path}: files that are not read: 1 .0, 1 .1, 1 .2, 1 .3, 1 .4"
+    (tmp_path / "a.5").touch()
+    assert [*folder.left_out(tmp_path)] == [f"{line}, …"]
+    for classes, lines in [(20, 20), (21, 1)]:
+        names, labels = [*map(str, range(classes))], torch.arange(classes)
+        assert len(folder.describe_classes(names, labels, labels)) == lines
