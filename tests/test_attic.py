@@ -522,6 +522,19 @@ def test_what_is_not_finite_is_infinitely_wrong(value):
     assert relative_error(other, finite) == relative_error(finite, other) == float("inf")
 
 
+def test_what_cannot_be_compared_is_an_error():
+    one = {"logits": torch.ones(2, 1)}
+    with pytest.raises(ValueError, match=r"only one of the two sides has \['loss'\]"):
+        relative_errors(one | {"loss": torch.ones(())}, one)
+    with pytest.raises(ValueError, match=r"the shapes \(1, 2\) and \(2, 1\) differ"):
+        relative_errors({"logits": torch.ones(1, 2)}, one)
+
+
+def test_no_factor_of_a_net_that_is_compared_is_1_and_nothing_that_it_adds_is_0():
+    for name, parameter in small_net(BC).named_parameters():
+        assert (parameter != (1 if name.endswith("weight") else 0)).all(), name
+
+
 @pytest.mark.parametrize("wrong", ["logits", "loss", "grad/fc.weight"])
 def test_a_kernel_is_wrong_by_its_logits_too(monkeypatch, wrong):
     check = script("check-kernels")
