@@ -1,5 +1,6 @@
 """Downloads, from a server on this machine's loopback address."""
 
+import errno
 import hashlib
 import io
 import signal
@@ -8,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import contents
 
 import archives
 from endings import Refused
@@ -119,3 +121,16 @@ def test_another_file_than_expected_leaves_nothing(server, tmp_path):
     with pytest.raises(Refused, match=r"lacks files of a set, and downloads fail \(File not found or corrupted"):
         archives.fetch("a set", root, server.url, "batches.tar", "0" * 32, {root / "batches" / "one": None})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_that_cannot_be_extracted_is_kept(server, monkeypatch, tmp_path):
+    """Also in a folder that is new: it took long to download."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(archives, "extract_archive", full)
+    server.go.set()
+    with pytest.raises(Refused, match="No space left on device"):
+        fetch(tmp_path / "new", server.url)
+    assert contents(tmp_path / "new") == {"batches.tar": ARCHIVE}
