@@ -134,3 +134,14 @@ def test_an_archive_that_cannot_be_extracted_is_kept(server, monkeypatch, tmp_pa
     with pytest.raises(Refused, match="No space left on device"):
         fetch(tmp_path / "new", server.url)
     assert contents(tmp_path / "new") == {"batches.tar": ARCHIVE}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_where_the_file_system_has_no_locks_it_is_downloaded_without_one(server, monkeypatch, tmp_path, number):
+    def flock(*_):
+        raise OSError(number, "as on such a file system")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    server.go.set()
+    fetch(tmp_path, server.url)
+    assert contents(tmp_path / "batches") == {"one": CONTENT["batches/one"], "two": CONTENT["batches/two"]}
