@@ -191,6 +191,17 @@ def test_weights_are_rounded_to_tf32_and_not_cut_off(monkeypatch):
     assert (rounded.contiguous().view(torch.int32) & 0x1FFF == 0).all()
 
 
+def test_products_of_float32_are_rounded_where_the_convolutions_of_pytorch_may_round_them(put_back):
+    """On a GPU. A transition, whose product is cuBLAS's, is joined if that does the same."""
+    import kernels
+
+    maps = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 8, 4, 4))
+    for convolutions, matrices, kind, fits in [(0, 0, "tf32x3", 1), (0, 1, "tf32x3", 0), (1, 0, "tf32", 1), (1, 1, "tf32", 1)]:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = bool(convolutions), bool(matrices)
+        assert kernels.products(maps) == kind
+        assert kernels.fit_transition(maps, Transition(8, 4)) == bool(fits)
+
+
 def test_a_mean_large_against_the_deviation(interpreted):
     interpreted(check_large_mean)
 
@@ -541,7 +552,7 @@ def test_widths_beyond_those_that_were_timed_get_tiles_that_do_not_spill(monkeyp
 def test_offsets_of_32_bits_are_enough():
     import kernels
 
-    for channels, growth_rate, widest in [(8, 4, 16), (1, 8, 32)]:  # the maps; z
+    for channels, growth_rate, widest in [(8, 4, 16), (9, 2, 16), (1, 8, 32)]:  # the maps, in rows of 8 or 16; z
         layers = list(DenseBlock(Bottleneck, 2, channels, growth_rate, 0.0, efficient=False))
         images = 2**21 // widest
         assert kernels.fit(torch.empty(images - 1, channels, 32, 32, device="meta"), layers)
