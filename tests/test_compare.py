@@ -202,6 +202,8 @@ def test_data_of_your_own_are_a_setting_by_what_is_in_them(tables, tmp_path, dat
     edited = write_run(tmp_path / "edited", 5, dataset=dataset, data="cats", seed=1, digests={"train": "ffffffffff"})
     assert [row["digests"] for row in tables(folders[0], edited)[0]] == ["train 012345", "train ffffff"]
     assert "digests" in tables(folders[0], edited, folders[2])[0][0]
+    moved = write_run(tmp_path / "faster", 5, dataset=dataset, data="moved", lr=0.2, digests=digests[0])
+    assert [row["digests"] for row in tables(folders[0], moved, folders[2])[0]] == ["train 012345"] * 2 + ["train abcdef"]
 
 
 def test_what_a_run_may_change_when_it_is_resumed_is_no_setting():
