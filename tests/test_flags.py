@@ -132,6 +132,12 @@ def test_statistics_of_all_processes_and_of_one_are_refused_together():
         refuse_contradictions(parse(way), torch.device("cpu"), 2)
 
 
+@pytest.mark.parametrize("depth", ["0", "-3", "41"])
+def test_a_depth_that_does_not_fit_is_refused_before_any_data_are_read(depth):
+    with pytest.raises(Refused, match=f"depth {depth} does not fit"):
+        refuse_contradictions(parse(f"--depth={depth}"), torch.device("cpu"))
+
+
 # ------------------------------------------------------------------------------------- every flag of every program
 
 
