@@ -1,8 +1,11 @@
 import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import distributed
 import machine
@@ -35,7 +38,21 @@ def test_freed_memory_is_kept_on_a_cpu_unless_a_person_says_otherwise(forked):
     assert page_faults("cuda") > 30  # huge pages have 2 MB
     assert page_faults("cpu", MALLOC_TRIM_THRESHOLD_="131072") > 30
     assert page_faults("cpu", MALLOC_TOP_PAD_="0") > 30
+    assert page_faults("cpu", MALLOC_MMAP_THRESHOLD_="131072") > 30
     assert page_faults("cpu", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072") > 30
+
+
+# As above, when tensors of 16, 32 and 64 MB were freed before: then glibc has a heap, and they were at its end.
+AT_THE_END = FAULTS.replace("torch.ones((1 << 24) + 1024)", "for n in (22, 23, 24): torch.ones(1 << n), torch.ones(1 << n)")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the allocator is not glibc's")
+def test_freed_memory_at_the_end_of_the_heap_is_kept_too():
+    """In a process that is not forked: the heap of others is full of holes."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", AT_THE_END.format(device="cpu")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -128,6 +145,16 @@ def test_kernels_are_deterministic_or_the_fastest(monkeypatch, deterministic):
         assert os.environ == ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {})
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def test_a_workspace_of_cublas_that_a_person_has_chosen_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+    try:
+        set_determinism(True)
+        assert os.environ == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
 
 
 def test_a_cluster_gives_fewer_cpus(monkeypatch):
