@@ -19,6 +19,15 @@ def test_every_parameter_stands_in_the_graph_by_name(call_main, tmp_path, flags)
     assert str(tmp_path / "sub" / "graph.dot") in out
 
 
+@pytest.mark.parametrize(("flags", "name"), [([], "graph.dot"), (["--out", "net.v2"], "net.v2.dot")])
+def test_the_graph_has_the_name_that_is_given(call_main, monkeypatch, tmp_path, flags, name):
+    """Without one graph, here; what is no extension of the program's stays a part of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without dot
+    assert call_main(make_graph, *flags)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
 def test_pictures_are_made_with_dot(call_main, tmp_path):
     status, out, errors = call_main(make_graph, "--out", tmp_path / "graph.png")
