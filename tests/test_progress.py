@@ -1,5 +1,6 @@
 """How far a program is, where there is no terminal."""
 
+import io
 import os
 import pty
 import re
@@ -44,3 +45,11 @@ def test_a_terminal_without_width_or_height_shows_no_bar(monkeypatch):
             shown.append(progress.on_terminal())
     os.close(master)
     assert shown == [False, False, False, True]
+
+
+def test_a_line_of_a_log_is_in_its_file_at_once(monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", file)
+    for text in ("\r1 of 2 batches", "\r"):
+        progress.Log().write(text)
+    assert file.buffer.getvalue() == b"1 of 2 batches\n"
