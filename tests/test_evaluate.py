@@ -437,6 +437,8 @@ def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch
     axes = figures[0].axes[0]
     counts = {text.get_position(): text.get_text() for text in axes.texts if text.get_text()}
     assert counts == {(0, 0): "1", (1, 0): "3", (0, 1): "2", (1, 1): "3"}  # (column, row)
+    white = [text.get_position() for text in axes.texts if text.get_color() == "white"]
+    assert white == [(1, 0), (1, 1)]  # where the cell is dark
     (image,) = axes.images
     assert image.get_array().tolist() == [[25, 75, 0], [40, 60, 0], [0, 0, 0]]
     assert image.get_clim() == (0, 100)
