@@ -8,6 +8,8 @@ import re
 
 from endings import FAILED_LATER, Refused, naming, say
 
+THEN = ", then "  # in args.json, between the commits, versions or machines that a run had one after the other
+
 
 def read_json(path, remedy):
     """The content of a JSON file. Refused if it cannot be read."""

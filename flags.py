@@ -12,7 +12,8 @@ from data import IMAGE_SIZE, SOURCES
 from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
 from endings import Refused, at_least, nonempty
-from machine import DTYPES, THEN, default_precision
+from files import THEN
+from machine import DTYPES, default_precision
 
 USAGE = "%(prog)s [options], which --help lists"
 FILLED_IN = {"precision", "capture", "efficient"}  # by fill_in, for the device

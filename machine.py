@@ -10,7 +10,6 @@ from endings import Refused
 
 # {--precision: the type that autocast computes in}; with float32 there is no autocast.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-THEN = ", then "  # in args.json, between the devices (or versions) that a run was trained on, one after the other
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 
 

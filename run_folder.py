@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from checkpoint import encoded, fits, load_checkpoint, of_kinds
 from endings import Refused, naming, say
-from files import as_json, flush_to_disk, read_json, refuse_foreign, replace_file
-from machine import THEN
+from files import THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
 
 HERE = Path(__file__).resolve().parent
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]

@@ -9,7 +9,7 @@ import re
 import pandas as pd
 
 from endings import Refused, say
-from files import read_json
+from files import THEN, read_json
 
 COLUMNS = ["epoch", "loss", "error"]
 # Entries of args.json that are no setting.
@@ -100,7 +100,8 @@ def settings(folders):
         if twins := same_seed(members):
             raise Refused(f"{twins[0]} and {twins[1]} have the same arguments and the same seed: name one of them")
         if differ := mixed(members.values()):
-            say(f"{next(iter(members))} and the other seeds of its setting differ in {', '.join(sorted(differ))}, too")
+            what = "was resumed with another" if len(members) == 1 else "and the other seeds of its setting differ in"
+            say(f"{next(iter(members))} {what} {', '.join(sorted(differ))}")
     names = dict.fromkeys(name for common, _ in groups for name in common)
     rows = [{name: shared(name, members.values()) for name in [*names, "data"]} for _, members in groups]
     names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
@@ -109,8 +110,9 @@ def settings(folders):
 
 
 def mixed(runs):
-    """What the runs differ in of their machines and versions."""
-    return {name for name in MACHINE - {"device"} if shared(name, runs) == "various"}
+    """What the runs differ in of their machines and versions, or one of them by itself, since it was resumed elsewhere."""
+    values = {name: shared(name, runs) for name in MACHINE - {"device"}}
+    return {name for name, value in values.items() if value == "various" or THEN in str(value)}
 
 
 def shared(name, runs):

@@ -157,12 +157,20 @@ def test_another_machine_or_version_is_another_setting_where_nothing_else_tells_
     one, timed = write_run(tmp_path / "one", 5), {"columns": ",seconds", "values": ",2"}
     shown, _, out = tables(one, write_run(tmp_path / "seed", 6, seed=2, torch="2.14", efficient=True, **timed))
     assert [(row["n"], row["images/s"]) for row in shown] == [("2", "-")]
-    assert f"{one} and the other seeds of its setting differ in efficient, torch, too\n" in out
+    assert f"{one} and the other seeds of its setting differ in efficient, torch\n" in out
     shown, _, out = tables(one, write_run(tmp_path / "commit", 6, seed=2, commit="4567", **timed))
-    assert ("differ in commit, too\n" in out, [row["images/s"] for row in shown]) == (True, ["500"])
+    assert ("differ in commit\n" in out, [row["images/s"] for row in shown]) == (True, ["500"])
     assert "differ" not in tables(one, write_run(tmp_path / "device", 6, seed=2, device="cuda:1"))[2]
     shown, *_ = tables(one, write_run(tmp_path / "kernels", 6, efficient=True))
     assert [(row["efficient"], row["n"]) for row in shown] == [("no", "1"), ("yes", "1")]
+
+
+def test_a_run_that_was_resumed_elsewhere_has_no_single_speed(tables, tmp_path):
+    timed, commits = {"columns": ",seconds", "values": ",2"}, [letter * 40 for letter in "ab"]
+    run = write_run(tmp_path / "run", 6, seed=2, torch="2.11.0, then 2.14.1", commit=", then ".join(commits), **timed)
+    shown, _, out = tables(run, write_run(tmp_path / "twin", 6, seed=2, commit=commits[0], **timed))
+    assert f"{run} was resumed with another commit, torch\n" in out
+    assert [(row["commit"], row["images/s"]) for row in shown] == [("a" * 10 + ", then " + "b" * 10, "-"), ("a" * 10, "500")]
 
 
 def test_an_argument_that_is_null_is_as_one_that_args_json_of_another_version_lacks(tables, tmp_path):
