@@ -53,3 +53,15 @@ def test_a_line_of_a_log_is_in_its_file_at_once(monkeypatch):
     for text in ("\r1 of 2 batches", "\r"):
         progress.Log().write(text)
     assert file.buffer.getvalue() == b"1 of 2 batches\n"
+
+
+def test_a_bar_on_a_terminal_is_gone_in_the_end(monkeypatch):
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 60))
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert [*progress.progress(range(3), desc="test", mininterval=0, file=terminal)] == [0, 1, 2]
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "test: 100%" in shown
+    assert re.search(r"\r *\r$", shown), shown
