@@ -108,10 +108,9 @@ def begin(save, facts):
     """Deletes an earlier run and writes args.json and empty CSVs. Refused, before that, if a folder is in a file's place."""
     for folder in filter(Path.is_dir, (save / name for name in FILES)):
         raise Refused(f"{folder} is a folder where a file is expected: remove it, or choose another --save")
-    (save / "latest.pth").unlink(missing_ok=True)  # first: it is never beside another run's args.json
-    replace_file(save / "args.json", as_json(facts))
-    for name in FILES[1:]:
+    for name in reversed(FILES):  # args.json last: nothing of a run is ever without it, or beside another run's
         (save / name).unlink(missing_ok=True)
+    replace_file(save / "args.json", as_json(facts))
     for name, header in headers(facts).items():
         replace_file(save / name, header.encode())
 

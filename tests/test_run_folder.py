@@ -131,7 +131,7 @@ def test_resume_begins_where_there_is_nothing_yet_and_says_so(call_main, tmp_pat
     assert len(pd.read_csv(save / "train.csv")) == 3
 
 
-def test_a_run_that_is_replaced_never_has_its_checkpoint_beside_other_arguments(monkeypatch, tiny_run, tmp_path):
+def test_nothing_of_a_run_that_is_replaced_is_ever_beside_other_arguments_or_none(monkeypatch, tiny_run, tmp_path):
     """However far begin() comes: each of its steps fails once."""
     old = json.loads((tiny_run / "args.json").read_text())
     for fails_at in itertools.count(1):
@@ -147,10 +147,26 @@ def test_a_run_that_is_replaced_never_has_its_checkpoint_beside_other_arguments(
             patch.setattr(run_folder, "replace_file", functools.partial(step, run_folder.replace_file))
             run_folder.begin(save, old | {"lr": 0.2})
             break
-        assert (save / "args.json").exists()
-        lr = json.loads((save / "args.json").read_text())["lr"]
-        assert lr == old["lr"] or not (save / "latest.pth").exists()
+        left = contents(save)
+        if "args.json" not in left:
+            assert not {*run_folder.FILES} & {*left}
+        elif json.loads(left["args.json"])["lr"] != old["lr"]:
+            assert not any(left[name].count(b"\n") > 1 for name in ("train.csv", "test.csv") if name in left)
+            assert "latest.pth" not in left
+        run_folder.refuse_to_replace(save, resume=False, force=True)  # --force is a way out
     assert fails_at > len(run_folder.FILES)
+
+
+def test_what_the_files_of_a_run_that_is_replaced_are_links_to_is_kept(tiny_run, tmp_path):
+    """Such as another run, or the store of git-annex."""
+    store, save = shutil.copytree(tiny_run, tmp_path / "store"), tmp_path / "run"
+    save.mkdir()
+    before = contents(store)
+    for name in before:
+        (save / name).symlink_to(store / name)
+    run_folder.begin(save, json.loads(before["args.json"]) | {"lr": 0.2})
+    assert contents(store) == before
+    assert json.loads((save / "args.json").read_text())["lr"] == 0.2
 
 
 @pytest.mark.parametrize("also_gone", [[], ["test.csv"]])
