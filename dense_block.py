@@ -463,9 +463,9 @@ def untouched(module, kind, training):
 
 
 def has_parts(module, training):
-    """Whether it has modules of the names used here, which an edited layer or transition may lack, and a plain Dropout."""
-    names = ("bn1", "conv1", "dropout", "conv2") if "bn2" in module._modules else ("bn1", "conv1", "dropout")
-    return all(name in module._modules for name in names) and untouched(module.dropout, nn.Dropout, training)
+    """Whether it has the modules used here, which an edited layer or transition may lack, and its dropout is a plain one."""
+    names = ("bn1", "conv1", "dropout") + ("bn2", "conv2") * ("bn2" in module._modules)
+    return None not in map(module._modules.get, names) and untouched(module.dropout, nn.Dropout, training)
 
 
 def plain(bn, conv, side, training):

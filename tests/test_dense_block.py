@@ -511,12 +511,15 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
 RENAMED = [(kind, name) for kind in (Bottleneck, SingleLayer, Transition) for name in ("bn1", "conv1", "dropout")]
 
 
+@pytest.mark.parametrize("becomes", ["nothing", None])
 @pytest.mark.parametrize(("kind", "name"), [*RENAMED, (Bottleneck, "bn2"), (Bottleneck, "conv2")])
-def test_a_layer_whose_modules_were_renamed_goes_through_the_plain_modules(monkeypatch, kind, name):
+def test_a_layer_whose_modules_were_renamed_goes_through_the_plain_modules(monkeypatch, kind, name, becomes):
     net = random_net(PLAIN if kind is SingleLayer else BC)
     for module in net.modules():
         if type(module) is kind and name in module._modules:
             module.other = module._modules.pop(name)
+            if becomes is None:
+                module._modules[name] = None
     edited = dict(vars(densenet))
     exec(textwrap.dedent(inspect.getsource(kind.forward)).replace(f"self.{name}(", "self.other("), edited)
     monkeypatch.setattr(kind, "forward", edited["forward"])
