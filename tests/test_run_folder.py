@@ -853,6 +853,7 @@ def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, had
         *({"epochs": none} for none in ("two", "2", 0, 10**8)),
         *({"limit": 9.6}, {"opt": "sge"}, {"dataset": "digitt"}, {"depth": 10**6}, {"val": True}),
         *({"efficient": "no"}, {"capture": 1}, {"val": False}, {"epochs": False}, {"epochs": True}),
+        *({name: 1} for name in ("data", "commit", "torch", "hardware")),
     ],
 )
 def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tiny_run, tmp_path, damage):
