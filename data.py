@@ -76,10 +76,11 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
     """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
     options = {"image_size": image_size, "quiet": quiet, "val": val} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
-    square = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[2] == images.shape[3]
-    if not (square and labels.dtype == torch.int64 and labels.shape == images.shape[:1] and labels.max() < len(classes)):
+    square = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1:] == (3, images.shape[3], images.shape[3])
+    one_each = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    if not (square and one_each and {*labels.unique().tolist()} <= {*range(len(classes))}):
         raise ValueError(f"the reader of {name} must give (images (M, 3, S, S) uint8, labels (M,) int64, names of the classes)")
-    return Split(images, labels), [str(name) for name in classes]
+    return Split(images, labels), [*map(str, classes)]
 
 
 def hold_out(labels, val, limit=None):

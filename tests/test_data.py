@@ -32,6 +32,26 @@ def test_names_of_classes_are_plain_text(monkeypatch):
     assert ([*map(type, classes)], classes) == ([str, str], ["cat", "dog"])
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "labels"),
+    [
+        ((2, 3, 32, 24), torch.uint8, [0, 1]),
+        ((2, 1, 32, 32), torch.uint8, [0, 1]),
+        ((3, 32, 32), torch.uint8, [0, 1, 1]),
+        ((2, 3, 32, 32), torch.float32, [0, 1]),
+        ((2, 3, 32, 32), torch.uint8, [0.0, 1.0]),
+        ((2, 3, 32, 32), torch.uint8, [0, 1, 1]),
+        ((2, 3, 32, 32), torch.uint8, [1, 2]),
+        ((2, 3, 32, 32), torch.uint8, [-1, 0]),
+    ],
+)
+def test_a_reader_that_gives_something_else_is_an_error(monkeypatch, shape, dtype, labels):
+    given = torch.zeros(shape, dtype=dtype), torch.tensor(labels), ["cat", "dog"]
+    monkeypatch.setitem(data.SOURCES, "mine", (lambda root, part: given, None))
+    with pytest.raises(ValueError, match=r"^the reader of mine must give"):
+        data.load("mine", ".")
+
+
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1), (12, 1), (36, 4)])
 def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
     images = torch.randn(200, 3, size, size)
