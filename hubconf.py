@@ -13,6 +13,7 @@ import importlib
 import json
 import pathlib
 import sys
+import threading
 
 import torch
 
@@ -56,13 +57,14 @@ def preprocess(size=None):
 def _import_ours(name, *needed):
     """The module of this folder; the caller's program may have, or import later, others of its name and of those it needs."""
     names = (name, *needed)
-    theirs = {each: sys.modules.pop(each) for each in names if each in sys.modules}
-    try:
-        return importlib.import_module(name)
-    finally:
-        for each in names:
-            sys.modules.pop(each, None)
-        sys.modules.update(theirs)
+    with vars(densenet).setdefault("_importing", threading.Lock()):  # torch.hub runs this file anew in each thread
+        theirs = {each: sys.modules.pop(each) for each in names if each in sys.modules}
+        try:
+            return importlib.import_module(name)
+        finally:
+            for each in names:
+                sys.modules.pop(each, None)
+            sys.modules.update(theirs)
 
 
 def _make(run, pretrained, arguments):

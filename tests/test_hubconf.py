@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -189,6 +191,22 @@ def test_the_callers_modules_and_ours_may_have_the_same_names(tmp_path):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
     done = subprocess.run([sys.executable, "-c", THEIRS, ROOT], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "torch.Size([1, 3, 32, 32]) True True\n"), done.stderr
+
+
+def test_threads_may_load_it_at_the_same_time():
+    together = threading.Barrier(8)
+
+    def load_one(_):
+        together.wait()
+        return load("preprocess")(Image.new("RGB", (9, 9))).shape
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert {*pool.map(load_one, range(8))} == {(1, 3, 32, 32)}
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_several_pictures_may_be_a_tuple():
