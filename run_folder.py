@@ -125,7 +125,7 @@ def headers(facts):
 def resume(save, begun, facts, net, rates):
     """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
 
-    `begun` is the old args.json, `facts` the new one, which a run that is complete does not get; rates are those of all epochs.
+    `begun` is the old args.json, `facts` the new one (a complete run gets its `epochs` alone), `rates` are those of all epochs.
     Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.
     """
     compare_arguments(begun, facts)
@@ -140,15 +140,15 @@ def resume(save, begun, facts, net, rates):
     steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
     files = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
     compare_rates(column(files["test.csv"], "lr"), rates, begun.get("epochs", len(rates)))
-    if checkpoint["epoch"] < facts["epochs"] or begun.get("epochs") != facts["epochs"]:
-        files = {"args.json": as_json(facts | history(save, begun, facts))} | files
-    for name, content in files.items():
+    goes_on = checkpoint["epoch"] < facts["epochs"]
+    arguments = facts | history(save, begun, facts) if goes_on else begun | {"epochs": facts["epochs"]}
+    for name, content in {"args.json": as_json(arguments), **files}.items():
         replace_file(save / name, content)
     return checkpoint
 
 
 def history(save, begun, facts):
-    """{fact: its values so far, one after the other} of versions and hardware; says which is another now."""
+    """{fact: its values so far, one after the other} of versions and hardware; says which have changed."""
     values = {}
     for name in ("commit", "torch", "hardware"):
         old, new = begun.get(name) or "unknown", facts[name] or "unknown"

@@ -287,6 +287,10 @@ def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, mon
         assert told == [[], ["commit"], ["torch"], []][len(facts) - 1]
     assert facts[1] == {"commit": f"{a}, then {b}", "torch": "2.11.0"}
     assert facts[2] == facts[3] == {"commit": f"{a}, then {b}", "torch": "2.11.0, then 2.14.1"}  # it was complete the last time
+    before = contents(tmp_path)
+    (tmp_path / "args.json").write_text(before["args.json"].decode().replace('"epochs": 3', '"epochs": 9'))
+    assert call_main(train, "--save", tmp_path, "--resume", "--epochs", 3)[0] == 0
+    assert contents(tmp_path) == before  # nor was anything trained with fewer epochs
 
 
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
