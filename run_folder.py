@@ -171,8 +171,9 @@ def last_row(path):
 
 
 def refuse_lost_checkpoint(save):
-    """Refused if the CSVs go beyond the first epoch: then a checkpoint has been lost."""
+    """Refused if the CSVs go beyond the first epoch: then a checkpoint has been lost; or if they are not of a run."""
     for path in (save / "train.csv", save / "test.csv"):
+        refuse_foreign(path, rb"\Aepoch,loss,error")
         if path.exists() and re.search(rb"^(1\.|[2-9])", path.read_bytes(), re.MULTILINE):
             raise Refused(f"{save / 'latest.pth'} is missing, and {path} has rows of later epochs: {REMEDY}")
 

@@ -112,7 +112,17 @@ def test_arguments_of_another_program_are_kept_and_what_lies_beside_them(call_ma
     assert contents(tmp_path) == before
 
 
-def test_exported_weights_are_not_left_beside_a_new_run_whose_they_would_seem(call_main, tiny_run, tmp_path):
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_a_csv_beside_arguments_that_could_be_a_runs_is_kept_by_resume(call_main, tmp_path, name):
+    (tmp_path / "args.json").write_text('{"dataset": "digits", "epochs": 1, "depth": 10, "limit": 8}')
+    (tmp_path / name).write_text("id,label\n1,cat\n")
+    before = contents(tmp_path)
+    status, _, errors = call_main(train, "--save", tmp_path, "--resume")
+    assert (status, f"{name} exists already and is not of this program" in errors) == (2, True), errors
+    assert contents(tmp_path) == before | {".lock": b""}
+
+
+def test_exported_weights_are_not_left_beside_a_new_run_that_they_would_seem_to_be_of(call_main, tiny_run, tmp_path):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     assert call_main(evaluate, save, "--export", save / "net.pth")[0] == 0
     before = contents(save)
