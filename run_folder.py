@@ -36,13 +36,13 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNO
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if `save` is not a folder, holds a run without --resume or --force, or files that would be lost in a new run."""
+    """Refused if `save` is not a folder, holds a run without --resume or --force, or holds files that are of no run."""
     if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
         raise Refused(f"--save {save} is not a folder: name that of a run, or a new one")
     refuse_foreign(save / "args.json", rb'"dataset"')
     found = [name for name in FILES if (save / name).exists()]
-    if found and "args.json" not in found:  # a run has it first and loses it last
-        raise Refused(f"{save} holds {found[0]} and no args.json of a run: put it back, or choose another --save")
+    if found and "args.json" not in found:  # the first file of a run, and the last that begin() removes
+        raise Refused(f"{save} holds {found[0]} but no args.json: put it back, move the files away, or choose another --save")
     if found and not (resume or force):
         ways = "continue it with --resume, replace it with --force, or choose another --save"
         raise Refused(f"{save} already holds a run: {ways}")
@@ -154,7 +154,7 @@ def history(save, begun, facts):
         old, new = begun.get(name) or "unknown", facts[name] or "unknown"
         values[name] = begun.get(name)
         if old.split(THEN)[-1] != new:
-            say(f"{save} goes on with another {name}: {new}; args.json keeps both")
+            say(f"{save} goes on with {name} {new}, not {old.split(THEN)[-1]}; args.json keeps both")
             values[name] = f"{old}{THEN}{new}"
     return values
 
@@ -198,10 +198,10 @@ def compare_rates(done, rates, begun_epochs):
         raise Refused(f"--epochs {len(rates)} is less than the {len(done)} that are done: {remedy}")
     now = [old if rate is None else f"{rate:.6g}" for old, rate in zip(done, rates, strict=False)]
     if now != done and begun_epochs != len(rates):
-        raise Refused(f"with --epochs {len(rates)} the {len(done)} epochs done would have had other learning rates: {remedy}")
+        raise Refused(f"with --epochs {len(rates)} the epochs that are done would have had other learning rates: {remedy}")
     if now != done:
         code = f"put back the code that the run was begun with, or {go_on}"
-        raise Refused(f"the {len(done)} epochs done had other learning rates than step.py gives now: {code}")
+        raise Refused(f"the epochs that are done had other learning rates than step.py gives now: {code}")
 
 
 def rows_until(path, facts, epochs_done, steps):

@@ -27,7 +27,7 @@ def name_runs(folders):
     begun = [folder for folder in folders if not folder.exists() or (folder / "test.csv").exists()] or folders
     for folder in folders:
         if folder not in begun:
-            say(f"{folder} holds no run yet (no test.csv) and is left out")
+            say(f"{folder} holds no run (no test.csv) and is left out")
     paths = [folder.resolve() for folder in begun]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:

@@ -292,7 +292,7 @@ def test_a_run_that_has_not_begun_is_told_of_and_left_out(call_main, tables, tmp
     run, other = write_run(tmp_path / "run", 5), write_run(tmp_path / "other", 5, seed=2)
     spoil(run)
     shown, _, out = tables(run, other)
-    assert ([row["n"] for row in shown], f"{run} holds no run yet (no test.csv) and is left out\n" in out) == (["1"], True)
+    assert ([row["n"] for row in shown], f"{run} holds no run (no test.csv) and is left out\n" in out) == (["1"], True)
     status, _, errors = call_main(compare, run)
     assert (status, "does not exist: put it back, or name a run that has it" in errors) == (2, True)
 

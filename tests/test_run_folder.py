@@ -98,7 +98,7 @@ def test_a_file_with_the_name_of_a_runs_is_kept_where_there_is_no_run(call_main,
     """Such as a figure of yours, or the train.csv of a competition."""
     (tmp_path / name).write_text("yours")
     status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, *options)
-    told = f"{tmp_path} holds {name} and no args.json of a run: put it back, or choose another --save\n"
+    told = f"{tmp_path} holds {name} but no args.json: put it back, move the files away, or choose another --save\n"
     assert (status, errors.endswith(told), contents(tmp_path)) == (2, True, {name: b"yours"})
 
 
@@ -215,7 +215,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
         (["--precision", "tf32"], "precision fp32, not tf32"),
         (
             ["--epochs", 8],
-            "with --epochs 8 the 2 epochs done would have had other learning rates: resume it with --epochs 2, or go on",
+            "with --epochs 8 the epochs that are done would have had other learning rates: resume it with --epochs 2, or go on",
         ),
         (["--epochs", 1], "--epochs 1 is less than the 2 that are done"),
     ],
@@ -267,7 +267,7 @@ def test_each_finished_epoch_has_to_have_had_its_rate():
     done, rates = ["0.1", "0.1", "0.01"], [0.1] + [0.1 * 0.1] * 2 + [0.001] * 3
     run_folder.compare_rates(done[:1], rates, begun_epochs=4)
     for epochs_done in (2, 3):
-        with pytest.raises(Refused, match=f"with --epochs 6 the {epochs_done} epochs done would have had other learning rates"):
+        with pytest.raises(Refused, match="with --epochs 6 the epochs that are done would have had other learning rates"):
             run_folder.compare_rates(done[:epochs_done], rates, begun_epochs=4)
     run_folder.compare_rates(["0.001"] * 3, [None] * 6, begun_epochs=4)  # of Adam
 
@@ -277,8 +277,8 @@ def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, tmp_pat
     before = contents(tmp_path)
     monkeypatch.setattr(train, "schedule", lambda args, epochs: [0.05] * epochs)
     for epochs, told in [
-        (1, "the 1 epochs done had other learning rates than step.py gives now: put back the code"),
-        (2, "with --epochs 2 the 1 epochs done would have had other learning rates: resume it with --epochs 1"),
+        (1, "the epochs that are done had other learning rates than step.py gives now: put back the code"),
+        (2, "with --epochs 2 the epochs that are done would have had other learning rates: resume it with --epochs 1"),
     ]:
         status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", epochs)
         assert (status, told in errors, contents(tmp_path)) == (2, True, before), errors
@@ -293,7 +293,7 @@ def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, mon
         status, out, errors = call_main(train, *FLAGS, "--epochs", epochs, "--save", tmp_path, "--no-plot", "--resume")
         assert status == 0, errors
         facts.append({name: json.loads((tmp_path / "args.json").read_text())[name] for name in ("commit", "torch")})
-        told = re.findall(r" goes on with another (\w+): \S+; args.json keeps both$", out, re.MULTILINE)
+        told = re.findall(r" goes on with (\w+) \S+, not \S+; args.json keeps both$", out, re.MULTILINE)
         assert told == [[], ["commit"], ["torch"], []][len(facts) - 1]
     assert facts[1] == {"commit": f"{a}, then {b}", "torch": "2.11.0"}
     assert facts[2] == facts[3] == {"commit": f"{a}, then {b}", "torch": "2.11.0, then 2.14.1"}  # it was complete the last time
