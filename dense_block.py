@@ -75,8 +75,8 @@ class Block(NamedTuple):
         return [p for module in self.modules for bn, conv, _ in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
 
     def state(self):
-        """What must not change before the backward pass: how often each parameter was written to, and the drop rates."""
-        versions = [None if p.is_inference() else p._version for p in self.parameters()]
+        """What must not change before the backward pass: each parameter's memory and the number of writes to it; drop rates."""
+        versions = [(p.untyped_storage()._cdata, None if p.is_inference() else p._version) for p in self.parameters()]
         return versions, [module.dropout.p for module in self.modules]
 
 

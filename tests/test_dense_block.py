@@ -526,6 +526,16 @@ def test_a_layer_whose_modules_were_renamed_goes_through_the_plain_modules(monke
     assert_equal_training(net, *batch(2, 8))
 
 
+def test_memory_of_parameters_that_is_replaced_before_the_backward_pass_is_an_error():
+    """As by PyTorch's vector_to_parameters(); it counts as no write."""
+    net = efficient_twin(random_net(BC))
+    loss = net(batch(2, 8)[0]).sum()
+    for parameter in net.parameters():
+        parameter.data = 1.5 * parameter.data
+    with pytest.raises(RuntimeError, match="were changed before its backward pass"):
+        loss.backward()
+
+
 def doubled_call(self, x):
     return 2 * nn.Module.__call__(self, x)
 
