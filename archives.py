@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from torchvision.datasets import SVHN
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from endings import Refused, say
+from endings import FAILED_LATER, Refused, say
 
 UNFINISHED = ".download"  # a folder for what is not whole yet
 
@@ -71,8 +71,12 @@ def fetch(title, root, url, archive, md5, files):
             for path in new:  # a mistyped name leaves no folder behind
                 (path / f"{UNFINISHED}.lock").unlink(missing_ok=True)
                 path.rmdir()
+        status = 1 if getattr(error, "errno", None) in FAILED_LATER else 2
+        if (root / archive).exists():
+            ways = "make room, or put it into a folder that can be written to"
+            raise Refused(f"{root / archive} cannot be extracted there ({error}): {ways}", status) from error
         lacks = f"{root} lacks files of {title}, and downloads fail ({error})"
-        raise Refused(f"{lacks}: put {archive} there or name another --data") from error
+        raise Refused(f"{lacks}: put {archive} there or name another --data", status) from error
 
 
 @contextlib.contextmanager

@@ -131,8 +131,9 @@ def test_an_archive_that_cannot_be_extracted_is_kept(server, monkeypatch, tmp_pa
 
     monkeypatch.setattr(archives, "extract_archive", full)
     server.go.set()
-    with pytest.raises(Refused, match="No space left on device"):
+    with pytest.raises(Refused, match=r"cannot be extracted there \(.*No space left.*\): make room") as refused:
         fetch(tmp_path / "new", server.url)
+    assert refused.value.status == 1
     assert contents(tmp_path / "new") == {"batches.tar": ARCHIVE}
 
 
