@@ -51,6 +51,12 @@ def fits(state, net):
     return own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
 
 
+def same_groups(state, optimizer):
+    """Whether an optimiser's state dict has the groups of the optimiser, with as many parameters in each."""
+    old, new = ([len(group["params"]) for group in each["param_groups"]] for each in (state, optimizer.state_dict()))
+    return old == new
+
+
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, of plain modules, in evaluation mode. Refused if the weights are of another net."""
     model = checkpoint["model"]
@@ -86,6 +92,7 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {remedy}")
+    path.open("rb").close()  # what may not be read is not damaged
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load ignores checksums

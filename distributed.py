@@ -28,6 +28,7 @@ class World(NamedTuple):
     local_rank: int = 0  # among the processes of this machine: the number of its GPU
     size: int = 1
     attempt: int = 0  # how often torchrun has restarted all of them
+    max_restarts: int = 0
 
 
 def read_world(environment):
@@ -35,7 +36,7 @@ def read_world(environment):
     if not environment.get("WORLD_SIZE"):  # empty is as if unset
         return World()
     values = {name: environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    values["TORCHELASTIC_RESTART_COUNT"] = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    values |= {name: environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")}
     world = World(*map(int, values.values())) if all(value.isdecimal() for value in values.values()) else None
     if not world or world.rank >= world.size:
         told = ", ".join(f"{name}={value}" for name, value in values.items())

@@ -108,8 +108,10 @@ def way_out(number, resume):
     """The remedy for this error of the system, to follow its message."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room there" + ", or name another place" * (not resume)
+    if number == errno.EFBIG:
+        return ": raise the limit of a file's size (ulimit -f)"
     if resume:
-        return ": put back what is missing" * (number == errno.ENOENT)
+        return {errno.ENOENT: ": put back what is missing", errno.EACCES: ": make it writable"}.get(number, "")
     return ": fix this, or name another place" * (number not in FAILED_LATER)
 
 
@@ -236,7 +238,7 @@ def settle_streams():
 def resume_command(num_processes):
     """The command that continues this run."""
     if num_processes > 1:
-        return "the same torchrun command with --resume"
+        return f"the same torchrun command with --resume{' in place of --force' * ('--force' in sys.orig_argv)}"
     words = [word for word in sys.orig_argv if word not in ("--resume", "--force")]
     return " ".join(map(shell_word, [*words, "--resume"]))
 

@@ -15,6 +15,8 @@ def read_json(path, remedy):
     """The content of a JSON file. Refused if it cannot be read."""
     try:
         return json.loads(path.read_text())
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}): {remedy}") from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import encoded, fits, load_checkpoint, of_kinds
+from checkpoint import encoded, fits, load_checkpoint, of_kinds, same_groups
 from endings import Refused, naming, say
 from files import THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
 
@@ -39,7 +39,7 @@ def refuse_to_replace(save, resume, force):
     """Refused if `save` is not a folder, holds a run without --resume or --force, or holds files that are of no run."""
     if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
         raise Refused(f"--save {save} is not a folder: name that of a run, or a new one")
-    refuse_foreign(save / "args.json", rb'"dataset"')
+    refuse_foreign(save / "args.json", rb'"growth_rate"')
     found = [name for name in FILES if (save / name).exists()]
     if found and "args.json" not in found:  # the first file of a run, and the last that begin() removes
         raise Refused(f"{save} holds {found[0]} but no args.json: put it back, move the files away, or choose another --save")
@@ -122,7 +122,7 @@ def headers(facts):
     return {"train.csv": "epoch,loss,error\n", "test.csv": f"epoch,loss,error{val},train_loss,train_error,lr,seconds\n"}
 
 
-def resume(save, begun, facts, net, rates):
+def resume(save, begun, facts, net, optimizer, rates):
     """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
 
     `begun` is the old args.json, `facts` the new one (a complete run gets its `epochs` alone), `rates` are those of all epochs.
@@ -135,15 +135,17 @@ def resume(save, begun, facts, net, rates):
         return None
     checkpoint = load_checkpoint(path, REMEDY)
     compare_arguments(checkpoint["args"], facts)
-    if not fits(checkpoint["net"], net) or not {"optimizer", "scaler"} <= checkpoint.keys():
-        raise Refused(f"{path} is not of this run, or of another version of this program: put back its own")
+    whole = {"optimizer", "scaler"} <= checkpoint.keys()
+    if not (whole and fits(checkpoint["net"], net) and same_groups(checkpoint["optimizer"], optimizer)):
+        raise Refused(f"{path} is not of this run, or of another version of this program: put back its own, or the code")
     steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
     files = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
     compare_rates(column(files["test.csv"], "lr"), rates, begun.get("epochs", len(rates)))
     goes_on = checkpoint["epoch"] < facts["epochs"]
     arguments = facts | history(save, begun, facts) if goes_on else begun | {"epochs": facts["epochs"]}
     for name, content in {"args.json": as_json(arguments), **files}.items():
-        replace_file(save / name, content)
+        if (save / name).read_bytes() != content:  # a complete run may be read-only
+            replace_file(save / name, content)
     return checkpoint
 
 

@@ -36,9 +36,9 @@ from folder import describe_classes, leaks
 from machine import choose_device, describe, keep_freed_memory, set_determinism
 from metrics import loss_and_error_sums, predict
 from progress import progress
-from step import TrainingStep, schedule
+from step import TrainingStep, make_optimizer, schedule
 
-GROUP_STEPS = 20  # steps between two writes to train.csv; each write waits for the device
+GROUP_STEPS = 20  # steps between two writes to train.csv; each write waits for the GPU
 MAX_LOSS = 1e4  # of a step; beyond it, training has diverged
 
 
@@ -47,7 +47,7 @@ def main():
     args = flags.parse_args(parser)
     with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
-        args, begun = continued(parser, args)
+        args, begun = continued(parser, args, world)
         with distributed.process_group(world, choose_device(args.device), ending) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, begun, fresh) if world.rank == 0 else None
@@ -78,11 +78,14 @@ def build_parser():
     return parser
 
 
-def continued(parser, args):
+def continued(parser, args, world):
     """(args, with --resume those of the run that is continued; its args.json, or {}).
 
     Flags newer than the run are in it with their defaults, so that another value counts as a change.
     """
+    if args.force and world.max_restarts:
+        ways = "remove the old run and choose --resume, or leave out --max-restarts"
+        raise Refused(f"--force would begin the run anew after each restart by torchrun: {ways}")
     run_folder.refuse_to_replace(args.save, args.resume, args.force)
     begun = run_folder.read_arguments(args.save) if args.resume else {}
     args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
@@ -170,7 +173,8 @@ def open_run(net, dataset, args, world, fresh):
     checkpoint = None
     if args.resume:
         begun = run_folder.read_arguments(args.save)
-        checkpoint = run_folder.resume(args.save, begun, facts, net, schedule(args, args.epochs))
+        optimizer = make_optimizer(net, args)  # the step makes its own
+        checkpoint = run_folder.resume(args.save, begun, facts, net, optimizer, schedule(args, args.epochs))
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     return checkpoint
@@ -260,11 +264,12 @@ class EpochLog:
         self.rows = []  # (loss, error) of the steps written
 
     def add(self, result, stop, bar):
-        """Adds a step's (loss, error), writes full groups. Raises Stopped after a signal (several ranks: at a group's end)."""
+        """Adds a step's (loss, error), writes full groups. Raises Stopped after a signal (several GPUs: at a group's end)."""
         self.group.append(result)
         done = len(self.rows) + len(self.group)
         bar.update(self.sizes[done - 1])
-        if len(self.group) == GROUP_STEPS or done == len(self.sizes) or (stop.received and self.world.size == 1):
+        at_once = stop.received if self.world.size == 1 else result.is_cpu  # CPUs are slow, and torchrun waits for 30 seconds
+        if len(self.group) == GROUP_STEPS or done == len(self.sizes) or at_once:
             signum = self.write(stop.received)
             bar.set_postfix_str(f"loss {self.rows[-1][0]:.3f}, error {self.rows[-1][1]:.1f} %", refresh=False)
             if signum:

@@ -290,10 +290,19 @@ def test_ranks_that_do_not_come_are_a_sentence_after_the_time_out(call_main, mon
     assert (status, "rank 0 cannot meet the others" in errors) == (2, True)
 
 
+def test_a_run_that_torchrun_may_restart_is_not_begun_anew_each_time(call_main, monkeypatch, tmp_path):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run", "--force")
+    told = "--force would begin the run anew after each restart by torchrun: remove the old run and choose --resume"
+    assert (status, told in errors) == (2, True), errors
+
+
 def test_half_an_environment_is_a_sentence():
     assert distributed.read_world({}) == distributed.read_world({"WORLD_SIZE": ""}) == World(0, 0, 1)
     second_attempt = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert distributed.read_world(second_attempt) == World(3, 1, 4, attempt=1)
+    assert distributed.read_world(second_attempt | {"TORCHELASTIC_MAX_RESTARTS": "2"}) == World(3, 1, 4, 1, max_restarts=2)
     for wrong in ({"RANK": ""}, {"LOCAL_RANK": "x"}, {"WORLD_SIZE": "-2"}, {"RANK": "4"}, {"TORCHELASTIC_RESTART_COUNT": "?"}):
         (told,) = (f"{name}={value}" for name, value in wrong.items())
         with pytest.raises(Refused, match=rf"the environment describes no process of torchrun \(.*{re.escape(told)}.*\): use"):
@@ -318,13 +327,13 @@ train.main()
 
 
 def test_a_signal_to_one_rank_ends_all_of_them_at_the_same_step(forked, tmp_path):
-    """In the fifth of six steps, of three an epoch; the ranks hear of it when they write their rows, at the epoch's end."""
+    """In the fifth of six steps, of three an epoch; the ranks hear of it when they write its row."""
     flags = [*FLAGS, "--batch-size", 40, "--epochs", 2, "--save", tmp_path / "run"]
     first, second = run_ranks(forked, "-c", SIGNALLED, *flags)
     assert (first.returncode, second.returncode) == (128 + signal.SIGTERM, 128 + signal.SIGUSR1), first.stderr + second.stderr
     assert "stopped by SIGTERM; this continues the run: the same torchrun command with --resume" in first.stderr
     assert second.stderr == ""
-    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 6
+    assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 5
     assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 1
     for done in run_ranks(forked, "train.py", *flags, "--resume"):  # both go on behind the first epoch
         assert done.returncode == 0, done.stderr

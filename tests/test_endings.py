@@ -366,7 +366,7 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
     module, *arguments = command[name]
     monkeypatch.setattr(place, raising(OSError(13, "Permission denied", "some/file")))
     told, _, errors = call_main(module, *arguments)
-    way_out = "; this continues the run: .+" if status == 1 else ": fix this, or name another place"
+    way_out = ": make it writable; this continues the run: .+" if status == 1 else ": fix this, or name another place"
     assert (told, bool(re.search(f": some/file: Permission denied{way_out}$", errors.splitlines()[-1]))) == (status, True)
     assert len(errors.splitlines()) == status  # the line of its usage is another, where it was asked wrongly
     monkeypatch.setattr(place, raising(OSError(28, "No space left on device", "some/file")))
@@ -497,9 +497,9 @@ def test_training_that_diverges_ends(call_main, tmp_path):
     [
         ("ENOSPC", 1, ": make room there, or name another place", ": make room there"),
         ("EDQUOT", 1, ": make room there, or name another place", ": make room there"),
-        ("EFBIG", 1, "", ""),
+        ("EFBIG", 1, ": raise the limit of a file's size (ulimit -f)", ": raise the limit of a file's size (ulimit -f)"),
         ("EIO", 1, "", ""),
-        ("EACCES", 2, ": fix this, or name another place", ""),
+        ("EACCES", 2, ": fix this, or name another place", ": make it writable"),
         ("ENOENT", 2, ": fix this, or name another place", ": put back what is missing"),
     ],
 )
@@ -516,6 +516,8 @@ def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status, wa
 def test_a_forced_run_goes_on_by_resume_alone(monkeypatch, flag):
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", flag, "--save", "work/run"])
     assert endings.resume_command(1) == "python train.py --save work/run --resume"
+    several = "the same torchrun command with --resume" + " in place of --force" * (flag == "--force")
+    assert endings.resume_command(2) == several
 
 
 def test_memory_that_ran_out_while_another_error_was_handled():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,7 +105,7 @@ def test_a_file_with_the_name_of_a_runs_is_kept_where_there_is_no_run(call_main,
 
 @pytest.mark.parametrize("options", [[], ["--resume"], ["--force"]])
 def test_arguments_of_another_program_are_kept_and_what_lies_beside_them(call_main, tmp_path, options):
-    before = {"args.json": b'{"lr": 0.1}', "train.csv": b"yours", "latest.pth": b"yours"}
+    before = {"args.json": b'{"dataset": "imagenet", "lr": 0.1}', "train.csv": b"yours", "latest.pth": b"yours"}
     for name, content in before.items():
         (tmp_path / name).write_bytes(content)
     status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, *options)
@@ -114,7 +115,7 @@ def test_arguments_of_another_program_are_kept_and_what_lies_beside_them(call_ma
 
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
 def test_a_csv_beside_arguments_that_could_be_a_runs_is_kept_by_resume(call_main, tmp_path, name):
-    (tmp_path / "args.json").write_text('{"dataset": "digits", "epochs": 1, "depth": 10, "limit": 8}')
+    (tmp_path / "args.json").write_text('{"dataset": "digits", "epochs": 1, "growth_rate": 4, "limit": 8}')
     (tmp_path / name).write_text("id,label\n1,cat\n")
     before = contents(tmp_path)
     status, _, errors = call_main(train, "--save", tmp_path, "--resume")
@@ -284,6 +285,42 @@ def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, tmp_pat
         assert (status, told in errors, contents(tmp_path)) == (2, True, before), errors
 
 
+def test_other_groups_of_parameters_in_the_code_are_refused(call_main, monkeypatch, tmp_path):
+    """Before anything is written."""
+    assert call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path)[0] == 0
+    before = contents(tmp_path)
+
+    def two_groups(net, args):
+        first, *others = net.parameters()
+        return torch.optim.SGD([{"params": [first], "weight_decay": 0}, {"params": others}], lr=args.lr)
+
+    monkeypatch.setattr(train, "make_optimizer", two_groups)
+    status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", 2)
+    assert (status, "is not of this run, or of another version of this program" in errors) == (2, True), errors
+    assert contents(tmp_path) == before
+
+
+UNREADABLE = """
+import os, sys, train
+os.seteuid(65534)
+sys.argv[0] = train.__file__
+train.main()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("name", ["args.json", "latest.pth"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(forked, tiny_run, name):
+    """Nor is it advised to replace the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        save = shutil.copytree(tiny_run, Path(folder, "run"))
+        for path, mode in [(Path(folder), 0o755), (save, 0o777), (save / ".lock", 0o666), (save / name, 0)]:
+            path.chmod(mode)
+        done = forked(["-c", UNREADABLE, "--save", save, "--resume"]).wait()
+    told = f"{save / name}: Permission denied: fix this, or name another place\n"
+    assert (done.returncode, done.stderr.endswith(told)) == (2, True), done.stderr
+
+
 def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, monkeypatch, tmp_path):
     facts, a, b, c = [], "a" * 40, "b" * 40, "c" * 40
     for epochs, commit, version in [(1, a, "2.11.0"), (2, b, "2.11.0"), (3, b, "2.14.1"), (3, c, "9")]:
@@ -338,7 +375,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(call_main, forke
     assert len(before) > 20_480
     done = forked(["-c", FULL, *flags, "--epochs", "2", "--resume"]).wait()
     assert done.returncode == 1
-    assert "latest.pth: File too large; this continues the run: " in done.stderr
+    assert "latest.pth: File too large: raise the limit of a file's size (ulimit -f); this continues the run: " in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "latest.pth").read_bytes() == before
     assert not (tmp_path / "latest.pth.tmp").exists()
@@ -734,7 +771,7 @@ def test_a_file_system_that_cannot_flush(forked, tiny_run, tmp_path):
     told = f"{tmp_path / 'run'}: its file system cannot flush a file ("
     assert done.stdout.count("cannot flush") == done.stdout.count(told) == 1
     assert_same_run(tiny_run, tmp_path / "run")
-    done = forked(["-c", UNFLUSHED, errno.EIO, *flags, "--resume"]).wait()
+    done = forked(["-c", UNFLUSHED, errno.EIO, *flags, "--force"]).wait()
     assert (done.returncode, "Input/output error" in done.stderr) == (1, True)
 
 
