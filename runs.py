@@ -110,7 +110,7 @@ def settings(folders):
 
 
 def mixed(runs):
-    """What the runs differ in of their machines and versions, or one of them by itself, since it was resumed elsewhere."""
+    """The facts of machine and version in which the runs differ, or a run by itself does, since it was resumed elsewhere."""
     values = {name: shared(name, runs) for name in MACHINE - {"device"}}
     return {name for name, value in values.items() if value == "various" or THEN in str(value)}
 
