@@ -34,7 +34,7 @@ def main():
     parser = build_parser()
     args = flags.parse_args(parser)
     with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
-        args, begun = train.continued(parser, args)
+        args, begun = train.continued(parser, args, World())
         device = choose_device(args.device)
         flags.fill_in(args, device, begun=begun)
         flags.refuse_contradictions(args, device)
