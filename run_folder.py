@@ -153,11 +153,12 @@ def history(save, begun, facts):
     """{fact: its values so far, one after the other} of versions and hardware; says which have changed."""
     values = {}
     for name in ("commit", "torch", "hardware"):
-        old, new = begun.get(name) or "unknown", facts[name] or "unknown"
         values[name] = begun.get(name)
-        if old.split(THEN)[-1] != new:
-            say(f"{save} goes on with {name} {new}, not {old.split(THEN)[-1]}; args.json keeps both")
-            values[name] = f"{old}{THEN}{new}"
+        so_far, new = values[name] or "unknown", facts[name] or "unknown"
+        last = so_far.split(THEN)[-1]
+        if last != new:
+            say(f"{save} goes on with {name} {new}, not {last}; args.json keeps both")
+            values[name] = f"{so_far}{THEN}{new}"
     return values
 
 
