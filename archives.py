@@ -71,6 +71,8 @@ def fetch(title, root, url, archive, md5, files):
             for path in new:  # a mistyped name leaves no folder behind
                 (path / f"{UNFINISHED}.lock").unlink(missing_ok=True)
                 path.rmdir()
+        if isinstance(error, BrokenPipeError):  # of this program's output
+            raise
         status = 1 if getattr(error, "errno", None) in FAILED_LATER else 2
         if (root / archive).exists():
             ways = "make room, or put it into a folder that can be written to"

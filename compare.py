@@ -7,7 +7,7 @@
 Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
 (lowest to highest). A run that has not reached its last epoch is reported and left out. Differences of machine or version are
 reported; then images/s (of training, without the test) is left out, unless only the commit differs. With images held out by
---val, the setting with their lowest error comes first.
+--val, the settings of each data set are sorted by their error.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main():
         refuse_existing(args.csv, args.markdown, args.latex)
         rows = [summary(*setting) for setting in settings(name_runs(args.runs).values())]
         if len(rows) > 1 and any("val_error_mean" in row for row in rows):
-            rows.sort(key=lambda row: row.get("val_error_mean", math.inf))
+            rows.sort(key=lambda row: (str(row.get("dataset")), str(row.get("data")), row.get("val_error_mean", math.inf)))
             say("sorted by the error on the validation images: a setting must not be chosen by its test error")
         table = in_short(rows)
         say(table.to_string(index=False))

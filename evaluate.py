@@ -24,7 +24,7 @@ import drawing
 import endings
 from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
 from endings import Refused, new_file, nonempty, say
-from files import refuse_existing, refuse_foreign, write_text
+from files import refuse_existing, refuse_foreign, writable, write_text
 from flags import add_device_flag
 from folder import in_order, left_out, list_classes, pictures_in
 from machine import choose_device, keep_freed_memory
@@ -86,8 +86,7 @@ def refuse_unwritable(args):
     if args.predictions and not args.predictions.exists():  # unlike /dev/stdout
         folders["--predictions"] = args.predictions.parent
     for flag, folder in folders.items():
-        nearest = next(each for each in (folder, *folder.parents) if each.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        if not writable(folder):
             raise Refused(f"{folder} is not a folder that can be written to: name another by {flag}")
     if not args.image:
         table = confusion_table(args)

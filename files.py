@@ -41,6 +41,12 @@ def refuse_foreign(path, pattern):
         raise Refused(f"{path} exists already and is not of this program: name another place, or remove it")
 
 
+def writable(folder):
+    """Whether the folder can be written to or, if it is new, be made."""
+    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def write_text(path, text):
     """Writes a text file, in a folder that may be new, and says so."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ import flags
 import run_folder
 from checkpoint import build_net, checkpoint_in, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
+from files import writable
 from folder import describe_classes, leaks
 from machine import choose_device, describe, keep_freed_memory, set_determinism
 from metrics import loss_and_error_sums, predict
@@ -95,6 +96,8 @@ def continued(parser, args, world):
 
 def starting_point(parser, args, begun, fresh):
     """(args, begun, the net of --init or None); a run that continues, not fresh, needs no --init."""
+    if fresh and not writable(args.save):
+        raise Refused(f"--save {args.save} is not a folder that can be written to: choose another")
     if args.resume and not begun:
         say(f"{args.save} holds no run yet: starting one")
     args, init = read_init(parser, args, begun) if args.init and fresh else (args, None)

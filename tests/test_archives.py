@@ -137,6 +137,16 @@ def test_an_archive_that_cannot_be_extracted_is_kept(server, monkeypatch, tmp_pa
     assert contents(tmp_path / "new") == {"batches.tar": ARCHIVE}
 
 
+def test_a_closed_output_is_no_failed_download(server, monkeypatch, tmp_path):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(archives, "download_url", closed)
+    with pytest.raises(BrokenPipeError):
+        fetch(tmp_path / "new", server.url)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_where_the_file_system_has_no_locks_it_is_downloaded_without_one(server, monkeypatch, tmp_path, number):
     def flock(*_):

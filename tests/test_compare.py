@@ -134,6 +134,19 @@ def test_the_validation_error_gives_the_order_and_the_line_says_so(tables, tmp_p
     assert "sorted" not in tables(folders[1])[2]
 
 
+def test_the_order_is_that_of_each_data_set_by_itself(tables, tmp_path):
+    arguments = {"columns": ",val_loss,val_error", "val": 10}
+    names = ["digits", "cifar10", "digits", "cifar10"]
+    errors = [2, 9, 1, 8]
+    folders = [
+        write_run(tmp_path / str(error), 5, values=f",1,{error}", dataset=name, lr=error, **arguments)
+        for name, error in zip(names, errors, strict=True)
+    ]
+    shown = tables(*folders)[0]
+    order = [("cifar10", "8.00"), ("cifar10", "9.00"), ("digits", "1.00"), ("digits", "2.00")]
+    assert [(row["dataset"], row["val error, %"]) for row in shown] == order
+
+
 @pytest.mark.parametrize(
     ("arguments", "columns"),
     [

@@ -767,7 +767,7 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
         (["--init", "missing.pth"], "missing.pth does not exist"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
-        (["--save", f"{__file__}/run"], "run cannot be a run's folder (Not a directory): choose another --save"),
+        (["--save", f"{__file__}/run", "--dataset", "cifar100"], "run is not a folder that can be written to: choose another"),
         (["--save", __file__], f"--save {__file__} is not a folder: name that of a run, or a new one"),
         (["--save", __file__, "--resume"], f"--save {__file__} is not a folder"),
     ],
