@@ -18,7 +18,7 @@ import distributed
 from endings import Refused, say
 from machine import DTYPES, set_precision
 
-WARM_UP_STEPS = 3  # eager ones before the capture, in which kernels are compiled and chosen
+WARM_UP_STEPS = 3  # eager steps before the capture, in which kernels are compiled and chosen
 
 
 class TrainingStep:
@@ -68,10 +68,10 @@ class TrainingStep:
 
 
 class CapturedForwardBackward:
-    """Forward and backward pass of whole batches by a CUDA graph, captured once, then replayed: one launch, not thousands.
+    """Forward and backward pass of full batches as a CUDA graph, captured once, then replayed: one launch, not thousands.
 
-    The first steps run eagerly, on the stream used for the capture. What is captured has fixed addresses: batch, result and
-    gradients. A smaller batch is taken eagerly, with gradients of its own; the next replay puts the fixed ones back.
+    The first steps run eagerly, on the stream used for the capture. A graph reads and writes fixed addresses, those of its
+    batch, result and gradients. A smaller batch runs eagerly, with its own gradients; the next replay puts the fixed ones back.
     """
 
     def __init__(self, eager, parameters, batch_size):
@@ -84,7 +84,7 @@ class CapturedForwardBackward:
         self.graph = None
 
     def __call__(self, images, labels, share):
-        """As TrainingStep.eager_forward_backward, of a single process: the share of a whole batch is 1."""
+        """As TrainingStep.eager_forward_backward, of a single process: the share of a full batch is 1."""
         if len(images) < self.batch_size or not self.possible:
             return self.eager(images, labels, share)
         if self.warm_ups_left:
@@ -99,10 +99,11 @@ class CapturedForwardBackward:
         return self.result.clone()
 
     def warm_up(self, images, labels, share):
-        """An eager step; the last one is watched: where the host waits for the device, nothing can be captured."""
+        """An eager step; during the last one, waits for the device are noted: a step that has any cannot be captured."""
         self.warm_ups_left -= 1
+        watched = contextlib.nullcontext([]) if self.warm_ups_left else noted_waits()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), contextlib.nullcontext([]) if self.warm_ups_left else noted_waits() as waits:
+        with torch.cuda.stream(self.stream), watched as waits:
             result = self.eager(images, labels, share)
         torch.cuda.current_stream().wait_stream(self.stream)
         if waits:
