@@ -111,7 +111,7 @@ SOURCES = {
     "cifar10": (partial(archives.read_cifar, CIFAR10), ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))),
     "cifar100": (partial(archives.read_cifar, CIFAR100), ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))),
     "svhn": (archives.read_svhn, ((0, 0, 0), (255, 255, 255))),
-    "digits": (read_digits, ((77.86529541015625,) * 3, (82.53422546386719,) * 3)),
+    "digits": (read_digits, None),
     "folder": (folder.read_part, None),
 }
 

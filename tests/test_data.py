@@ -117,8 +117,7 @@ def test_digits_are_the_real_ones_stratified_and_fixed():
     normalized = data.normalize(first.train.images, first.mean, first.std)
     torch.testing.assert_close(normalized.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
     torch.testing.assert_close(normalized.std(), torch.tensor(1.0), atol=1e-4, rtol=0)
-    for ours, computed in zip((first.mean, first.std), data.mean_and_std(first.train.images), strict=True):
-        assert ours.flatten().tolist() == torch.tensor(computed).tolist()
+    assert (first.mean.unique().item(), first.std.unique().item()) == (77.86529541015625, 82.53422546386719)
 
 
 def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
