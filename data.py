@@ -67,8 +67,8 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
     parts = progress(("train", "test"), not quiet and name != "folder", desc=f"reading {name}", unit=" parts")
     (train, classes), (test, _) = (read_part(name, root, part, image_size, quiet, val) for part in parts)
     mean, std = torch.tensor(SOURCES[name][1] or mean_and_std(train.images), dtype=torch.float32).view(2, 3, 1, 1)
-    kept, held_out = hold_out(train.labels, val, limit)
-    kept = train if len(kept) == len(train) else train.take(kept)  # the whole set is not copied
+    indices, held_out = hold_out(train.labels, val, limit)
+    kept = train if len(indices) == len(train) else train.take(indices)  # the whole set is not copied
     return Dataset(kept, train.take(held_out), test, mean, std, classes)
 
 
@@ -86,11 +86,12 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
 def hold_out(labels, val, limit=None):
     """Indices of (at most `limit` images to train on, `val` held-out ones), in order; independent of the seed."""
     order = folder.fixed_permutation(len(labels))
-    held_out, kept = order[:val].sort().values, order[val:].sort().values[:limit]
-    if len(kept) < (limit or 1) or (val and len(labels[order[val:]].unique()) < len(labels.unique())):
+    held_out, rest = order[:val].sort().values, order[val:].sort().values
+    class_lost = val and len(labels[rest].unique()) < len(labels.unique())
+    if class_lost or len(rest) < (limit or 1):
         asked = " and ".join(f"--{flag} {number}" for flag, number in [("val", val), ("limit", limit)] if number)
         raise Refused(f"{len(labels):,} training images are too few for {asked}, or a class would have none left: choose less")
-    return kept, held_out
+    return rest[:limit], held_out
 
 
 def read_digits(root, part):
