@@ -80,9 +80,9 @@ def build_parser():
 
 
 def continued(parser, args, world):
-    """(args, with --resume those of the run that is continued; its args.json, or {}).
+    """(args, the run's args.json or {}); with --resume, arguments that are not given are taken from it.
 
-    Flags newer than the run are in it with their defaults, so that another value counts as a change.
+    Flags newer than the run are added to it with their defaults, so that another value counts as a change.
     """
     if args.force and world.max_restarts:
         ways = "remove the old run and choose --resume, or leave out --max-restarts"
@@ -165,7 +165,7 @@ def run(net, dataset, args, world, ending, fresh):
 
 
 def open_run(net, dataset, args, world, fresh):
-    """Begins the run, or continues it with --resume. Returns its checkpoint, or None."""
+    """Begins the run, or continues it with --resume. Returns the checkpoint to continue from, or None."""
     run_folder.refuse_to_replace(args.save, args.resume, args.force)  # again: another process may have had the folder
     if fresh != run_folder.is_fresh(args.save, args.resume):
         raise Refused(f"another process has changed {args.save} in the meantime: start again")
@@ -184,7 +184,7 @@ def open_run(net, dataset, args, world, fresh):
 
 
 def opening_lines(net, dataset, args, checkpoint):
-    """What is trained; on which data and device, how, into which folder; a folder's classes and leaks; where a run goes on."""
+    """Lines on the net, its data, device and folder; on the classes and leaks of pictures; on where a resumed run goes on."""
     name = ("DenseNet-BC" if args.bottleneck else "DenseNet") + f", L={args.depth}, k={args.growth_rate}"
     name += f", dropout {args.drop_rate:g}" if args.drop_rate else ""
     yield f"{name if args.depth else type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters"
@@ -267,11 +267,11 @@ class EpochLog:
         self.rows = []  # (loss, error) of the steps written
 
     def add(self, result, stop, bar):
-        """Adds a step's (loss, error), writes full groups. Raises Stopped after a signal (several GPUs: at a group's end)."""
+        """Adds a step's (loss, error); writes full groups. After a signal, raises Stopped (several GPUs: after the group)."""
         self.group.append(result)
         done = len(self.rows) + len(self.group)
         bar.update(self.sizes[done - 1])
-        at_once = stop.received if self.world.size == 1 else result.is_cpu  # CPUs are slow, and torchrun waits for 30 seconds
+        at_once = stop.received if self.world.size == 1 else result.is_cpu  # ranks on CPUs: torchrun waits 30 seconds only
         if len(self.group) == GROUP_STEPS or done == len(self.sizes) or at_once:
             signum = self.write(stop.received)
             bar.set_postfix_str(f"loss {self.rows[-1][0]:.3f}, error {self.rows[-1][1]:.1f} %", refresh=False)
@@ -279,7 +279,7 @@ class EpochLog:
                 raise Stopped(signum)
 
     def write(self, received):
-        """Writes the group to train.csv, which waits for the device. Returns this rank's signal, another's as SIGTERM, or 0."""
+        """Writes the group to train.csv, waiting for the device. Returns this rank's signal, SIGTERM for another's, or 0."""
         table = torch.stack([*self.group, torch.full_like(self.group[0], received)])
         *rows, (signals, _) = distributed.sum_over_ranks(table, self.world).tolist()
         steps = [*enumerate(rows, start=len(self.rows) + 1)]
