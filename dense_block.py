@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
     def parameters(self):
         """gamma1, beta1, W1 of each module, and of a bottleneck also gamma2, beta2, W2."""
-        return [p for module in self.modules for bn, conv, _ in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
+        return [p for module in self.modules for bn, conv in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
 
     def state(self):
         """What must not change before the backward pass: each parameter's memory and the number of writes to it; drop rates."""
@@ -81,10 +81,10 @@ class Block(NamedTuple):
 
 
 def bn_convs(module):
-    """[(batch norm, convolution, side of its kernel)] of a layer; of a transition the side does not count."""
+    """[(batch norm, convolution)] of a layer or a transition."""
     if hasattr(module, "bn2"):
-        return [(module.bn1, module.conv1, 1), (module.bn2, module.conv2, 3)]
-    return [(module.bn1, module.conv1, 3)]
+        return [(module.bn1, module.conv1), (module.bn2, module.conv2)]
+    return [(module.bn1, module.conv1)]
 
 
 def new_channels(layer):
@@ -129,7 +129,7 @@ class DenseBlockFunction(torch.autograd.Function):
 
 
 def check_unchanged(block, parameters, state):
-    """RuntimeError if the block has other parameters, values of them or drop rates than in its forward pass."""
+    """RuntimeError if the block's parameters, their values or its drop rates were changed since its forward pass."""
     replaced = any(now is not then for now, then in zip(block.parameters(), parameters, strict=True))
     if replaced or block.state() != state:
         what = "the parameters or drop rates of an efficient block"
@@ -138,7 +138,7 @@ def check_unchanged(block, parameters, state):
 
 def weights_of(layers, x, passes):
     """For each layer the weights of its convolutions, in the type and layout that the passes need for maps like x."""
-    by_layer = [[conv for _, conv, _ in bn_convs(layer)] for layer in layers]
+    by_layer = [[conv for _, conv in bn_convs(layer)] for layer in layers]
     by_place = [passes.cast(convolutions, x) for convolutions in zip(*by_layer, strict=True)]  # all first ones, all second ones
     return [*zip(*by_place, strict=True)]
 
@@ -160,7 +160,7 @@ def no_autocast(device):
 def forward_block(x, block, weights):
     """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and what else each layer's backward needs."""
     layers, passes = block.layers, block.passes
-    torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _, _ in bn_convs(module)], 1)
+    torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _ in bn_convs(module)], 1)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
     maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -423,13 +423,14 @@ def computable(x, layers):
         if layer.dropout.p == 1:  # all is dropped, and the scale is 1 / 0
             return False
         halves = bn_convs(layer)
-        if not all(plain(*half, training) for half in halves):
+        sides = (1, 3)[-len(halves) :]  # of the kernels
+        if not all(plain(*half, side, training) for half, side in zip(halves, sides, strict=True)):
             return False
-        counters |= {id(bn.num_batches_tracked) for bn, *_ in halves}
+        counters |= {id(bn.num_batches_tracked) for bn, _ in halves}
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
-    if len(counters) < len(layers) * len(halves):  # all are counted up at once, a shared one must be twice
+    if len(counters) < len(layers) * len(halves):  # one call adds 1 to each; a shared one needs 2
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
