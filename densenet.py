@@ -89,9 +89,9 @@ class DenseNet(nn.Module):
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
         efficient: train the dense blocks in linear memory; never changes a result beyond rounding (dropout's masks are
             those of a net in channels_last memory). A block with a module that is changed, hooked or frozen in
-            evaluation mode goes through the plain modules. So does evaluation, except without gradients on a GPU.
+            evaluation mode goes through the plain modules; so does evaluation, unless it is on a GPU and without gradients.
 
-    Input (N, 3, H, W) with H, W >= 4, a multiple of 4 unless the poolings may drop a border; output logits (N, num_classes).
+    Input (N, 3, H, W) with H, W >= 4 (unless multiples of 4, the poolings drop a border); output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.
     """
 
@@ -137,7 +137,7 @@ class DenseBlock(nn.Sequential):
     """num_layers layers, each reading the concatenation of the block's input and all earlier outputs.
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
-    definition; with efficient, dense_block.py computes the same in less memory where the layers are as they were made.
+    definition; with efficient, dense_block.py computes the same in less memory where no layer was changed.
     """
 
     def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
@@ -156,10 +156,10 @@ class DenseBlock(nn.Sequential):
 
 
 def joined(block, transition, x):
-    """transition(block(x)), (N, C', H // 2, W // 2); where dense_block.py can, in one go without the block's output."""
+    """transition(block(x)), (N, C', H // 2, W // 2); where dense_block.py can, in one go, without storing block(x)."""
     mode = block.training
-    as_made = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
-    if as_made and block.takes(x) and joinable(x, block, transition):
+    unchanged = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
+    if unchanged and block.takes(x) and joinable(x, block, transition):
         return dense_block(x, list(block), transition)
     return transition(block(x))
 
