@@ -65,8 +65,10 @@ def summary(differences, arguments, runs):
     for name, column in ERRORS.items():
         last = pd.Series([table[column].iloc[-1] for table in complete if column in table], dtype=float)
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
+    if mixed(runs.values()) - {"commit"}:
+        return row
     counts = (run.get("train_images") for run in runs.values())  # which older runs do not say
-    return row | ({} if mixed(runs.values()) - {"commit"} else images_per_second(next(filter(None, counts), None), complete))
+    return row | images_per_second(next(filter(None, counts), None), complete)
 
 
 def images_per_second(train_images, tables):

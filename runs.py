@@ -129,12 +129,12 @@ def named_by_place(rows):
 
 
 def group(runs, ignored):
-    """[(common arguments, {folder: its arguments})]: runs of a group differ in `seed` and `ignored` only; null is as absent."""
+    """[(common arguments, {folder: its arguments})]: runs of a group differ in `seed` and `ignored` only; null means absent."""
     groups = {}
     for folder, arguments in runs.items():
         checked = arguments.get("dataset") in CHECKED  # else two folders of pictures, say, are two data sets
-        names = arguments.keys() - ignored - {"seed"} - ({"image_size"} if checked else set())
-        names |= set() if checked else {"digests"}
+        names = arguments.keys() - ignored - {"seed"}
+        names = names - {"image_size"} if checked else names | {"digests"}
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
         groups.setdefault(json.dumps(common, sort_keys=True), (common, {}))[1][folder] = arguments
     return [*groups.values()]
