@@ -107,8 +107,9 @@ def read_arguments(save):
 
 def begin(save, facts):
     """Deletes an earlier run and writes args.json and empty CSVs. Refused, before that, if a folder is in a file's place."""
-    for folder in filter(Path.is_dir, (save / name for name in FILES)):
-        raise Refused(f"{folder} is a folder where a file is expected: remove it, or choose another --save")
+    for path in (save / name for name in FILES):
+        if path.is_dir():
+            raise Refused(f"{path} is a folder where a file is expected: remove it, or choose another --save")
     for name in reversed(FILES):  # args.json last: nothing of a run is ever without it, or beside another run's
         (save / name).unlink(missing_ok=True)
     replace_file(save / "args.json", as_json(facts))
@@ -125,7 +126,7 @@ def headers(facts):
 def resume(save, begun, facts, net, optimizer, rates):
     """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
 
-    `begun` is the old args.json, `facts` the new one (a complete run gets its `epochs` alone), `rates` are those of all epochs.
+    `begun` is the old args.json, `facts` the new one (a complete run takes only its `epochs`), `rates` are those of all epochs.
     Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.
     """
     compare_arguments(begun, facts)
