@@ -27,7 +27,9 @@ def read_part(root, part, image_size, quiet=False, val=0):
     """
     classes = list_classes(root / part)
     if part == "train":
-        check_classes(root, classes, image_size, val)
+        test = list_classes(root / "test")
+        check_classes(root, classes, test)
+        check_memory(root, classes, test, image_size, val)
         if not quiet:
             say(*left_out(root, [root / "train", root / "test"]))
     files, labels = in_order(classes, part)
@@ -50,9 +52,8 @@ def fixed_permutation(n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
-def check_classes(root, train, image_size, val):
-    """Refused unless train and test have the same classes, two or more, and their images fit the memory."""
-    test = list_classes(root / "test")
+def check_classes(root, train, test):
+    """Refused unless train and test, {class: its files}, have the same classes, two or more."""
     if list(train) != list(test):
         name = min(set(train) ^ set(test))
         lacking, its_classes = (root / "test", test) if name in train else (root / "train", train)
@@ -62,8 +63,12 @@ def check_classes(root, train, image_size, val):
         raise Refused(f"{lacking} lacks the class {name!r}: give it a folder in both train and test")
     if len(train) < 2:
         raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each further one")
+
+
+def check_memory(root, train, test, image_size, val):
+    """Refused if the images of train and test do not fit the free memory; data.load copies the training images with --val."""
     for_training, for_test = (sum(map(len, part.values())) for part in (train, test))
-    number, copied = for_training + for_test, for_training * (val > 0)  # by data.load
+    number, copied = for_training + for_test, for_training * (val > 0)
     needed, free = 3 * (number + copied) * image_size**2, free_memory()
     if needed > free:
         images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB{' with --val' * (val > 0)}"
