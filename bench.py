@@ -113,7 +113,8 @@ def measure(factories, args, device):
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(name, factory, device)) for name, factory in factories.items()]
         compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]
-        for group in [compiling, *([each] for each in workers if each not in compiling)]:  # one by one, unless it takes long
+        others = [[each] for each in workers if each not in compiling]
+        for group in [compiling, *others]:  # compiling takes long: these do it at the same time, the others one by one
             take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
         rounds = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     by_variant = zip(factories, zip(*rounds, strict=True), strict=True)
