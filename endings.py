@@ -50,10 +50,11 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def worded(parser, needs, remedy):
-    """Wraps a whole program. Where memory runs out, the message says what `needs` it, and the `remedy`.
+    """Wraps a whole program: an error inside ends it by a sentence and an exit status, as said at the top of this file.
 
-    Yields a namespace; set its `resume` to the command that resumes, once the run has begun, and `silent` where another
-    process says why all of them end. After an error it has the exit `status`.
+    Where memory runs out, the sentence says what `needs` it, and the `remedy`. Yields a namespace; set its `resume` to the
+    command that resumes, once the run has begun, and `silent` where another process says why all of them end. After an error
+    it has the exit `status`.
     """
     settle_streams()
     ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False, status=1)

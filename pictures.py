@@ -73,7 +73,7 @@ def read_picture(path, size):
 
 def to_tensor(picture, size):
     """A Pillow picture as a (3, size, size) uint8 tensor: upright, its shorter side resized to `size`, the middle cut out."""
-    decode(picture)
+    decode(picture)  # of torch.hub's preprocess it may not be loaded yet
     rgb = to_rgb(picture)
     with contextlib.suppress(Exception):  # unreadable EXIF data is ignored
         rgb.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
