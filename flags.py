@@ -170,8 +170,9 @@ def fill_in(args, device, processes=1, begun=None):
     A continued run keeps its --capture and --efficient if it was begun on the same kind of device (CPU or GPU).
     """
     args.precision = args.precision or default_precision(device)
-    alike = begun and str(begun.get("hardware")).split(THEN)[-1].startswith("cpu") == (device.type == "cpu")
-    had = begun if alike else {}
+    had = begun or {}
+    if str(had.get("hardware")).split(THEN)[-1].startswith("cpu") != (device.type == "cpu"):
+        had = {}
     alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile
     if args.capture is None:
         args.capture = alone and had.get("capture", True)

@@ -188,7 +188,8 @@ def draw(curves, columns, path, args):
             draw_curve(axes, column, curve, args.since, *look)
         for change in changes:
             colors = [color for curve, (color, _) in zip(curves.values(), looks, strict=True) if change in curve.changes]
-            axes.axvline(change, zorder=0, **CHANGE | ({"color": colors[0]} if len(colors) == 1 < len(curves) else {}))
+            color = colors[0] if len(colors) == 1 and len(curves) > 1 else CHANGE["color"]
+            axes.axvline(change, zorder=0, **CHANGE | {"color": color})
         axes.set(xlabel="epoch", ylabel=LABELS[column])
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         if {"loss": not args.linear, "error": args.log_error}[column]:
