@@ -104,9 +104,9 @@ def settings(folders):
             say(f"{next(iter(members))} {what} {', '.join(sorted(differ))}")
     names = dict.fromkeys(name for common, _ in groups for name in common)
     rows = [{name: shared(name, members.values()) for name in [*names, "data"]} for _, members in groups]
-    names = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
-    names = ["data" if name == "digests" and named_by_place(rows) else name for name in names]
-    return [({name: row[name] for name in names}, *setting) for row, setting in zip(rows, groups, strict=True)]
+    differing = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
+    differing = ["data" if name == "digests" and named_by_place(rows) else name for name in differing]
+    return [({name: row[name] for name in differing}, *setting) for row, setting in zip(rows, groups, strict=True)]
 
 
 def mixed(runs):
