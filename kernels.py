@@ -533,7 +533,8 @@ def cast(convolutions, maps):
 
 def write_maps(maps, mean, rstd, var, new, eps):
     """Puts the block's input (N, H, W, C) into the maps, and its statistics where they belong."""
-    P, N, UNIT, pixels, channels = new[..., 0].numel(), new.shape[-1], math.gcd(new.shape[-1], 4), 256, 32
+    P, N = new[..., 0].numel(), new.shape[-1]
+    UNIT, pixels, channels = math.gcd(N, 4), 256, 32
     part = maps.new_empty(cdiv(P, pixels), 2, N, dtype=torch.float32)
     grid = len(part), cdiv(N, channels)
     copy_maps[grid](new.contiguous(), maps, part, P, maps.stride(2) // 8, N // UNIT, UNIT, pixels, channels)
@@ -584,7 +585,8 @@ def convolve_first(maps, mean, rstd, layer, w1, z, statistics2, size, training):
 
 def convolve_second(maps, statistics, layer, w2, b, size, training):
     """Fills the layer's new maps and, if training, their statistics."""
-    (P, S8, H, W, N, K, UNIT), bn1 = size, layer.bn1
+    P, S8, H, W, N, K, UNIT = size
+    bn1 = layer.bn1
     pixels, channels, warps, stages = size.tile("second_convolution", maps)
     part = maps.new_empty(cdiv(P, pixels), 2, N, dtype=torch.float32)
     second_convolution[(len(part),)](
@@ -650,7 +652,8 @@ def through_statistics(grads, maps, mean, rstd, corrections, channels):
 def backward_second(g, layer, w2, tensors, db, size):
     """Fills db; returns the gradients of W2, beta2, gamma2, one after the other. g: the gradient of the new maps."""
     P, S8, H, W, N, K, _ = size
-    bn, (z, *statistics) = layer.bn2, tensors
+    bn = layer.bn2
+    z, *statistics = tensors
     pixels, channels, warps, stages, turns = size.tile("second_backward", g)
     part = g.new_empty(cdiv(P, pixels * turns), 9 * N * K + 2 * K, dtype=torch.float32)
     second_backward[(len(part), cdiv(K, channels))](
@@ -663,7 +666,8 @@ def backward_second(g, layer, w2, tensors, db, size):
 def backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db, grads2, size):
     """Adds the layer's part to G and the corrections; returns the gradients of W1, beta1, gamma1, one after the other."""
     P, S8, _, _, _, K, UNIT = size
-    bn1, bn2, (z, *statistics), C = layer.bn1, layer.bn2, tensors, layer.bn1.num_features
+    bn1, bn2, C = layer.bn1, layer.bn2, layer.bn1.num_features
+    z, *statistics = tensors
     pixels, channels, warps, stages, turns = size.tile("first_backward", maps)
     part = maps.new_empty(cdiv(P, pixels * turns), (K + 2) * C, dtype=torch.float32)
     first_backward[(len(part), cdiv(C, channels))](
@@ -699,7 +703,8 @@ def transition_forward(maps, mean, rstd, transition):
 
     It averages before it convolves, both being linear: a quarter of the products.
     """
-    bn, (n, h, w, C), S = transition.bn1, maps.shape, maps.stride(2)
+    n, h, w, C = maps.shape
+    bn, S = transition.bn1, maps.stride(2)
     a = maps.new_empty(n * (h // 2) * (w // 2), S)
     grid = cdiv(len(a), 32), cdiv(S, 64)
     pooled_activation[grid](maps, mean, rstd, bn.weight, bn.bias, a, len(a), C, S // 8, h, w, 32, 64, products(maps))
@@ -713,7 +718,8 @@ def transition_backward(grad, grads, maps, mean, rstd, corrections, transition):
 
     Returns the gradients of gamma, beta, W. The products are cuBLAS's, in the type of the maps.
     """
-    bn, (n, h, w, C), S = transition.bn1, maps.shape, maps.stride(2)
+    n, h, w, C = maps.shape
+    bn, S = transition.bn1, maps.stride(2)
     (weight,) = cast([transition.conv1], maps)
     if h % 2 or w % 2:
         grads.zero_()  # of the last row and column, which are left out
