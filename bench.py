@@ -189,7 +189,7 @@ def measured(step, steps, device):
 
 
 def conditions(args, device):
-    """Under which any net is measured."""
+    """The conditions of a measurement that do not depend on the net."""
     run = f"{args.precision}, batch {args.batch_size}, {args.rounds} x {args.steps} steps"
     return f"{run}, {describe(device)}, torch {torch.__version__}"
 

@@ -244,7 +244,7 @@ def update_running_statistics(norms, mean, var):
 
 
 def slices(maps):
-    """Slices of the batch (N, H, W, C): on a CPU of so few images that what is computed of them stays in the cache."""
+    """Slices of the batch (N, H, W, C); on a CPU of few images each, so that what is computed from them stays in the cache."""
     n, h, w, _ = maps.shape
     step = max(1, SLICE_PIXELS // (h * w)) if maps.device.type == "cpu" else n
     return [slice(first, first + step) for first in range(0, n, step)]

@@ -119,7 +119,7 @@ def check_batches(world, batch_size, num_images):
 
 @contextlib.contextmanager
 def first_rank_first(world):
-    """Of each machine's processes the first does what is inside, such as a download; then the others do."""
+    """On each machine the first process runs what is inside, such as a download; then the others do."""
     if world.local_rank > 0:
         dist.barrier()
     try:
@@ -155,7 +155,7 @@ def broadcast_object(value, world):
 
 
 def sum_over_ranks(tensor, world):
-    """The sum of the ranks' tensors; on a GPU with NCCL, which sums nowhere else."""
+    """The sum of the ranks' tensors; with NCCL, which sums on GPUs only, it is on the GPU."""
     if world.size == 1:
         return tensor
     return AllReduce.apply(tensor.cuda() if dist.get_backend() == "nccl" else tensor)

@@ -55,7 +55,7 @@ def preprocess(size=None):
 
 
 def _import_ours(name, *needed):
-    """The module of this folder; the caller's program may have, or import later, others of its name and of those it needs."""
+    """Imports a module of this folder, and leaves its name and those of what it needs free for the caller's own modules."""
     names = (name, *needed)
     with vars(densenet).setdefault("_importing", threading.Lock()):  # torch.hub runs this file anew in each thread
         theirs = {each: sys.modules.pop(each) for each in names if each in sys.modules}
