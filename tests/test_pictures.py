@@ -1,5 +1,6 @@
 """Picture files as telephones, scanners, microscopes and drawing programs make them: the right pixels, or one sentence."""
 
+import errno
 import io
 import os
 import shutil
@@ -311,10 +312,10 @@ REFUSED = {  # how to make the file, why it is refused
     "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB),
     "empty": (lambda p: p.write_bytes(b""), NO_FORMAT),
     "text": (lambda p: p.write_text("no picture"), NO_FORMAT),
-    "a folder": (lambda p: p.mkdir(), NO_FILE),
+    "a folder": (lambda p: p.mkdir(), "it is no file)"),
     "nothing": (lambda p: None, NO_FILE),
     "broken link": (lambda p: p.symlink_to("nowhere"), NO_FILE),
-    "pipe": (lambda p: os.mkfifo(p), NO_FILE),
+    "pipe": (lambda p: os.mkfifo(p), "it is no file)"),
 }
 
 
@@ -335,6 +336,19 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     assert str(refusal.value).endswith("): replace them with 8-bit RGB, or remove them")
     assert "\n" not in str(refusal.value)
     assert not recwarn.list
+
+
+def test_the_system_says_why_it_does_not_open_a_file(monkeypatch, tmp_path):
+    """As to a user who may not read it, which root always may."""
+
+    def may_not_be_read(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    picture = tmp_path / "secret.png"
+    picture.touch()
+    monkeypatch.setattr(Image, "open", may_not_be_read)
+    with pytest.raises(Refused, match=r"secret\.png \(Permission denied\): "):
+        read(picture)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
