@@ -84,7 +84,7 @@ def to_tensor(picture, size):
 def open_picture(path, size):
     """The picture, decoded. Unreadable if Pillow cannot do that."""
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise Unreadable("it is no file" if os.path.exists(path) else "there is no such file")
+        raise Unreadable("it is not a file" if os.path.exists(path) else "there is no such file")
     try:
         with Image.open(path) as picture:
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides stay at least 2 * size: the antialiased resize still halves

@@ -312,10 +312,10 @@ REFUSED = {  # how to make the file, why it is refused
     "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB),
     "empty": (lambda p: p.write_bytes(b""), NO_FORMAT),
     "text": (lambda p: p.write_text("no picture"), NO_FORMAT),
-    "a folder": (lambda p: p.mkdir(), "it is no file)"),
+    "a folder": (lambda p: p.mkdir(), "it is not a file)"),
     "nothing": (lambda p: None, NO_FILE),
     "broken link": (lambda p: p.symlink_to("nowhere"), NO_FILE),
-    "pipe": (lambda p: os.mkfifo(p), "it is no file)"),
+    "pipe": (lambda p: os.mkfifo(p), "it is not a file)"),
 }
 
 
