@@ -124,20 +124,30 @@ def test_a_whole_step_runs_on_the_meta_device():
 
 @pytest.mark.parametrize("efficient", [False, True])
 def test_nothing_of_a_step_outlives_it(efficient):
-    """As the memory of a CUDA graph needs it: no gradient when the next forward pass begins, and no output."""
+    """As a CUDA graph needs it: no gradient when the next forward pass begins, no output, and nothing that adds up gradients.
+
+    The latter keeps the stream on which it was made; in a capture, any other stream is an error.
+    """
     torch.manual_seed(0)
     net = DenseNet(depth=10, growth_rate=4, efficient=efficient)
-    gradients, outputs = [], []
+    gradients, outputs, marked = [], [], []
     net.register_forward_pre_hook(lambda module, inputs: gradients.extend(p.grad for p in net.parameters()))
     for each in (net, net.dense1, net.dense2, net.dense3):
         each.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    net.register_forward_hook(lambda *_: marked.extend(accumulator(p).setdefault("used", True) for p in net.parameters()))
     batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)), 1.0) for _ in range(3)]
     take = TrainingStep(net, parse(), torch.device("cpu"), World())
     for batch in batches:
         take(*batch)
         assert all(output() is None for output in outputs)
-    assert len(outputs) == 3 * 4
+        assert not any(accumulator(p) for p in net.parameters())
+    assert (len(outputs), len(marked)) == (3 * 4, len(gradients))
     assert all(gradient is None for gradient in gradients)
+
+
+def accumulator(parameter):
+    """What is noted on the node that adds up the parameter's gradients; on a new node nothing is."""
+    return torch.autograd.graph.get_gradient_edge(parameter).node.metadata
 
 
 class Rehearsed(step.CapturedForwardBackward):
