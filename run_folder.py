@@ -7,6 +7,7 @@ import contextlib
 import csv
 import errno
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -285,13 +286,19 @@ class Plots:
 
 
 def git_commit():
-    """The commit of this code, with "-dirty" after it if files have changed since; None without a repository of its own."""
+    """The commit of this code, then "-dirty-" and a digest of what was changed since; None without a repository of its own."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks of another one set
-    options = {"env": own, "capture_output": True, "text": True, "check": True}
+    options = {"env": own, "capture_output": True, "check": True}
     git = ["git", "-C", str(HERE), "-c", f"safe.directory={HERE}"]  # also where it is another user's
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.strip()
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.decode(errors="surrogateescape").strip()
+        if Path(top) != HERE:
+            return None
         command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, **options).stdout.strip() if Path(top) == HERE else None
+        commit = subprocess.run(command, **options).stdout.decode().strip()
+        if not commit.endswith("-dirty"):
+            return commit
+        changes = subprocess.run([*git, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"], **options)
+        return f"{commit}-{hashlib.blake2b(changes.stdout, digest_size=4).hexdigest()}"
     except (OSError, subprocess.CalledProcessError):
         return None

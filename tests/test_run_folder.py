@@ -980,7 +980,12 @@ def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatc
     assert run_folder.git_commit() is None
     monkeypatch.setattr(run_folder, "HERE", tmp_path)
     (tmp_path / "step.py").write_text("two")
-    assert run_folder.git_commit() == f"{commit}-dirty"
+    second = run_folder.git_commit()
+    assert re.fullmatch(rf"{commit}-dirty-[0-9a-f]{{8}}", second)
+    (tmp_path / "step.py").write_text("three")  # other code, which must not pass for the same
+    assert run_folder.git_commit() != second
+    (tmp_path / "step.py").write_text("two")
+    assert run_folder.git_commit() == second
 
 
 def test_every_flag_is_refused_that_the_readme_does_not_let_change():
