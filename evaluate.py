@@ -31,6 +31,7 @@ from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
 from pictures import read_pictures, refuse_unreadable
 from run_folder import read_arguments
+from runs import read_csv
 
 
 def main():
@@ -111,7 +112,7 @@ def evaluate(net, checkpoint, args, device):
     logits = predict(net, split.images.to(device), *normalization(checkpoint, device), title=f"{part} images")
     loss, error = (loss_and_error_sums(logits, split.labels) / len(split)).tolist()
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
-    say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
+    say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %", *other_error(checkpoint, args, part, 100 * error))
     say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
     path = confusion_table(args)
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
@@ -153,6 +154,15 @@ def read_split(checkpoint, root, part):
     if not known:
         say(f"the test images in {root} are not those that the run was tested with")
     return split
+
+
+def other_error(checkpoint, args, part, error):
+    """A line if test.csv beside the checkpoint has another error, in two decimals, after its epoch; weights do not tell why."""
+    path, column = args.checkpoint.parent / "test.csv", "error" if part == "test" else "val_error"
+    with contextlib.suppress(Refused, KeyError, OSError):
+        recorded = read_csv(path).set_index("epoch")[column].loc[checkpoint["epoch"]]
+        if f"{recorded:.2f}" != f"{error:.2f}":
+            yield f"{path} has {recorded:.2f} %: the run had another precision or device, other images, or other code than this"
 
 
 def files_of(run, root, part):

@@ -24,6 +24,7 @@ import evaluate
 import train
 from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused
+from metrics import predict
 from pictures import read_pictures
 
 
@@ -45,6 +46,29 @@ def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path
         assert (int(total) - int(errors), int(total)) == (counts.loc[int(name), name], counts.loc[int(name)].sum())
         assert float(error) == pytest.approx(100 * int(errors) / int(total), abs=0.005)
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 500
+
+
+def test_another_error_than_that_of_test_csv_is_told(call_main, monkeypatch, run_with_val, tmp_path):
+    """Such as a net's whose densenet.py had another forward: its weights load into this one."""
+    columns = {"test": "error", "val": "val_error"}
+    last = pd.read_csv(run_with_val / "test.csv").iloc[-1]
+    for part, flags in [("test", []), ("val", ["--val"])]:
+        _, same, _ = call_main(evaluate, run_with_val, *flags, "--out", tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "predict", lambda *args, **options: -predict(*args, **options))
+            status, other, errors = call_main(evaluate, run_with_val, *flags, "--out", tmp_path)
+        assert status == 0, errors
+        told = f"\n{run_with_val / 'test.csv'} has {last[columns[part]]:.2f} %: "
+        assert (told in same, told in other) == (False, True)
+
+
+@pytest.mark.parametrize("content", [None, "", "x", "epoch,loss,error\n", "epoch,loss,error\n1,a,b\n"])
+def test_a_checkpoint_needs_no_test_csv(call_main, tiny_run, tmp_path, content):
+    (tmp_path / "latest.pth").write_bytes((tiny_run / "latest.pth").read_bytes())
+    if content is not None:
+        (tmp_path / "test.csv").write_text(content)
+    status, out, errors = call_main(evaluate, tmp_path)
+    assert (status, "test error" in out, "test.csv" in out) == (0, True, False), errors
 
 
 def test_confusion_matrix_has_true_rows_and_predicted_columns():
