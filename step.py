@@ -146,6 +146,8 @@ def make_optimizer(net, args):
     fused = next(net.parameters()).device.type in ("cpu", "cuda")
     if args.opt == "adam":
         return torch.optim.Adam(net.parameters(), fused=fused, **options)
+    if args.opt != "sgd":
+        raise ValueError(f"make_optimizer knows no --opt {args.opt}")
     nesterov = args.nesterov and args.momentum > 0
     optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
     if args.precision == "fp16" and args.momentum:  # the fused one leaves these uninitialised where the first step overflows

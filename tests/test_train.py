@@ -989,3 +989,9 @@ def test_no_weight_is_kept_rounded_for_the_next_step(precision):
         torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), 1.0
     )
     assert cached == [False]
+
+
+def test_an_optimiser_that_is_a_choice_only_is_not_sgd():
+    args = SimpleNamespace(opt="adamw", lr=None, weight_decay=0.0001, momentum=0.9, nesterov=True, precision="fp32")
+    with pytest.raises(ValueError, match="knows no --opt adamw"):
+        step.make_optimizer(torch.nn.Linear(1, 1), args)
