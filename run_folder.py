@@ -226,9 +226,12 @@ def rows_until(path, facts, epochs_done, steps):
 
 
 def append_rows(path, rows):
-    """Adds rows, the epoch first, to a CSV."""
+    """Adds rows, the epoch first, to a CSV. ValueError if they have not the columns of its header: none could be read back."""
     lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) + "\n" for epoch, *values in rows]
     with naming(path), path.open("r+") as file:  # not "a", which would make a file that was removed anew
+        header = file.readline().rstrip("\n")
+        if header and any(line.count(",") != header.count(",") for line in lines):
+            raise ValueError(f"a row of {path.name} has not the columns {header}: add those that are new to headers()")
         file.seek(0, os.SEEK_END)
         file.writelines(lines)
 

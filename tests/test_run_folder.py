@@ -395,6 +395,15 @@ def test_the_rows_of_an_epoch_are_on_the_disk_before_its_checkpoint(disk, tmp_pa
     assert [whole, replaced, named] == [("flush", "latest.pth.tmp"), ("replace", "latest.pth.tmp"), ("flush", tmp_path.name)]
 
 
+def test_a_row_with_other_columns_than_the_header_is_not_written(tmp_path):
+    """As of a column that headers() lacks: the run would end well, and nothing could read or resume it."""
+    (tmp_path / "train.csv").write_text("epoch,loss,error\n")
+    for row in [(1, 2), (1, 2, 3, 4)]:
+        with pytest.raises(ValueError, match=r"a row of train.csv has not the columns epoch,loss,error: add"):
+            run_folder.append_rows(tmp_path / "train.csv", [row])
+    assert contents(tmp_path) == {"train.csv": b"epoch,loss,error\n"}
+
+
 def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
     with run_folder.locked(tmp_path / "run"):
         status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
