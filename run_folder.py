@@ -230,8 +230,8 @@ def append_rows(path, rows):
     lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) + "\n" for epoch, *values in rows]
     with naming(path), path.open("r+") as file:  # not "a", which would make a file that was removed anew
         header = file.readline().rstrip("\n")
-        if header and any(line.count(",") != header.count(",") for line in lines):
-            raise ValueError(f"a row of {path.name} has not the columns {header}: add those that are new to headers()")
+        if any(line.count(",") != header.count(",") for line in lines):
+            raise ValueError(f"a row of {path.name} has other columns than its header {header}: see headers()")
         file.seek(0, os.SEEK_END)
         file.writelines(lines)
 
@@ -291,17 +291,17 @@ class Plots:
 def git_commit():
     """The commit of this code, then "-dirty-" and a digest of what was changed since; None without a repository of its own."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks of another one set
-    options = {"env": own, "capture_output": True, "check": True}
+    options = {"env": own, "capture_output": True, "check": True, "text": True, "errors": "surrogateescape"}
     git = ["git", "-C", str(HERE), "-c", f"safe.directory={HERE}"]  # also where it is another user's
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.decode(errors="surrogateescape").strip()
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.strip()
         if Path(top) != HERE:
             return None
         command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, **options).stdout.decode().strip()
+        commit = subprocess.run(command, **options).stdout.strip()
         if not commit.endswith("-dirty"):
             return commit
-        changes = subprocess.run([*git, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"], **options)
-        return f"{commit}-{hashlib.blake2b(changes.stdout, digest_size=4).hexdigest()}"
+        changes = subprocess.run([*git, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD"], **options).stdout
+        return f"{commit}-{hashlib.blake2b(os.fsencode(changes), digest_size=4).hexdigest()}"
     except (OSError, subprocess.CalledProcessError):
         return None

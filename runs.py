@@ -53,20 +53,21 @@ def refuse_missing(path):
 
 
 def whole_rows(lines, columns, path):
-    """The lines that have a finite number in each column and a later epoch than the line before; the others are reported."""
+    """The lines with a number in each column, finite ones in COLUMNS, and a later epoch than before; others are reported."""
     rows, damaged, epoch = [], [], 0
     for number, line in enumerate(lines, start=2):
         try:
             row = [*map(float, line.split(","))]
         except ValueError:
             row = []
-        if len(row) == len(columns) and row[0] > epoch and all(map(math.isfinite, row)):
+        ours = row[: len(COLUMNS)]  # a column that somebody has added may have gaps
+        if len(row) == len(columns) and row[0] > epoch and all(map(math.isfinite, ours)):
             rows.append(row)
             epoch = row[0]
         else:
             damaged.append(f"line {number} ({line[:40]!r})")
     if damaged and not rows:
-        raise Refused(f"{path} is damaged, {damaged[0]} is not {len(columns)} finite numbers: put back a whole one")
+        raise Refused(f"{path} is damaged, {damaged[0]} is no row of {len(columns)} numbers: put back a whole one")
     if damaged:
         more = f" and {len(damaged) - 1} more are" if damaged[1:] else " is"
         say(f"{path}: {damaged[0]}{more} left out: damaged, or of a run that diverged")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,6 @@ import evaluate
 import train
 from checkpoint import build_net, export, load_checkpoint, normalization
 from endings import Refused
-from metrics import predict
 from pictures import read_pictures
 
 
@@ -48,18 +48,25 @@ def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 500
 
 
-def test_another_error_than_that_of_test_csv_is_told(call_main, monkeypatch, run_with_val, tmp_path):
-    """Such as a net's whose densenet.py had another forward: its weights load into this one."""
-    columns = {"test": "error", "val": "val_error"}
-    last = pd.read_csv(run_with_val / "test.csv").iloc[-1]
-    for part, flags in [("test", []), ("val", ["--val"])]:
-        _, same, _ = call_main(evaluate, run_with_val, *flags, "--out", tmp_path)
-        with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "predict", lambda *args, **options: -predict(*args, **options))
-            status, other, errors = call_main(evaluate, run_with_val, *flags, "--out", tmp_path)
-        assert status == 0, errors
-        told = f"\n{run_with_val / 'test.csv'} has {last[columns[part]]:.2f} %: "
-        assert (told in same, told in other) == (False, True)
+@pytest.mark.parametrize(("part", "recorded"), [("test", 20.0), ("val", 40.0)])
+def test_another_error_than_that_of_test_csv_is_told(tmp_path, part, recorded):
+    """Such as that of a net whose densenet.py had another forward: its weights load into this one."""
+    path = tmp_path / "test.csv"
+    path.write_text("epoch,loss,error,val_loss,val_error\n1,1,90,1,90\n2,1,20,1,40\n")
+    for difference, told in [(0, False), (0.15, False), (-0.15, False), (0.25, True), (-0.25, True)]:  # of 1,000 images
+        lines = [*evaluate.other_error(path, 2, part, recorded + difference, 1000)]
+        assert lines == [f"{path} has {recorded:.2f} %: the run had other code or other images than these"] * told
+    assert not [*evaluate.other_error(path, 3, part, 0, 1000)]
+
+
+def test_the_error_is_compared_with_test_csv(call_main, run_with_val, tmp_path):
+    save = shutil.copytree(run_with_val, tmp_path / "run")
+    for flags in ([], ["--val"]):
+        assert "test.csv has" not in call_main(evaluate, save, *flags)[1]
+    header, *rows = (save / "test.csv").read_text().splitlines()
+    (save / "test.csv").write_text("\n".join([header, *(row.split(",")[0] + ",1" * row.count(",") for row in rows)]) + "\n")
+    for flags in ([], ["--val"]):
+        assert f"\n{save / 'test.csv'} has 1.00 %: " in call_main(evaluate, save, *flags)[1]
 
 
 @pytest.mark.parametrize("content", [None, "", "x", "epoch,loss,error\n", "epoch,loss,error\n1,a,b\n"])

@@ -200,6 +200,11 @@ def test_a_damaged_row_is_left_out_and_told_of(call_main, saved, tmp_path, line)
     np.testing.assert_allclose(np.stack([x, y]), np.loadtxt(lines[1:], delimiter=",").T[:2])
 
 
+def test_a_column_that_somebody_has_added_may_have_gaps(tmp_path):
+    (tmp_path / "test.csv").write_text("epoch,loss,error,calibration\n1,2,3,nan\n2,2,3,0.5\n3,nan,3,0.5\n")
+    assert runs.read_csv(tmp_path / "test.csv")["epoch"].tolist() == [1, 2]
+
+
 def test_a_csv_that_an_editor_has_saved_is_read(tmp_path):
     """With the mark that some put before the first column."""
     run = write_run(tmp_path / "run")
@@ -268,7 +273,7 @@ def text_in_cells(run):
         (header_only, "there is nothing to draw yet: train.csv and test.csv have no row"),
         (other_columns, "has no columns epoch, loss, error"),
         (a_column_twice, "has no columns epoch, loss, error"),
-        (text_in_cells, "train.csv is damaged, line 2 ('1,good,2') is not 3 finite numbers"),
+        (text_in_cells, "train.csv is damaged, line 2 ('1,good,2') is no row of 3 numbers"),
         (no_text, "train.csv has no columns epoch, loss, error"),
         (a_folder, "test.csv: Is a directory"),
         (no_epoch, "train.csv is damaged, line 2 ('0,1,1')"),

@@ -399,7 +399,7 @@ def test_a_row_with_other_columns_than_the_header_is_not_written(tmp_path):
     """As of a column that headers() lacks: the run would end well, and nothing could read or resume it."""
     (tmp_path / "train.csv").write_text("epoch,loss,error\n")
     for row in [(1, 2), (1, 2, 3, 4)]:
-        with pytest.raises(ValueError, match=r"a row of train.csv has not the columns epoch,loss,error: add"):
+        with pytest.raises(ValueError, match=r"a row of train.csv has other columns than its header epoch,loss,error: "):
             run_folder.append_rows(tmp_path / "train.csv", [row])
     assert contents(tmp_path) == {"train.csv": b"epoch,loss,error\n"}
 
