@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -444,9 +445,11 @@ def observed(x, training):
     """
     if torch.nn.modules.module._has_any_global_hook():
         return True
+    if type(x) not in (torch.Tensor, nn.Parameter, FakeTensor):  # a subclass may do other things, or do each twice
+        return True
     if torch.compiler.is_compiling():  # in training, dense_block is a graph break
         return not training
-    traced = not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or get_proxy_mode() is not None
+    traced = torch.jit.is_tracing() or get_proxy_mode() is not None
     if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
     modes = _get_current_dispatch_mode_stack()

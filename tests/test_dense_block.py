@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import dense_block
@@ -599,6 +600,17 @@ def test_what_traces_or_transforms_a_net_meets_the_plain_modules(transform, trai
     net, (images, _) = random_net(BC).train(training), batch(3, 8)
     plain, ours = (transform(each, images) for each in (net, efficient_twin(net)))
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+def test_an_input_of_a_subclass_goes_through_the_plain_modules(arguments):
+    """A wrapper of two tensors does everything twice, so also what is added to a plain tensor in place."""
+    net, (images, _) = random_net(arguments), batch(3, 8)
+    gradients = []
+    for each in (net, efficient_twin(net)):
+        each(TwoTensor(images, images.clone())).sin().sum().backward()
+        gradients.append([getattr(parameter.grad, "a", parameter.grad) for parameter in each.parameters()])
+    assert all(relative_error(ours, theirs) < 1e-12 for theirs, ours in zip(*gradients, strict=True))
 
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
