@@ -482,9 +482,10 @@ def plain_norm(bn, training):
     if not untouched(bn, nn.BatchNorm2d, training) or bn.momentum is None or not bn.track_running_stats:
         return False
     own = type(bn.weight) is type(bn.bias) is nn.Parameter  # unlike in torch.func.functional_call
-    if not own or any(buffer is None for buffer in bn._buffers.values()):
+    buffers = [bn._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
+    if not own or any(buffer is None for buffer in buffers):
         return False
-    vectors = *bn._parameters.values(), bn._buffers["running_mean"], bn._buffers["running_var"]
+    vectors = bn.weight, bn.bias, *buffers[:2]
     size = (bn.num_features,)
     return all(vector.shape == size and vector.is_contiguous() for vector in vectors)
 

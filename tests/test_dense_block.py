@@ -346,6 +346,11 @@ def without(*buffers):
     return each_batch_norm(lambda bn: [setattr(bn, name, None) for name in buffers])
 
 
+def attributes_for_buffers(bn):
+    del bn.running_mean, bn.running_var
+    bn.running_mean = bn.running_var = None
+
+
 def with_bias(conv):
     conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=conv.weight.dtype))
 
@@ -381,6 +386,7 @@ CHANGES = {  # of a net with bottlenecks
     "dropout in evaluation mode": lambda net: net.dense1[0].dropout.eval(),
     "a dropout of all": lambda net: setattr(net.dense1[0].dropout, "p", 1.0),
     "no running statistics": without("running_mean", "running_var"),
+    "no running statistics as buffers": each_batch_norm(attributes_for_buffers),
     "batches that are not counted": without("num_batches_tracked"),
     "no running statistics used": each_batch_norm(lambda bn: setattr(bn, "track_running_stats", False)),
     "means over all batches": each_batch_norm(lambda bn: setattr(bn, "momentum", None)),
