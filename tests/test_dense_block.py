@@ -627,6 +627,19 @@ def test_in_evaluation_mode_and_without_efficient_it_is_one_graph():
         assert torch.equal(torch.compile(each, backend="eager", fullgraph=True)(images), each(images))
 
 
+@pytest.mark.xdist_group("compiler")  # imported by one process
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_in_training_mode_it_is_the_plain_modules(strict):
+    """As for training with simulated quantisation."""
+    net, (images, _), results = random_net(dict(depth=10, growth_rate=2)), batch(3, 8), []
+    for each in (net, efficient_twin(net)):
+        exported = torch.export.export(each, (images,), strict=strict).module()
+        exported(images).sin().sum().backward()
+        results.append([*exported.buffers(), *(parameter.grad for parameter in exported.parameters())])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_net_that_is_made_in_inference_mode():
     with torch.inference_mode():
         net, (images, _) = random_net(BC), batch(3, 8)
