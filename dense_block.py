@@ -453,7 +453,9 @@ def observed(x, training):
     if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
     modes = _get_current_dispatch_mode_stack()
-    if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes):  # a selective one leaves out operators
+    # A selective checkpoint leaves out operators; another mode copies saved tensors that are changed.
+    keepers = "torch.utils.checkpoint", "torch.autograd.graph"
+    if any(type(mode).__module__ in keepers for mode in modes):
         return True
     values_alone = type(x) is torch.Tensor and not modes and not torch.is_grad_enabled()
     return not (training or values_alone)

@@ -265,6 +265,19 @@ def test_where_a_checkpoint_keeps_the_results_of_some_operators_the_plain_module
     assert relative_error(*gradients) < 1e-12
 
 
+def test_where_saved_tensors_may_be_changed_the_plain_modules_run():
+    """PyTorch copies what is changed, which is then no error."""
+    net, (images, labels), gradients = random_net(BC), batch(3, 8), []
+    for each in (net, efficient_twin(net)):
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            loss = F.cross_entropy(each(images), labels)
+            with torch.no_grad():
+                each.dense2[0].conv1.weight.mul_(2)
+            loss.backward()
+        gradients.append(each.conv1.weight.grad)
+    assert relative_error(*gradients) < 1e-12
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_gradient_checkpointing(use_reentrant):
     """Which runs a backward pass inside of another, and the forward pass there with gradients on."""
