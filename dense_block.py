@@ -435,7 +435,12 @@ def computable(x, layers):
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
+    if torch.compiler.is_compiling():  # its guards do not notice all changes, such as another forward of one module
+        return computable_now(x, layers)
     return as_defined(type(layers[0]), Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
+
+
+computable_now = torch.compiler.disable(computable)  # asked in each pass, not when it is traced
 
 
 def observed(x, training):

@@ -311,6 +311,20 @@ def test_inside_torch_compile():
         assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
 
 
+@pytest.mark.xdist_group("compiler")  # imported by one process
+def test_a_forward_that_is_replaced_after_a_step_of_the_compiled_net_is_called():
+    images, labels = batch(2, 8)
+    net = random_net(dict(depth=10, growth_rate=2))
+    for each in (net, twin := efficient_twin(net)):
+        compiled = torch.compile(each, backend="eager") if each is twin else each
+        compiled(images)
+        convolution = each.dense2[0].conv2
+        convolution.forward = lambda x, forward=convolution.forward: forward(x).sin()
+        F.cross_entropy(compiled(images), labels).backward()
+    for theirs, ours in zip(net.parameters(), twin.parameters(), strict=True):
+        assert relative_error(ours.grad, theirs.grad) < 1e-12
+
+
 def test_the_path_of_a_gpu_without_kernels_is_right(monkeypatch):
     """The whole batch at once."""
     monkeypatch.setattr(dense_block, "slices", lambda maps: [slice(None)])
