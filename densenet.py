@@ -9,6 +9,7 @@ It follows the paper and the authors' Lua Torch code; the one place where these 
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -137,7 +138,8 @@ class DenseBlock(nn.Sequential):
     """num_layers layers, each reading the concatenation of the block's input and all earlier outputs.
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
-    definition; with efficient, dense_block.py computes the same in less memory where no layer was changed.
+    definition; with efficient, dense_block.py computes the same in less memory where no layer was changed. Its output is then
+    channels last in memory and must not be changed in place, by hooks neither.
     """
 
     def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
@@ -148,6 +150,12 @@ class DenseBlock(nn.Sequential):
         if self.takes(x):
             return dense_block(x, list(self))  # (N, C + num_layers * k, H, W)
         return super().forward(x)  #             (N, C + num_layers * k, H, W)
+
+    def __getitem__(self, index):
+        """A layer; for a slice, an nn.Sequential of the layers: nn.Sequential itself would call our constructor."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict([*self._modules.items()][index]))
+        return super().__getitem__(index)
 
     def takes(self, x):
         """Whether dense_block.py computes this block."""

@@ -70,6 +70,14 @@ def test_the_pooling_of_a_transition_drops_a_border():
     assert torch.equal(transition(x), transition(x[:, :, :6, :4]))
 
 
+def test_a_slice_of_a_block_is_its_layers():
+    block = DenseNet(depth=22, growth_rate=4, efficient=True).dense1
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(block[:2](x), block[1](block[0](x)))
+    assert block[-1] is [*block][2]
+    assert [*block[1:].named_children()] == [*block.named_children()][1:]
+
+
 def test_a_transition_keeps_a_channel_at_least():
     with pytest.raises(ValueError, match="would keep none of its 216 channels: choose a larger reduction"):
         DenseNet(reduction=0.004)
