@@ -139,7 +139,7 @@ class DenseBlock(nn.Sequential):
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
     definition; with efficient, dense_block.py computes the same in less memory where no layer was changed. Its output is then
-    channels last in memory and must not be changed in place, by hooks neither.
+    channels last in memory and must not be changed in place, not even by a hook.
     """
 
     def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
