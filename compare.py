@@ -30,7 +30,7 @@ LATEX = str.maketrans(LATEX | {"~": "\\textasciitilde{}", "^": "\\textasciicircu
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with endings.worded(parser, "the table", "fewer runs"):
+    with endings.handle_errors(parser, "the table", "fewer runs"):
         refuse_existing(args.csv, args.markdown, args.latex)
         rows = [summary(*setting) for setting in settings(name_runs(args.runs).values())]
         if len(rows) > 1 and any("val_error_mean" in row for row in rows):

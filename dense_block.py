@@ -560,6 +560,6 @@ class Definition(nn.Sequential):
         return F.avg_pool2d(out, kernel_size=2)
 
     def block(self, x):
-        if self.takes(x):
+        if self.runs_efficiently(x):
             return dense_block(x, list(self))
         return super().forward(x)

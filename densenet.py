@@ -127,11 +127,11 @@ class DenseNet(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        out = self.conv1(x)  #                            (N, C0, H, W)
-        out = joined(self.dense1, self.trans1, out)  #    (N, C1, H/2, W/2)
-        out = joined(self.dense2, self.trans2, out)  #    (N, C2, H/4, W/4)
-        out = F.relu(self.bn1(self.dense3(out)))  #       (N, C3, H/4, W/4)
-        return self.fc(out.mean(dim=(2, 3)))  #           (N, num_classes)
+        out = self.conv1(x)  #                                        (N, C0, H, W)
+        out = block_and_transition(self.dense1, self.trans1, out)  #  (N, C1, H/2, W/2)
+        out = block_and_transition(self.dense2, self.trans2, out)  #  (N, C2, H/4, W/4)
+        out = F.relu(self.bn1(self.dense3(out)))  #                   (N, C3, H/4, W/4)
+        return self.fc(out.mean(dim=(2, 3)))  #                       (N, num_classes)
 
 
 class DenseBlock(nn.Sequential):
@@ -147,7 +147,7 @@ class DenseBlock(nn.Sequential):
         self.efficient = efficient
 
     def forward(self, x):
-        if self.takes(x):
+        if self.runs_efficiently(x):
             return dense_block(x, list(self))  # (N, C + num_layers * k, H, W)
         return super().forward(x)  #             (N, C + num_layers * k, H, W)
 
@@ -157,17 +157,17 @@ class DenseBlock(nn.Sequential):
             return nn.Sequential(OrderedDict([*self._modules.items()][index]))
         return super().__getitem__(index)
 
-    def takes(self, x):
+    def runs_efficiently(self, x):
         """Whether dense_block.py computes this block."""
         layers = list(self)
         return self.efficient and layers and type(layers[0]) in (Bottleneck, SingleLayer) and computable(x, layers)
 
 
-def joined(block, transition, x):
+def block_and_transition(block, transition, x):
     """transition(block(x)), (N, C', H // 2, W // 2); where dense_block.py can, in one go, without storing block(x)."""
     mode = block.training
     unchanged = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
-    if unchanged and block.takes(x) and joinable(x, block, transition):
+    if unchanged and block.runs_efficiently(x) and joinable(x, block, transition):
         return dense_block(x, list(block), transition)
     return transition(block(x))
 

@@ -48,7 +48,7 @@ def read_world(environment):
 def process_group(world, device, ending):
     """Connects the ranks inside a `with`; yields this rank's device. Refused if they cannot meet, or a rank has no GPU.
 
-    ending: what endings.worded yields; it has the exit status when the program ends.
+    ending: what endings.handle_errors yields; it has the exit status when the program ends.
     """
     if world.size == 1:
         yield device

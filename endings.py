@@ -1,6 +1,6 @@
 """How the programs end: user errors as one sentence, bugs with a traceback; and signals.
 
-    with worded(parser, "batches of 64", "a smaller --batch-size") as ending:
+    with handle_errors(parser, "batches of 64", "a smaller --batch-size") as ending:
         ...                                 # Refused("depth 11 does not fit: ...") ends the program with status 2
         ending.resume = resume_command(1)   # from here on most messages say how to resume
 
@@ -49,7 +49,7 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def worded(parser, needs, remedy):
+def handle_errors(parser, needs, remedy):
     """Wraps a whole program: an error inside ends it by a sentence and an exit status, as said at the top of this file.
 
     Where memory runs out, the sentence says what `needs` it, and the `remedy`. Yields a namespace; set its `resume` to the

@@ -38,7 +38,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + endings.LARGER
-    with endings.worded(parser, "the net and its images", remedy):
+    with endings.handle_errors(parser, "the net and its images", remedy):
         refuse_contradictions(args)
         args.checkpoint = checkpoint_in(args.checkpoint)
         checkpoint = load_checkpoint(args.checkpoint)

@@ -92,14 +92,14 @@ def image_size(text):
     return size
 
 
-def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
+def parse_args(parser, argv=None, defaults=None, source=None, remedy=None):
     """The arguments, with the defaults that depend on the data set or on another argument filled in.
 
-    Those not given are taken from `begun`, the arguments in the file `source`, except NOT_TAKEN_OVER. Refused, with the
+    Those not given are taken from `defaults`, the arguments in the file `source`, except NOT_TAKEN_OVER. Refused, with the
     remedy, if a flag does not take its value there.
     """
     given = parser.parse_args(argv)
-    words = words_taken_over(parser, begun or {}, source, remedy)
+    words = words_taken_over(parser, defaults or {}, source, remedy)
     words += sys.argv[1:] if argv is None else argv
     parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
     args = parser.parse_args(words)
@@ -116,10 +116,10 @@ def parse_args(parser, argv=None, begun=None, source=None, remedy=None):
     return args
 
 
-def words_taken_over(parser, begun, source, remedy):
-    """What `begun` holds of the parser's arguments, as a command line. Refused if the parser does not accept it."""
+def words_taken_over(parser, defaults, source, remedy):
+    """What `defaults` holds of the parser's arguments, as a command line. Refused if the parser does not accept it."""
     names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER
-    words = words_of({name: begun[name] for name in sorted(names & begun.keys()) if begun[name] is not None}, parser)
+    words = words_of({name: defaults[name] for name in sorted(names & defaults.keys()) if defaults[name] is not None}, parser)
     parser.exit_on_error = False
     try:
         _, unknown = parser.parse_known_args(words)
@@ -164,13 +164,13 @@ def make_net(args, num_classes=10):
         raise Refused(str(error)) from error
 
 
-def fill_in(args, device, processes=1, begun=None):
+def fill_in(args, device, processes=1, old_args=None):
     """Sets --precision, --capture and --efficient where they are not given: TF32 if the device has it, and the fastest steps.
 
     A continued run keeps its --capture and --efficient if it was begun on the same kind of device (CPU or GPU).
     """
     args.precision = args.precision or default_precision(device)
-    had = begun or {}
+    had = old_args or {}
     if str(had.get("hardware")).split(THEN)[-1].startswith("cpu") != (device.type == "cpu"):
         had = {}
     alone = device.type == "cuda" and torch.version.hip is None and processes == 1 and not args.compile

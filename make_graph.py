@@ -25,7 +25,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     args.drop_rate = args.drop_rate or 0.0
-    with endings.worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
+    with endings.handle_errors(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         if args.efficient:
             raise endings.Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
         name = args.out.with_suffix("") if args.out.suffix in (".dot", ".png", ".svg") else args.out

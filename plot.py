@@ -49,7 +49,7 @@ class Curve(NamedTuple):
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with endings.worded(parser, "the figures", "a larger --since"):
+    with endings.handle_errors(parser, "the figures", "a larger --since"):
         folders = name_runs(args.runs)
         curves = (average_curves if args.average else run_curves)(folders, args.smooth)
         if not curves:

@@ -124,13 +124,13 @@ def headers(facts):
     return {"train.csv": "epoch,loss,error\n", "test.csv": f"epoch,loss,error{val},train_loss,train_error,lr,seconds\n"}
 
 
-def resume(save, begun, facts, net, optimizer, rates):
+def resume(save, old_args, facts, net, optimizer, rates):
     """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
 
-    `begun` is the old args.json, `facts` the new one (a complete run takes only its `epochs`), `rates` are those of all epochs.
+    `old_args` is the old args.json, `facts` the new one (a complete run takes only its `epochs`), `rates` those of all epochs.
     Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.
     """
-    compare_arguments(begun, facts)
+    compare_arguments(old_args, facts)
     path = save / "latest.pth"
     if not path.exists():
         refuse_lost_checkpoint(save)
@@ -142,20 +142,20 @@ def resume(save, begun, facts, net, optimizer, rates):
         raise Refused(f"{path} is not of this run, or of another version of this program: put back its own, or the code")
     steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
     files = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
-    compare_rates(column(files["test.csv"], "lr"), rates, begun.get("epochs", len(rates)))
+    compare_rates(column(files["test.csv"], "lr"), rates, old_args.get("epochs", len(rates)))
     goes_on = checkpoint["epoch"] < facts["epochs"]
-    arguments = facts | history(save, begun, facts) if goes_on else begun | {"epochs": facts["epochs"]}
+    arguments = facts | history(save, old_args, facts) if goes_on else old_args | {"epochs": facts["epochs"]}
     for name, content in {"args.json": as_json(arguments), **files}.items():
         if (save / name).read_bytes() != content:  # a complete run may be read-only
             replace_file(save / name, content)
     return checkpoint
 
 
-def history(save, begun, facts):
+def history(save, old_args, facts):
     """{fact: its values so far, one after the other} of versions and hardware; says which have changed."""
     values = {}
     for name in ("commit", "torch", "hardware"):
-        values[name] = begun.get(name)
+        values[name] = old_args.get(name)
         so_far, new = values[name] or "unknown", facts[name] or "unknown"
         last = so_far.split(THEN)[-1]
         if last != new:
@@ -270,6 +270,12 @@ class Plots:
                 self.process = subprocess.Popen(self.command, **options, start_new_session=True)
             except OSError as error:  # such as no memory or no process left
                 self.report(error.strerror)
+
+    def finish(self):
+        """Draws the final state, and waits for that."""
+        self.wait()
+        self.redraw()
+        self.wait()
 
     def wait(self):
         """Waits for plot.py; its first failure is reported."""

@@ -46,16 +46,16 @@ MAX_LOSS = 1e4  # of a step; beyond it, training has diverged
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
+    with endings.handle_errors(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
-        args, begun = continued(parser, args, world)
+        args, old_args = continued(parser, args, world)
         with distributed.process_group(world, choose_device(args.device), ending) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
-            start = starting_point(parser, args, begun, fresh) if world.rank == 0 else None
-            args, begun, init = distributed.broadcast_object(start, world)  # another machine may lack the files
-            flags.fill_in(args, device, world.size, begun)
+            start = starting_point(parser, args, old_args, fresh) if world.rank == 0 else None
+            args, old_args, init = distributed.broadcast_object(start, world)  # another machine may lack the files
+            flags.fill_in(args, device, world.size, old_args)
             flags.refuse_contradictions(args, device, world.size)
-            run_folder.compare_arguments(begun, flags.plain_arguments(args))
+            run_folder.compare_arguments(old_args, flags.plain_arguments(args))
             ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             set_determinism(args.deterministic)
@@ -88,34 +88,36 @@ def continued(parser, args, world):
         ways = "remove the old run and choose --resume, or leave out --max-restarts"
         raise Refused(f"--force would begin the run anew after each restart by torchrun: {ways}")
     run_folder.refuse_to_replace(args.save, args.resume, args.force)
-    begun = run_folder.read_arguments(args.save) if args.resume else {}
-    args = flags.parse_args(parser, begun=begun, source=args.save / "args.json", remedy=run_folder.REMEDY)
-    unchanged = flags.plain_arguments(flags.parse_args(parser, [], begun))
-    return args, begun and {name: unchanged[name] for name in unchanged.keys() - flags.FILLED_IN} | begun
+    old_args = run_folder.read_arguments(args.save) if args.resume else {}
+    args = flags.parse_args(parser, defaults=old_args, source=args.save / "args.json", remedy=run_folder.REMEDY)
+    if old_args:
+        complete = flags.plain_arguments(flags.parse_args(parser, [], old_args))
+        old_args = {name: complete[name] for name in complete.keys() - flags.FILLED_IN} | old_args
+    return args, old_args
 
 
-def starting_point(parser, args, begun, fresh):
-    """(args, begun, the net of --init or None); a run that continues, not fresh, needs no --init."""
+def starting_point(parser, args, old_args, fresh):
+    """(args, old_args, the net of --init or None); a run that continues, not fresh, needs no --init."""
     if fresh and not writable(args.save):
         raise Refused(f"--save {args.save} is not a folder that can be written to: choose another")
-    if args.resume and not begun:
+    if args.resume and not old_args:
         say(f"{args.save} holds no run yet: starting one")
-    args, init = read_init(parser, args, begun) if args.init and fresh else (args, None)
-    return args, begun, init
+    args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
+    return args, old_args, init
 
 
-def read_init(parser, args, begun):
+def read_init(parser, args, old_args):
     """(args, the net of --init); flags that are not given get its shapes and, for a folder, its image size."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
     needed = "put it back, --init needs it until the run has a checkpoint"
-    init = load_checkpoint(path, needed if begun else "name a run, or a file of evaluate.py --export")
+    init = load_checkpoint(path, needed if old_args else "name a run, or a file of evaluate.py --export")
     trained = build_net(init).architecture
     known = {name: init["model"][name] for name in trained}
     if args.dataset == "folder":
         known["image_size"] = max(8, image_size_of(init) // 4 * 4)  # as the flag wants it; other data may have any size
-    args = flags.parse_args(parser, begun=known | begun, source=f"--init {args.init}", remedy="name another")
+    args = flags.parse_args(parser, defaults=known | old_args, source=f"--init {args.init}", remedy="name another")
     refuse_another_net(args, trained)
     return args, {name: init[name] for name in ("net", "classes")}
 
@@ -175,9 +177,9 @@ def open_run(net, dataset, args, world, fresh):
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes, "data": os.path.abspath(args.data)}
     checkpoint = None
     if args.resume:
-        begun = run_folder.read_arguments(args.save)
+        old_args = run_folder.read_arguments(args.save)
         optimizer = make_optimizer(net, args)  # the step makes its own
-        checkpoint = run_folder.resume(args.save, begun, facts, net, optimizer, schedule(args, args.epochs))
+        checkpoint = run_folder.resume(args.save, old_args, facts, net, optimizer, schedule(args, args.epochs))
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     return checkpoint
@@ -241,9 +243,7 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
                 plots.redraw()
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
                 print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), tested, rate, len(dataset.train) / seconds, left)
-    plots.wait()
-    plots.redraw()  # the final state
-    plots.wait()
+    plots.finish()
 
 
 def epoch_batches(dataset, epoch, args, world):

@@ -23,7 +23,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
-from endings import Refused, worded
+from endings import Refused, handle_errors
 from flags import USAGE, add_device_flag, add_model_flags, make_net
 from machine import choose_device, describe
 
@@ -50,7 +50,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     args.drop_rate = 0.0  # what dropout drops would differ from device to device
-    with worded(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
+    with handle_errors(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         if args.efficient:
             raise Refused("--efficient computes its ReLUs where this check cannot see them: leave it out")
         device = choose_device(args.device)

@@ -39,7 +39,7 @@ except ImportError:
 
 from dense_block import empty_maps, out_channels, weights_of
 from densenet import ArgumentError, DenseNet
-from endings import Refused, at_least, worded
+from endings import Refused, at_least, handle_errors
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 MULTIPLIED = {"tf32": "tf32", "fp32": "tf32x3"}  # what kernels.products says on a GPU; nothing that matters of the others
@@ -54,7 +54,7 @@ COLUMNS = (
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with worded(parser, f"{args.processes or 'all'} processes", "fewer --processes"):
+    with handle_errors(parser, f"{args.processes or 'all'} processes", "fewer --processes"):
         if triton is None:
             raise Refused("Triton is not there, or not for Nvidia's GPUs: pip install triton")
         cases = compile_all(args)

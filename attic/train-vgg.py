@@ -33,12 +33,12 @@ BOUND = 12.0  # test error on CIFAR-10 in percent
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.worded(parser, "the net and its images", endings.LARGER) as ending:
-        args, begun = train.continued(parser, args, World())
+    with endings.handle_errors(parser, "the net and its images", endings.LARGER) as ending:
+        args, old_args = train.continued(parser, args, World())
         device = choose_device(args.device)
-        flags.fill_in(args, device, begun=begun)
+        flags.fill_in(args, device, old_args=old_args)
         flags.refuse_contradictions(args, device)
-        run_folder.compare_arguments(begun, flags.plain_arguments(args))
+        run_folder.compare_arguments(old_args, flags.plain_arguments(args))
         fresh = run_folder.is_fresh(args.save, args.resume)
         ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
         keep_freed_memory(device)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import drawing
-from endings import Refused, nonempty, worded
+from endings import Refused, handle_errors, nonempty
 
 LABELS = {
     "plain": "plain modules",
@@ -30,7 +30,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=nonempty(Path), metavar="REPORT.json", help="of attic/compare-speed.py --depths")
     args = parser.parse_args()
-    with worded(parser, "the figure", "fewer depths"):
+    with handle_errors(parser, "the figure", "fewer depths"):
         growth_rate, conditions, curves = read_curves(args.report)
         path = args.report.with_suffix(".png")
         draw(growth_rate, conditions, curves, path)

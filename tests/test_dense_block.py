@@ -489,15 +489,15 @@ UNTAKEN = {  # of a first layer of 10 channels
 def test_parameters_and_statistics_of_other_shapes_are_left_to_the_plain_modules(name):
     """Which raise an error or take them; memory is not read beyond them."""
     block, images = DenseBlock(Bottleneck, 2, 10, 5, 0.0, efficient=True), torch.randn(2, 10, 8, 8)
-    assert block.takes(images)
+    assert block.runs_efficiently(images)
     UNTAKEN[name](block[0])
-    assert not block.takes(images)
+    assert not block.runs_efficiently(images)
 
 
 def test_a_batch_norm_of_two_layers_is_left_to_the_plain_modules():
     block, images = DenseBlock(Bottleneck, 2, 10, 5, 0.0, efficient=True), torch.randn(2, 10, 8, 8)
     block[1].bn2 = block[0].bn2
-    assert not block.takes(images)
+    assert not block.runs_efficiently(images)
 
 
 def test_a_block_without_layers_gives_its_input():

@@ -374,7 +374,7 @@ distributed.meet = lambda world, device: None
 distributed.free = lambda group: print("freed")
 distributed.dist.destroy_process_group = lambda: print("destroyed")
 parser = argparse.ArgumentParser(prog="program", usage="of it")
-with endings.worded(parser, "", "") as ending:
+with endings.handle_errors(parser, "", "") as ending:
     with distributed.process_group(distributed.World(size=2), torch.device("cuda"), ending):
         print("said")
         {}

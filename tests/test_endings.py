@@ -204,7 +204,7 @@ def test_a_log_that_does_not_fit_on_the_disk(run, printing):
 
 PRINTS = """
 import argparse, endings
-with endings.worded(argparse.ArgumentParser("program"), "x", "y"):
+with endings.handle_errors(argparse.ArgumentParser("program"), "x", "y"):
     print("the result")
     {}
 """
@@ -383,7 +383,7 @@ def test_a_process_whose_partner_is_gone_says_so(capsys):
     error = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
 
     def end(resume):
-        with endings.worded(argparse.ArgumentParser(prog="a.py"), "x", "y") as ending:
+        with endings.handle_errors(argparse.ArgumentParser(prog="a.py"), "x", "y") as ending:
             ending.resume = resume
             raise error
 

@@ -76,11 +76,11 @@ def test_flags_of_sgd_are_refused_with_another_optimiser(capsys, flag, begun):
     for name in ("adam", "rmsprop"):
         for words, earlier in [(["--opt", name, *flag], None), (flag, {"opt": name})]:
             with pytest.raises(SystemExit, match="2"):
-                parse_args(parser, words, begun=earlier)
+                parse_args(parser, words, defaults=earlier)
             told = f"error: --momentum and --no-nesterov are for sgd only: leave them out with --opt {name}\n"
             assert capsys.readouterr().err.endswith(told)
         assert parse("--opt", name).momentum == 0.9
-        assert parse_args(parser, [], begun={"opt": name} | begun).opt == name
+        assert parse_args(parser, [], defaults={"opt": name} | begun).opt == name
     assert parse(*flag).opt == "sgd"
 
 
@@ -285,7 +285,7 @@ def test_a_run_takes_over_flags_of_kinds_that_somebody_adds(tmp_path):
 
 def test_a_run_that_was_renamed_goes_on_where_it_is():
     begun = {"save": "work/elsewhere", "epochs": 7, "resume": False, "force": True}
-    args = flags.parse_args(train.build_parser(), ["--resume"], begun=begun)
+    args = flags.parse_args(train.build_parser(), ["--resume"], defaults=begun)
     assert (args.save, args.epochs, args.force) == (Path("work", "cifar10.base"), 7, False)
 
 

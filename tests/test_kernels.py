@@ -21,7 +21,7 @@ from test_dense_block import distance
 
 import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
-from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, joined
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, block_and_transition
 from machine import DTYPES, set_precision
 
 triton = pytest.importorskip("triton", reason="Triton is not there")
@@ -59,7 +59,7 @@ class BlockAndTransition(nn.Sequential):
     """What a DenseNet makes of the two."""
 
     def forward(self, x):
-        return joined(*self, x)
+        return block_and_transition(*self, x)
 
 
 def block_and_batch(growth_rate, channels, shape, layers=2, device="cpu", reduction=None):

@@ -901,7 +901,7 @@ def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, had
     """On another kind, what is faster there; and no graph is captured where none can be."""
     begun = {"hardware": hardware, "capture": had[0], "efficient": had[1], "depth": 13, "bottleneck": False}
     args = flags.parse_args(train.build_parser(), more, begun)
-    flags.fill_in(args, torch.device(device), begun=begun)
+    flags.fill_in(args, torch.device(device), old_args=begun)
     assert (args.depth, args.capture, args.efficient) == (13, *expected)
     flags.refuse_contradictions(args, torch.device(device))
 
