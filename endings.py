@@ -175,6 +175,9 @@ def memory_advice(args, device, fresh):
     return needs, " or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
+# Types of argparse: not in flags.py, which imports torch, because plot.py and compare.py do without it.
+
+
 def at_least(low, kind=int, high=None):
     """An argparse type: a number of type `kind` from low to high."""
     high = MAX_VALUE[kind] if high is None else high
