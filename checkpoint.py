@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from files import as_json, read_json, refuse_existing, replace_file
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
 ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluations read
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
-MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}
+MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}  # older ones lack what is added to these
 
 
 def make_card(model, args, dataset):
@@ -60,8 +61,10 @@ def same_groups(state, optimizer):
 def build_net(checkpoint):
     """The trained DenseNet of a checkpoint, of plain modules, in evaluation mode. Refused if the weights are of another net."""
     model = checkpoint["model"]
-    if model.keys() != MODEL.keys() or not of_kinds(model, MODEL):
+    if not of_kinds(model, MODEL):
         raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
+    if unknown := ", ".join(model.keys() - signature(DenseNet).parameters.keys()):
+        raise Refused(f"the checkpoint's net has {unknown}, which this one cannot have: use the densenet.py of its run")
     try:
         net = DenseNet(**model | {"efficient": False})
     except ArgumentError as error:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -151,9 +152,8 @@ def words_for(action, value):
 
 
 def model_arguments(args):
-    """The keyword arguments of DenseNet, but for num_classes, that the model flags stand for."""
-    names = ["depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "efficient"]
-    return {name: getattr(args, name) for name in names}
+    """The keyword arguments of DenseNet, but for num_classes: each has the value of the flag of its name."""
+    return {name: getattr(args, name) for name in signature(DenseNet).parameters if name != "num_classes"}
 
 
 def make_net(args, num_classes=10):

@@ -107,14 +107,14 @@ def starting_point(parser, args, old_args, fresh):
 
 
 def read_init(parser, args, old_args):
-    """(args, the net of --init); flags that are not given get its shapes and, for a folder, its image size."""
+    """(args, the net of --init); model flags that are not given are as it has them, but dropout; a folder's image size, too."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
     needed = "put it back, --init needs it until the run has a checkpoint"
     init = load_checkpoint(path, needed if old_args else "name a run, or a file of evaluate.py --export")
     trained = build_net(init).architecture
-    known = {name: init["model"][name] for name in trained}
+    known = {name: value for name, value in init["model"].items() if name != "drop_rate"}
     if args.dataset == "folder":
         known["image_size"] = max(8, image_size_of(init) // 4 * 4)  # as the flag wants it; other data may have any size
     args = flags.parse_args(parser, defaults=known | old_args, source=f"--init {args.init}", remedy="name another")

@@ -23,9 +23,11 @@ from test_flags import parse
 from test_run_folder import assert_same_run
 from torch._dynamo.utils import counters
 
+import checkpoint
 import data
 import endings
 import evaluate
+import flags
 import machine
 import run_folder
 import step
@@ -618,6 +620,39 @@ def test_init_makes_its_net_where_no_model_flags_are_given(call_main, tmp_path, 
         assert status == 0, errors
     before, after = (load_checkpoint(run / "latest.pth")["model"] for run in (first, second))
     assert (after, after["depth"]) == (before | {"drop_rate": 0.2}, 16)
+
+
+class Scaled(DenseNet):
+    """A net with an argument that somebody has added: 0 makes the loss log 10."""
+
+    def __init__(self, growth_rate=12, depth=100, reduction=None, num_classes=10, bottleneck=True, drop_rate=0.0,
+                 init_channels=None, efficient=False, scale=1.0):  # fmt: skip
+        super().__init__(growth_rate, depth, reduction, num_classes, bottleneck, drop_rate, init_channels, efficient)
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def test_an_argument_that_is_added_to_the_net_needs_a_flag_of_its_name_and_no_more(call_main, monkeypatch, tiny_run, tmp_path):
+    def add_model_flags(group, add=flags.add_model_flags):
+        add(group)
+        group.add_argument("--scale", type=float, default=1.0)
+
+    with monkeypatch.context() as edited:
+        edited.setattr(flags, "add_model_flags", add_model_flags)
+        for module in (flags, checkpoint):
+            edited.setattr(module, "DenseNet", Scaled)
+        short = [*TINY, "--epochs", "1", "--no-plot"]
+        assert call_main(train, *short, "--scale", "0", "--save", tmp_path / "a")[0] == 0
+        assert call_main(train, *short, "--init", tmp_path / "a", "--save", tmp_path / "b")[0] == 0
+        assert call_main(train, *short, "--init", tmp_path / "a", "--scale", "1", "--save", tmp_path / "c")[0] == 0
+        losses = {name: float(run_folder.last_row(tmp_path / name / "test.csv")["loss"]) for name in "abc"}
+        assert losses["a"] == losses["b"] == pytest.approx(math.log(10), abs=1e-5) != losses["c"]
+        assert "test loss 2.30 " in call_main(evaluate, tmp_path / "b", "--out", tmp_path)[1]
+        assert build_net(load_checkpoint(tiny_run / "latest.pth")).scale == 1  # which is older than the argument
+    told = "the checkpoint's net has scale, which this one cannot have: use the densenet.py of its run"
+    assert told in call_main(evaluate, tmp_path / "b")[2]
 
 
 @pytest.mark.parametrize(
