@@ -60,7 +60,9 @@ class TrainingStep:
         return torch.stack([loss.detach(), error])  #             (2,)
 
     def begin_epoch(self, rate):
-        """Switches to training mode and sets the learning rate (None keeps it); returns the current one."""
+        """Switches to training mode and sets the learning rate of all parameters (None keeps it); returns the current one."""
+        if rate is not None and len({group["lr"] for group in self.optimizer.param_groups}) > 1:
+            raise ValueError("begin_epoch sets one learning rate, and groups of parameters have rates of their own")
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate

@@ -1030,3 +1030,14 @@ def test_an_optimiser_that_is_a_choice_only_is_not_sgd():
     args = SimpleNamespace(opt="adamw", lr=None, weight_decay=0.0001, momentum=0.9, nesterov=True, precision="fp32")
     with pytest.raises(ValueError, match="knows no --opt adamw"):
         step.make_optimizer(torch.nn.Linear(1, 1), args)
+
+
+def test_rates_of_groups_of_parameters_are_not_replaced_by_one(monkeypatch):
+    net = torch.nn.Linear(2, 2)
+    groups = [{"params": [net.weight]}, {"params": [net.bias], "lr": 0.01}]
+    monkeypatch.setattr(step, "make_optimizer", lambda net, args: torch.optim.SGD(groups, lr=0.1))
+    take = TrainingStep(net, parse("--precision", "fp32"), torch.device("cpu"), World())
+    assert take.begin_epoch(None) == 0.1
+    with pytest.raises(ValueError, match="rates of their own"):
+        take.begin_epoch(0.1)
+    assert [group["lr"] for group in take.optimizer.param_groups] == [0.1, 0.01]
