@@ -8,8 +8,10 @@ for rate in schedule(args, args.epochs):
 """
 
 import contextlib
+import random
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -74,6 +76,7 @@ class CapturedForwardBackward:
 
     The first steps run eagerly, on the stream used for the capture. A graph reads and writes fixed addresses, those of its
     batch, result and gradients. A smaller batch runs eagerly, with its own gradients; the next replay puts the fixed ones back.
+    What Python computes, such as a weight of the loss that changes, is as it was at the capture, in all steps.
     """
 
     def __init__(self, eager, parameters, batch_size):
@@ -101,16 +104,19 @@ class CapturedForwardBackward:
         return self.result.clone()
 
     def warm_up(self, images, labels, share):
-        """An eager step; during the last one, waits for the device are noted: a step that has any cannot be captured."""
+        """An eager step; the last one is watched: what waits for the device, or draws on the host, cannot be captured."""
         self.warm_ups_left -= 1
         watched = contextlib.nullcontext([]) if self.warm_ups_left else noted_waits()
+        states = random_states()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), watched as waits:
             result = self.eager(images, labels, share)
         torch.cuda.current_stream().wait_stream(self.stream)
-        if waits:
+        found = {"waits for the device": waits, "draws random numbers on the host": random_states() != states}
+        reasons = " and ".join(reason for reason in found if found[reason])
+        if reasons and not self.warm_ups_left:
             self.possible = False
-            say("steps are taken eagerly, not captured: this net waits for the device in each", write=tqdm.write)
+            say(f"steps are taken eagerly, not captured: this net {reasons} in each", write=tqdm.write)
         return result
 
     def capture(self, images, labels):
@@ -138,6 +144,12 @@ def noted_waits():
         finally:
             torch.cuda.set_sync_debug_mode(before)
     waits += [each for each in noted if "called a synchronizing" in str(each.message)]
+
+
+def random_states():
+    """The states of the host's generators; a graph would repeat, in each step, what was drawn from them at its capture."""
+    _, keys, *position = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()
 
 
 def make_optimizer(net, args):

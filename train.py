@@ -14,6 +14,7 @@ test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error
 import argparse
 import contextlib
 import os
+import random
 import signal
 import sys
 import time
@@ -248,9 +249,11 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """One epoch's batches, after seeding dropout; depends only on --seed, the epoch and, for dropout, the rank."""
-    data_seed, *dropout_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
-    torch.manual_seed(dropout_seeds[world.rank])
+    """One epoch's batches, after seeding all else that is random; depends only on --seed, the epoch and, for that, the rank."""
+    data_seed, *other_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
+    torch.manual_seed(other_seeds[world.rank])  # dropout's
+    random.seed(other_seeds[world.rank])
+    np.random.seed(other_seeds[world.rank] % 2**32)  # noqa: NPY002
     generator = torch.Generator(dataset.mean.device).manual_seed(data_seed)
     return data.training_batches(dataset, args.batch_size, args.augment, generator, world.rank, world.size)
 

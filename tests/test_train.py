@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import signal
@@ -227,6 +228,15 @@ def test_a_step_that_waits_for_the_device_is_not_captured_and_says_so_once(strea
     assert capsys.readouterr().out == "steps are taken eagerly, not captured: this net waits for the device in each\n"
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, partial(torch.rand, 1)])
+def test_a_step_that_draws_on_the_host_is_not_captured_and_says_so_once(streams_of_nothing, capsys, draw):
+    """A graph would repeat one number in all steps: one depth of a net of stochastic depth, one share of mixup."""
+    take, _ = take_captured_steps(lambda *_: draw() and None)
+    assert take.forward_backward.graph is None
+    told = "steps are taken eagerly, not captured: this net draws random numbers on the host in each\n"
+    assert capsys.readouterr().out == told
+
+
 @pytest.mark.parametrize(
     ("reason", "status", "message"),
     [
@@ -266,6 +276,15 @@ def an_epoch(epoch, seed=1, rank=0, size=1):
     dropout_seed = torch.initial_seed()
     images, labels, shares = zip(*batches, strict=True)
     return images, labels, shares, dropout_seed
+
+
+def test_what_python_numpy_and_torch_draw_in_an_epoch_follows_from_its_number():
+    drawn = []
+    for epoch in (0, 1, 0):
+        an_epoch(epoch)
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[2]
+    assert not {*drawn[0]} & {*drawn[1]}
 
 
 def test_each_epoch_and_each_seed_has_its_own_order_crops_and_dropout():
