@@ -8,7 +8,7 @@
     ./plot.py work/sgd-* work/adam-* --average --out images  the mean of each setting's seeds, a band for the test set
 
 Thin lines are the training loss and error of each step, smoothed over one epoch; thick lines are those of the test set,
-dashed ones those of the validation images. A dotted line marks a change of the learning rate.
+dashed ones those of the validation images. A dotted line marks a change of the learning rate, unless it changes all the time.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import endings
 from endings import Refused, at_least, nonempty, say
 from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
+MANY_CHANGES = 10  # more changes of the learning rate are no steps but a curve, such as a cosine, and are not marked
 STRETCHES = 1500  # of a long curve; the lowest and the highest point of each are drawn
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
@@ -164,7 +165,8 @@ def over_runs(tables):
 def rate_changes(args, test):
     """The epochs done when the learning rate changes: by test.csv or, where that has no rates, by the schedule in args.json."""
     if "lr" in test:
-        return {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
+        changes = {*(test["epoch"][test["lr"].diff().fillna(0) != 0] - 1)}
+        return changes if len(changes) <= MANY_CHANGES else set()
     if args.get("opt") == "sgd" and args.get("lr"):
         return {math.ceil(args["epochs"] / 2), math.ceil(3 * args["epochs"] / 4)}
     return set()

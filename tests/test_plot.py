@@ -549,6 +549,7 @@ def upright(axes):
         ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.1], None, ["--since", 3], [7]),
         ([1] * 8, {"epochs": 8}, [], []),
         ([1, 1, 2, 2, 2, 2, 2, 2], None, [], [2]),
+        ([8, 7, 6, 5, 4, 3, 2, 1], None, [], [1, 2, 3, 4, 5, 6, 7]),
     ],
 )
 def test_changes_of_the_learning_rate_are_upright_lines(call_main, saved, tmp_path, rates, arguments, flags, expected):
@@ -561,6 +562,15 @@ def test_changes_of_the_learning_rate_are_upright_lines(call_main, saved, tmp_pa
     assert call_main(plot, *folders, "--out", tmp_path / "one.png", *flags)[0] == 0
     assert [upright(axes) for axes in saved[0].axes] == [expected] * 2
     assert ("learning rate changed" in texts(saved[0])) == bool(expected)
+
+
+def test_a_learning_rate_that_changes_all_the_time_is_not_marked(call_main, saved, tmp_path):
+    """As by a cosine: the figure would be full of lines."""
+    run = write_run(tmp_path / "run", epochs=12)
+    write_columns(run, train_loss=1, train_error=1, lr=range(12, 0, -1), seconds=1)
+    assert call_main(plot, run)[0] == 0
+    assert [upright(axes) for axes in saved[0].axes] == [[]]
+    assert "learning rate changed" not in texts(saved[0])
 
 
 def test_what_has_one_point_yet_is_marked(call_main, saved, tmp_path):
