@@ -63,7 +63,7 @@ def build_net(checkpoint):
     model = checkpoint["model"]
     if not of_kinds(model, MODEL):
         raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
-    if unknown := ", ".join(model.keys() - signature(DenseNet).parameters.keys()):
+    if unknown := ", ".join(sorted(model.keys() - signature(DenseNet).parameters.keys())):
         raise Refused(f"the checkpoint's net has {unknown}, which this one cannot have: use the densenet.py of its run")
     try:
         net = DenseNet(**model | {"efficient": False})

@@ -8,6 +8,7 @@ for rate in schedule(args, args.epochs):
 """
 
 import contextlib
+import pickle
 import random
 import warnings
 
@@ -106,17 +107,14 @@ class CapturedForwardBackward:
     def warm_up(self, images, labels, share):
         """An eager step; the last one is watched: what waits for the device, or draws on the host, cannot be captured."""
         self.warm_ups_left -= 1
-        watched = contextlib.nullcontext([]) if self.warm_ups_left else noted_waits()
-        states = random_states()
+        watched = contextlib.nullcontext([]) if self.warm_ups_left else noted_obstacles()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), watched as waits:
+        with torch.cuda.stream(self.stream), watched as obstacles:
             result = self.eager(images, labels, share)
         torch.cuda.current_stream().wait_stream(self.stream)
-        found = {"waits for the device": waits, "draws random numbers on the host": random_states() != states}
-        reasons = " and ".join(reason for reason in found if found[reason])
-        if reasons and not self.warm_ups_left:
+        if obstacles:
             self.possible = False
-            say(f"steps are taken eagerly, not captured: this net {reasons} in each", write=tqdm.write)
+            say(f"steps are taken eagerly, not captured: this net {' and '.join(obstacles)} in each", write=tqdm.write)
         return result
 
     def capture(self, images, labels):
@@ -133,23 +131,25 @@ class CapturedForwardBackward:
 
 
 @contextlib.contextmanager
-def noted_waits():
-    """Yields a list; at the end it holds a warning for each time that the host waited for the GPU."""
-    waits = []
+def noted_obstacles():
+    """Yields a list; at the end it says what a graph could not repeat: waits for the device, random numbers of the host."""
+    obstacles, state = [], random_state()
     with warnings.catch_warnings(record=True, action="always") as noted:
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield waits
+            yield obstacles
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waits += [each for each in noted if "called a synchronizing" in str(each.message)]
+    if any("called a synchronizing" in str(each.message) for each in noted):
+        obstacles.append("waits for the device")
+    if random_state() != state:
+        obstacles.append("draws random numbers on the host")
 
 
-def random_states():
-    """The states of the host's generators; a graph would repeat, in each step, what was drawn from them at its capture."""
-    _, keys, *position = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()
+def random_state():
+    """The state of Python's, NumPy's and PyTorch's generators on the host."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))  # noqa: NPY002
 
 
 def make_optimizer(net, args):

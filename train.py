@@ -249,7 +249,7 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """One epoch's batches, after seeding all else that is random; depends only on --seed, the epoch and, for that, the rank."""
+    """One epoch's batches, which --seed and the epoch alone decide; dropout and what else is random in a step is seeded, too."""
     data_seed, *other_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
     torch.manual_seed(other_seeds[world.rank])  # dropout's
     random.seed(other_seeds[world.rank])

@@ -1029,7 +1029,7 @@ def test_how_the_steps_are_taken_is_said():
 
 def test_the_host_may_wait_for_the_device_again_when_one_step_was_watched(streams_of_nothing):
     before = torch.cuda.get_sync_debug_mode()
-    with pytest.raises(ZeroDivisionError), step.noted_waits():
+    with pytest.raises(ZeroDivisionError), step.noted_obstacles():
         raise ZeroDivisionError
     assert torch.cuda.set_sync_debug_mode.call_args_list == [mock.call("warn"), mock.call(before)]
 
