@@ -217,7 +217,8 @@ def rows_until(path, facts, epochs_done, steps):
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
     if lines[:1] != [header]:
-        raise Refused(f"{path} is damaged, it does not begin with {header.strip()}: {REMEDY}")
+        version = "damaged or of another version of this program"
+        raise Refused(f"{path} is {version}, it does not begin with {header.strip()}: {REMEDY}")
     row = re.compile(NUMBER + f",{NUMBER}" * header.count(",") + "\n")
     for number, (line, epoch) in enumerate(itertools.zip_longest(lines[1:], expected, fillvalue=""), start=2):
         if line.split(",")[0] != epoch or not row.fullmatch(line):

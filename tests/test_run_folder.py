@@ -263,6 +263,13 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
             run_folder.rows_until(path, {"val": 0}, epochs_done=1, steps=2)
 
 
+def test_rows_under_another_header_may_be_of_another_version(tmp_path):
+    """As after somebody has added a column: nothing is damaged."""
+    (tmp_path / "train.csv").write_text("epoch,loss,error,norm\n1,2,3,4\n")
+    with pytest.raises(Refused, match=r"train.csv is damaged or of another version .*, it does not begin with epoch,"):
+        run_folder.rows_until(tmp_path / "train.csv", {"val": 0}, epochs_done=1, steps=1)
+
+
 def test_each_finished_epoch_has_to_have_had_its_rate():
     """Also where the last of them has the same with the old and the new number of epochs."""
     done, rates = ["0.1", "0.1", "0.01"], [0.1] + [0.1 * 0.1] * 2 + [0.001] * 3
