@@ -142,7 +142,10 @@ def load_data(args, device, world):
 
 
 def initial_net(args, classes, init, quiet=False):
-    """The net that the run begins with: made from --seed, or that of --init, with a new classifier if the classes differ."""
+    """The net that the run begins with: made from --seed, or that of --init, with a new classifier if the classes differ.
+
+    A run that continues has no init here, and loads its own net later: what is to be frozen must depend on args.init.
+    """
     torch.manual_seed(args.seed)
     net = flags.make_net(args, len(classes))
     if init:
@@ -249,7 +252,7 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """One epoch's batches, which --seed and the epoch alone decide; dropout and what else is random in a step is seeded, too."""
+    """One epoch's batches, which --seed and the epoch alone decide; what is random in a step, as dropout, is seeded, too."""
     data_seed, *other_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
     torch.manual_seed(other_seeds[world.rank])  # dropout's
     random.seed(other_seeds[world.rank])
