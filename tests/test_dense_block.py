@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
@@ -302,25 +303,32 @@ def test_evaluation_and_training_without_gradient():
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_inside_torch_compile():
-    net = random_net(BC)
+    """With graph breaks at our functions, and nowhere inside of them."""
+    net = random_net(dict(depth=10, growth_rate=4))
     images, labels = batch(3, 16)
     expected = training_pass(copy.deepcopy(net), images, labels)
     twin = efficient_twin(net)
+    torch._dynamo.reset()
+    counters.clear()
     F.cross_entropy(torch.compile(twin, backend="aot_eager")(images), labels).backward()
+    assert counters["graph_break"].total() >= 3
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
     for name, parameter in twin.named_parameters():
         assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
 
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
-def test_a_forward_that_is_replaced_after_a_step_of_the_compiled_net_is_called():
+def test_a_forward_that_is_replaced_after_a_step_of_a_compiled_block_is_called():
     images, labels = batch(2, 8)
     net = random_net(dict(depth=10, growth_rate=2))
+    torch._dynamo.reset()
     for each in (net, twin := efficient_twin(net)):
-        compiled = torch.compile(each, backend="eager") if each is twin else each
-        compiled(images)
         convolution = each.dense2[0].conv2
+        if each is twin:
+            each.dense2 = torch.compile(each.dense2, backend="eager")
+        each(images)
         convolution.forward = lambda x, forward=convolution.forward: forward(x).sin()
-        F.cross_entropy(compiled(images), labels).backward()
+        F.cross_entropy(each(images), labels).backward()
     for theirs, ours in zip(net.parameters(), twin.parameters(), strict=True):
         assert relative_error(ours.grad, theirs.grad) < 1e-12
 
@@ -648,7 +656,7 @@ def test_an_input_of_a_subclass_goes_through_the_plain_modules(arguments):
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_in_evaluation_mode_and_without_efficient_it_is_one_graph():
-    net, (images, _) = random_net(BC), batch(3, 8)
+    net, (images, _) = random_net(dict(depth=10, growth_rate=4)), batch(3, 8)
     for each in (efficient_twin(net).eval(), copy.deepcopy(net).eval(), net.train()):
         torch._dynamo.reset()
         assert torch.equal(torch.compile(each, backend="eager", fullgraph=True)(images), each(images))
@@ -659,12 +667,14 @@ def test_in_evaluation_mode_and_without_efficient_it_is_one_graph():
 def test_exported_in_training_mode_it_is_the_plain_modules(strict):
     """As for training with simulated quantisation."""
     net, (images, _), results = random_net(dict(depth=10, growth_rate=2)), batch(3, 8), []
-    for each in (net, efficient_twin(net)):
-        exported = torch.export.export(each, (images,), strict=strict).module()
-        exported(images).sin().sum().backward()
-        results.append([*exported.buffers(), *(parameter.grad for parameter in exported.parameters())])
-    for theirs, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for each in (net, torch.export.export(efficient_twin(net), (images,), strict=strict).module()):
+        each(images).sin().sum().backward()
+        grads = {f"grad/{name}": parameter.grad for name, parameter in each.named_parameters()}
+        results.append({**dict(each.named_buffers()), **grads})
+    plain, exported = results
+    assert plain.keys() == exported.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_a_net_that_is_made_in_inference_mode():
