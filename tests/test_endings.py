@@ -2,7 +2,9 @@
 
 import argparse
 import errno
+import functools
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -308,7 +310,8 @@ def command(tiny_run, pictures, tmp_path):
 def test_a_bug_anywhere_is_a_traceback_and_no_sentence(call_main, command, monkeypatch, capsys, name, place, bug):
     """What is raised here, the interpreter shows, with status 1; below it stands what is to be said."""
     module, *arguments = command[name]
-    monkeypatch.setattr(place, bug)
+    planted = functools.wraps(pkgutil.resolve_name(place))(lambda *arguments, **options: bug(*arguments, **options))
+    monkeypatch.setattr(place, planted)  # with the signature of what it stands for
     with pytest.raises((ValueError, TypeError)) as caught:
         call_main(module, *arguments)
     assert bug.__name__ in [entry.name for entry in caught.traceback]
