@@ -98,7 +98,10 @@ def continued(parser, args, world):
 
 
 def starting_point(parser, args, old_args, fresh):
-    """(args, old_args, the net of --init or None); a run that continues, not fresh, needs no --init."""
+    """(args, old_args, the net of --init or None); a run that continues, not fresh, needs no --init.
+
+    Refused, before any data are read, if a fresh run's folder cannot be written to.
+    """
     if fresh and not writable(args.save):
         raise Refused(f"--save {args.save} is not a folder that can be written to: choose another")
     if args.resume and not old_args:
