@@ -7,7 +7,7 @@
 Runs that differ in --seed only are one setting; n is their number. An error is in percent, mean and sample standard deviation
 (lowest to highest). A run that has not reached its last epoch is reported and left out. Differences of machine or version are
 reported; then images/s (of training, without the test) is left out, unless only the commit differs. With images held out by
---val, the settings of each data set are sorted by their error.
+--val, the settings of each data set (column dataset or data) are sorted by their error.
 """
 
 import argparse

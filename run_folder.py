@@ -298,17 +298,16 @@ class Plots:
 def git_commit():
     """The commit of this code, then "-dirty-" and a digest of what was changed since; None without a repository of its own."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks of another one set
-    options = {"env": own, "capture_output": True, "check": True, "text": True, "errors": "surrogateescape"}
+    run = functools.partial(subprocess.run, env=own, capture_output=True, check=True)
     git = ["git", "-C", str(HERE), "-c", f"safe.directory={HERE}"]  # also where it is another user's
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.strip()
+        top = os.fsdecode(run([*git, "rev-parse", "--show-toplevel"]).stdout).strip()
         if Path(top) != HERE:
             return None
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, **options).stdout.strip()
+        commit = run([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]).stdout.decode().strip()
         if not commit.endswith("-dirty"):
             return commit
-        changes = subprocess.run([*git, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD"], **options).stdout
-        return f"{commit}-{hashlib.blake2b(os.fsencode(changes), digest_size=4).hexdigest()}"
+        changes = run([*git, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD"]).stdout
+        return f"{commit}-{hashlib.blake2b(changes, digest_size=4).hexdigest()}"
     except (OSError, subprocess.CalledProcessError):
         return None

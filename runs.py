@@ -60,8 +60,8 @@ def whole_rows(lines, columns, path):
             row = [*map(float, line.split(","))]
         except ValueError:
             row = []
-        ours = row[: len(COLUMNS)]  # a column that somebody has added may have gaps
-        if len(row) == len(columns) and row[0] > epoch and all(map(math.isfinite, ours)):
+        finite = all(map(math.isfinite, row[: len(COLUMNS)]))  # the others may have gaps, as one that somebody has added
+        if len(row) == len(columns) and row[0] > epoch and finite:
             rows.append(row)
             epoch = row[0]
         else:

@@ -255,7 +255,7 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """One epoch's batches, which --seed and the epoch alone decide; what is random in a step, as dropout, is seeded, too."""
+    """One epoch's batches, which follow from --seed and the epoch; what a step draws (dropout) is seeded by rank, too."""
     data_seed, *other_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
     torch.manual_seed(other_seeds[world.rank])  # dropout's
     random.seed(other_seeds[world.rank])
