@@ -453,7 +453,7 @@ def observed(x, training):
     if type(x) not in (torch.Tensor, nn.Parameter, FakeTensor):  # a subclass may do other things, or do each twice
         return True
     if torch.compiler.is_compiling():  # in training, dense_block is a graph break, which torch.export does not take
-        return not training or torch.compiler.is_exporting()
+        return not training or torch.compiler._is_exporting_flag  # is_exporting() is always true here with PyTorch 2.11
     traced = torch.jit.is_tracing() or get_proxy_mode() is not None
     if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True

@@ -14,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
@@ -303,16 +302,12 @@ def test_evaluation_and_training_without_gradient():
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_inside_torch_compile():
-    """With graph breaks at our functions, and nowhere inside of them."""
     net = random_net(dict(depth=10, growth_rate=4))
     images, labels = batch(3, 16)
     expected = training_pass(copy.deepcopy(net), images, labels)
     twin = efficient_twin(net)
     torch._dynamo.reset()
-    counters.clear()
     F.cross_entropy(torch.compile(twin, backend="aot_eager")(images), labels).backward()
-    assert counters["graph_break"].total() >= 3
-    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
     for name, parameter in twin.named_parameters():
         assert relative_error(parameter.grad, expected[f"grad/{name}"]) < 1e-12
 

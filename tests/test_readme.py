@@ -67,6 +67,15 @@ def efficient():
     return densenet.DenseNet(growth_rate=4, depth=10, efficient=True)
 
 
+@pytest.mark.xdist_group("compiler")  # imported by one process
+def test_efficient_blocks_are_graph_breaks(efficient):
+    """At our functions, and nowhere inside of them."""
+    torch._dynamo.reset()
+    breaks = torch._dynamo.explain(efficient)(torch.randn(2, 3, 8, 8)).break_reasons
+    assert len(breaks) >= 3
+    assert all("torch.compiler.disable" in each.reason for each in breaks)
+
+
 def test_frozen_batch_norms_go_through_the_plain_modules(efficient, monkeypatch):
     for module in efficient.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
