@@ -39,8 +39,7 @@ REMEDY = "a smaller --batch-size, a smaller net (--depth, --growth-rate) or fewe
 def main():
     parser = build_parser(__doc__, VARIANTS)
     args = flags.parse_args(parser)
-    needs = f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}"
-    with endings.handle_errors(parser, needs, REMEDY):
+    with endings.handle_errors(parser, endings.memory_needs(args), REMEDY):
         device = check_measurement(args)
         names = args.only or (VARIANTS if device.type == "cuda" else VARIANTS[:2])  # on a CPU neither captured nor compiled
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)

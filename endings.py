@@ -159,10 +159,15 @@ def memory_for(needs, remedy):
         raise
 
 
+def memory_needs(args):
+    """What a training step needs memory for."""
+    densenet = args.depth is not None  # the control experiment has another net
+    return f"batches of {args.batch_size}" + (f" and a net of L={args.depth}, k={args.growth_rate}" if densenet else "")
+
+
 def memory_advice(args, device, fresh):
     """(what a run needs memory for, what needs less); a run that is continued, not fresh, keeps its batches and its net."""
-    densenet = args.depth is not None  # the control experiment has another net
-    needs = f"batches of {args.batch_size}" + (f" and a net of L={args.depth}, k={args.growth_rate}" if densenet else "")
+    densenet = args.depth is not None
     remedies = {
         "--efficient": densenet and not args.efficient,
         "--precision bf16": fresh and device.type == "cuda" and args.precision in ("fp32", "tf32"),
@@ -172,7 +177,7 @@ def memory_advice(args, device, fresh):
         "fewer images (--limit)": fresh,
         LARGER: not fresh,
     }
-    return needs, " or ".join(remedy for remedy, helps in remedies.items() if helps)
+    return memory_needs(args), " or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
 # Types of argparse: not in flags.py, which imports torch, because plot.py and compare.py do without it.

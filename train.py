@@ -256,10 +256,11 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
 
 def epoch_batches(dataset, epoch, args, world):
     """One epoch's batches, which follow from --seed and the epoch; what a step draws (dropout) is seeded by rank, too."""
-    data_seed, *other_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
-    torch.manual_seed(other_seeds[world.rank])  # dropout's
-    random.seed(other_seeds[world.rank])
-    np.random.seed(other_seeds[world.rank] % 2**32)  # noqa: NPY002
+    data_seed, *rank_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
+    seed = rank_seeds[world.rank]
+    torch.manual_seed(seed)  # dropout's
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     generator = torch.Generator(dataset.mean.device).manual_seed(data_seed)
     return data.training_batches(dataset, args.batch_size, args.augment, generator, world.rank, world.size)
 

@@ -21,14 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import flags
 from attic.counting import META, NETS, kept_bytes, peak_bytes, step_on, traffic_of
-from endings import Refused, at_least, handle_errors
+from endings import Refused, at_least, handle_errors, memory_needs
 
 
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    needs = f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}"
-    with handle_errors(parser, needs, "a smaller net (--depth, --growth-rate)"):
+    with handle_errors(parser, memory_needs(args), "a smaller net (--depth, --growth-rate)"):
         if args.traffic and args.on_cpu:
             raise Refused("--traffic is what a GPU moves: leave out --on-cpu")
         with META:
