@@ -47,6 +47,16 @@ def pytest_unconfigure(config):
         config.server.stop()
 
 
+def read_terminal(master):
+    """All that a pseudo-terminal shows until nobody has it open; closes it. Any single read may return a part of that."""
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    return shown
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -119,11 +129,7 @@ def run_on_terminal(forked):
         termios.tcsetwinsize(slave, (40, 160))
         process = forked(command, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of a terminal is an input/output error
-            while chunk := os.read(master, 65536):
-                shown += chunk
-        os.close(master)
+        shown = read_terminal(master)
         assert process.wait().returncode == 0
         return shown
 

@@ -7,7 +7,7 @@ import re
 import sys
 import termios
 
-from conftest import TINY
+from conftest import TINY, read_terminal
 
 import progress
 
@@ -61,7 +61,6 @@ def test_a_bar_on_a_terminal_is_gone_in_the_end(monkeypatch):
     with open(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         assert [*progress.progress(range(3), desc="test", mininterval=0, file=terminal)] == [0, 1, 2]
-    shown = os.read(master, 65536).decode()
-    os.close(master)
+    shown = read_terminal(master).decode()
     assert "test: 100%" in shown
     assert re.search(r"\r *\r$", shown), shown
