@@ -1,5 +1,6 @@
 """A net on disk: checkpoints, read safely; exported weights; the net rebuilt from either."""
 
+import hashlib
 import io
 import zipfile
 from inspect import signature
@@ -50,6 +51,15 @@ def fits(state, net):
     """Whether a state dict has the names and shapes of the net's."""
     own = net.state_dict()
     return own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
+
+
+def digest(state):
+    """A hash of the names and values of a state dict."""
+    content = hashlib.blake2b(digest_size=16)
+    for name, value in state.items():
+        content.update(name.encode())
+        content.update(value.contiguous().numpy())
+    return content.hexdigest()
 
 
 def same_groups(state, optimizer):

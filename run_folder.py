@@ -100,7 +100,7 @@ def read_arguments(save):
         return {}
     facts = read_json(path, REMEDY)
     kinds = {"epochs": int, "digests": dict | None, "capture": bool | None, "efficient": bool | None}
-    kinds |= dict.fromkeys(["data", "commit", "torch", "hardware"], str | None)
+    kinds |= dict.fromkeys(["data", "init_digest", "commit", "torch", "hardware"], str | None)
     if not (isinstance(facts, dict) and of_kinds(facts, kinds)):
         raise Refused(f"{path} is damaged or not from this program: {REMEDY}")
     return facts

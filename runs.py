@@ -16,6 +16,7 @@ COLUMNS = ["epoch", "loss", "error"]
 STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
 STARTED |= {"train_images"}  # it follows from others, and older runs do not say it
 CHECKED = (None, "cifar10", "cifar100", "svhn", "digits")  # the data sets that are always the same; older runs name none
+PLACES = {"digests": "data", "init_digest": "init"}  # a digest, and where lies what it is of
 MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # what it ran on
 
 
@@ -104,9 +105,9 @@ def settings(folders):
             what = "was resumed with another" if len(members) == 1 else "and the other seeds of its setting differ in"
             say(f"{next(iter(members))} {what} {', '.join(sorted(differ))}")
     names = dict.fromkeys(name for common, _ in groups for name in common)
-    rows = [{name: shared(name, members.values()) for name in [*names, "data"]} for _, members in groups]
+    rows = [{name: shared(name, members.values()) for name in [*names, *PLACES.values()]} for _, members in groups]
     differing = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
-    differing = ["data" if name == "digests" and named_by_place(rows) else name for name in differing]
+    differing = [PLACES[name] if name in PLACES and named_by_place(rows, name) else name for name in differing]
     return [({name: row[name] for name in differing}, *setting) for row, setting in zip(rows, groups, strict=True)]
 
 
@@ -122,11 +123,11 @@ def shared(name, runs):
     return values[0] if all(value == values[0] for value in values) else "various"
 
 
-def named_by_place(rows):
-    """Whether the settings' pictures differ exactly where their folders do: the folder's name then says more than a digest."""
-    pictures, places = [json.dumps(row["digests"]) for row in rows], [str(row["data"]) for row in rows]
-    pairs = {*zip(pictures, places, strict=True)}
-    return "various" not in places and len(pairs) == len({*pictures}) == len({*places})
+def named_by_place(rows, name):
+    """Whether the settings' digests of this name differ exactly where their places do: a path then says more than a digest."""
+    digests, places = [json.dumps(row[name]) for row in rows], [str(row[PLACES[name]]) for row in rows]
+    pairs = {*zip(digests, places, strict=True)}
+    return "various" not in places and len(pairs) == len({*digests}) == len({*places})
 
 
 def group(runs, ignored):
@@ -136,6 +137,7 @@ def group(runs, ignored):
         checked = arguments.get("dataset") in CHECKED  # else two folders of pictures, say, are two data sets
         names = arguments.keys() - ignored - {"seed"}
         names = names - {"image_size"} if checked else names | {"digests"}
+        names -= {"init"} if arguments.get("init_digest") else set()
         common = {name: value for name, value in arguments.items() if name in names and value is not None}
         groups.setdefault(json.dumps(common, sort_keys=True), (common, {}))[1][folder] = arguments
     return [*groups.values()]

@@ -31,7 +31,7 @@ import distributed
 import endings
 import flags
 import run_folder
-from checkpoint import build_net, checkpoint_in, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
+from checkpoint import build_net, checkpoint_in, digest, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
 from files import writable
 from folder import describe_classes, leaks
@@ -107,6 +107,7 @@ def starting_point(parser, args, old_args, fresh):
     if args.resume and not old_args:
         say(f"{args.save} holds no run yet: starting one")
     args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
+    args.init_digest = digest(init["net"]) if init else old_args.get("init_digest")  # another net may come to lie at the path
     return args, old_args, init
 
 

@@ -227,6 +227,16 @@ def test_data_of_your_own_are_a_setting_by_what_is_in_them(tables, tmp_path, dat
     assert [row["digests"] for row in tables(folders[0], moved, folders[2])[0]] == ["train 012345"] * 2 + ["train abcdef"]
 
 
+def test_a_net_that_runs_began_with_is_a_setting_by_its_weights(tables, tmp_path):
+    begun = [("old/net.pth", 1, "aa"), ("copy.pth", 2, "aa"), ("old/net.pth", 3, "bb"), ("other.pth", 1, "bb")]
+    runs = [write_run(tmp_path / str(n), 5, init=path, seed=seed, init_digest=d) for n, (path, seed, d) in enumerate(begun)]
+    assert [(row["init_digest"], row["n"]) for row in tables(*runs)[0]] == [("aa", "2"), ("bb", "2")]
+    scratch = write_run(tmp_path / "scratch", 5, init=None, init_digest=None)
+    rows = tables(runs[0], runs[3], scratch)[0]
+    assert [row["init"] for row in rows] == ["old/net.pth", "other.pth", "not given"]
+    assert "init_digest" not in rows[0]
+
+
 def test_what_a_run_may_change_when_it_is_resumed_is_no_setting():
     assert run_folder.MAY_CHANGE - {"epochs"} | {"classes", "digests", "train_images"} == runs.STARTED | runs.MACHINE
 

@@ -773,6 +773,10 @@ def test_a_checkpoint_that_was_lost_before_the_first_epoch_ended_is_the_file_of_
     told = f"{weights} does not exist: put it back, --init needs it until the run has a checkpoint"
     assert (status, told in errors) == (2, True)
     assert contents(run) == before
+    torch.save(torch.load(tmp_path / "gone") | {"net": torch.load(whole / "latest.pth")["net"]}, weights)
+    status, _, errors = call_main(train, *flags, "--resume")
+    assert (status, "the run was begun with init_digest " in errors) == (2, True)
+    assert contents(run) == before
     (tmp_path / "gone").rename(weights)
     assert call_main(train, *flags, "--resume")[0] == 0
     assert_same_run(whole, run)
