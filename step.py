@@ -1,7 +1,7 @@
 """One training step: optimiser, learning-rate schedule, precision, compilation, capture. It knows no folders and no CSVs.
 
 step = TrainingStep(net, args, device, world)
-for rate in schedule(args, args.epochs):
+for rate in schedule(args):
     step.begin_epoch(rate)
     for images, labels, share in batches:
         loss, error = step(images, labels, share)
@@ -170,11 +170,11 @@ def make_optimizer(net, args):
     return optimizer
 
 
-def schedule(args, epochs):
+def schedule(args):
     """The paper's learning rate of each epoch: divided by 10 at half and at three quarters of them. Adam and RMSprop: None."""
     if args.opt != "sgd":
-        return [None] * epochs
-    return [args.lr * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)) for epoch in range(epochs)]
+        return [None] * args.epochs
+    return [args.lr * 0.1 ** ((2 * epoch >= args.epochs) + (4 * epoch >= 3 * args.epochs)) for epoch in range(args.epochs)]
 
 
 def compiled(model, mode, device):

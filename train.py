@@ -187,7 +187,7 @@ def open_run(net, dataset, args, world, fresh):
     if args.resume:
         old_args = run_folder.read_arguments(args.save)
         optimizer = make_optimizer(net, args)  # the step makes its own
-        checkpoint = run_folder.resume(args.save, old_args, facts, net, optimizer, schedule(args, args.epochs))
+        checkpoint = run_folder.resume(args.save, old_args, facts, net, optimizer, schedule(args))
     if checkpoint is None:
         run_folder.begin(args.save, facts)
     return checkpoint
@@ -227,7 +227,7 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
     setproctitle(str(args.save).encode(errors="replace").decode())  # it takes UTF-8 only
     step = TrainingStep(net, args, dataset.mean.device, world)
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
-    rates = schedule(args, args.epochs)
+    rates = schedule(args)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     if args.init and not checkpoint and world.rank == 0:  # from here on, the file of --init may go
         run_folder.write_checkpoint(args.save, make_checkpoint(net, step.optimizer, step.scaler, 0, card))

@@ -283,7 +283,7 @@ def test_each_finished_epoch_has_to_have_had_its_rate():
 def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, tmp_path):
     assert call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, "--no-plot")[0] == 0
     before = contents(tmp_path)
-    monkeypatch.setattr(train, "schedule", lambda args, epochs: [0.05] * epochs)
+    monkeypatch.setattr(train, "schedule", lambda args: [0.05] * args.epochs)
     for epochs, told in [
         (1, "the epochs that are done had other learning rates than step.py gives now: put back the code"),
         (2, "with --epochs 2 the epochs that are done would have had other learning rates: resume it with --epochs 1"),
@@ -333,7 +333,7 @@ def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, mon
     for epochs, commit, version in [(1, a, "2.11.0"), (2, b, "2.11.0"), (3, b, "2.14.1"), (3, c, "9")]:
         monkeypatch.setattr(run_folder, "git_commit", lambda commit=commit: commit)
         monkeypatch.setattr(torch, "__version__", version)
-        monkeypatch.setattr(train, "schedule", lambda args, epochs: [0.1] * epochs)
+        monkeypatch.setattr(train, "schedule", lambda args: [0.1] * args.epochs)
         status, out, errors = call_main(train, *FLAGS, "--epochs", epochs, "--save", tmp_path, "--no-plot", "--resume")
         assert status == 0, errors
         facts.append({name: json.loads((tmp_path / "args.json").read_text())[name] for name in ("commit", "torch")})
