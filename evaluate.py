@@ -127,11 +127,11 @@ def data_folder(args, checkpoint):
     """--data, else the run's: the absolute path in args.json or, where that does not exist, the one that the run was given."""
     if args.data:
         return Path(args.data)
-    given = checkpoint["args"]["data"]
-    absolute = None
     with contextlib.suppress(Refused):
         absolute = read_arguments(args.checkpoint.parent).get("data")
-    return Path(absolute if absolute and os.path.exists(absolute) else given)
+        if absolute and os.path.exists(absolute):
+            return Path(absolute)
+    return Path(checkpoint["args"]["data"])
 
 
 def read_split(checkpoint, root, part):
