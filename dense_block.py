@@ -412,7 +412,7 @@ def infer(x, layers, transition, kernels):
 def computable(x, layers):
     """Whether dense_block computes the layers: none of their modules is changed, hooked, parametrized or in another mode.
 
-    Asked before each pass, some 50 us a layer, since a hook may be added at any time. A replayed CUDA graph does not ask.
+    Checked before each pass (some 50 us per layer), since a hook may be added at any time; not in a replayed CUDA graph.
     """
     training = layers[0].training
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
@@ -423,15 +423,15 @@ def computable(x, layers):
             return False
         if layer.dropout.p == 1:  # all is dropped, and the scale is 1 / 0
             return False
-        halves = bn_convs(layer)
-        sides = (1, 3)[-len(halves) :]  # of the kernels
-        if not all(plain(*half, side, training) for half, side in zip(halves, sides, strict=True)):
+        pairs = bn_convs(layer)
+        kernel_sizes = (1, 3)[-len(pairs) :]
+        if not all(plain(*pair, kernel_size, training) for pair, kernel_size in zip(pairs, kernel_sizes, strict=True)):
             return False
-        counters |= {id(bn.num_batches_tracked) for bn, _ in halves}
+        counters |= {id(bn.num_batches_tracked) for bn, _ in pairs}
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
-    if len(counters) < len(layers) * len(halves):  # one call adds 1 to each; a shared one needs 2
+    if len(counters) < len(layers) * len(pairs):  # one call adds 1 to each; a shared one needs 2
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
@@ -458,9 +458,8 @@ def observed(x, training):
     if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
     modes = _get_current_dispatch_mode_stack()
-    # A selective checkpoint leaves out operators; another mode copies saved tensors that are changed.
-    keepers = "torch.utils.checkpoint", "torch.autograd.graph"
-    if any(type(mode).__module__ in keepers for mode in modes):
+    # Selective checkpointing skips operators; allow_mutation_on_saved_tensors copies tensors that are changed in place.
+    if any(type(mode).__module__ in ("torch.utils.checkpoint", "torch.autograd.graph") for mode in modes):
         return True
     values_alone = type(x) is torch.Tensor and not modes and not torch.is_grad_enabled()
     return not (training or values_alone)
@@ -479,9 +478,9 @@ def has_parts(module, training):
     return None not in map(module._modules.get, names) and untouched(module.dropout, nn.Dropout, training)
 
 
-def plain(bn, conv, side, training):
-    """Whether the batch norm, and the convolution after it with a kernel of this side, compute what is computed here."""
-    return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, side, training)
+def plain(bn, conv, kernel_size, training):
+    """Whether the batch norm, and the convolution of this kernel size after it, compute what is computed here."""
+    return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, kernel_size, training)
 
 
 def plain_norm(bn, training):
@@ -497,12 +496,13 @@ def plain_norm(bn, training):
     return all(vector.shape == size and vector.is_contiguous() for vector in vectors)
 
 
-def plain_convolution(conv, channels, side, training):
-    """Whether it is a Conv2d of all channels, with a padding of zeros that keeps the size of the maps, and no bias."""
+def plain_convolution(conv, channels, kernel_size, training):
+    """Whether it is a Conv2d of all channels, without bias, with a zero padding that keeps the size of the maps."""
     if not untouched(conv, nn.Conv2d, training) or type(conv.weight) is not nn.Parameter:
         return False
-    shape = conv.weight.shape == (conv.out_channels, channels, side, side) and conv.padding == (side // 2, side // 2)
-    return shape and (conv.stride, conv.dilation, conv.bias, conv.padding_mode) == ((1, 1), (1, 1), None, "zeros")
+    shape = conv.out_channels, channels, kernel_size, kernel_size
+    padded = conv.padding == (kernel_size // 2, kernel_size // 2) and conv.padding_mode == "zeros"
+    return conv.weight.shape == shape and padded and (conv.stride, conv.dilation, conv.bias) == ((1, 1), (1, 1), None)
 
 
 @torch.compiler.disable

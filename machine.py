@@ -41,7 +41,7 @@ def default_precision(device):
 
 
 def set_precision(precision):
-    """Lets the factors of float32 products on a GPU be rounded to TF32, unless precision is fp32; a CPU never does that."""
+    """Lets float32 matrix products on a GPU round their inputs to TF32, unless precision is fp32; a CPU never does that."""
     # PyTorch's older switches also set the newer ones (fp32_precision). torch.compile reads the older ones, and fails if only
     # the newer ones were set.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from data import normalize
 from progress import progress
 
-BATCH_PIXELS = 250 * 32 * 32  # of a batch on a CPU; without gradients a net needs little memory
-GPU_NUMBERS = 2**28  # in the input of the widest layer, on a GPU: large batches, which take 1 to 3 GB with any net
+CPU_PIXELS = 250 * 32 * 32  # in a batch on a CPU; without gradients a net needs little memory
+GPU_ELEMENTS = 2**28  # in the input of the widest layer, on a GPU: a batch takes 1 to 3 GB with any net
 
 
 @torch.inference_mode()
@@ -22,9 +22,9 @@ def batch_size(net, images):
     """How many of the images (M, 3, H, W) the net gets at a time; not by free memory, so that runs are repeatable."""
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":
-        return max(1, BATCH_PIXELS // pixels)
+        return max(1, CPU_PIXELS // pixels)
     widest = max(p.shape[1] for p in net.parameters() if p.dim() == 4)
-    return max(1, GPU_NUMBERS // (pixels * widest))
+    return max(1, GPU_ELEMENTS // (pixels * widest))
 
 
 def loss_and_error_sums(logits, labels):
