@@ -112,7 +112,7 @@ def starting_point(parser, args, old_args, fresh):
 
 
 def read_init(parser, args, old_args):
-    """(args, the net of --init); model flags that are not given are as it has them, but dropout; a folder's image size, too."""
+    """(args, the net of --init). The net sets model flags that are not given, but --drop-rate; and a folder's --image-size."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
@@ -148,15 +148,15 @@ def load_data(args, device, world):
 def initial_net(args, classes, init, quiet=False):
     """The net that the run begins with: made from --seed, or that of --init, with a new classifier if the classes differ.
 
-    A run that continues has no init here, and loads its own net later: what is to be frozen must depend on args.init.
+    A run that continues has no init here, and loads its own net later: code that freezes layers must look at args.init.
     """
     torch.manual_seed(args.seed)
     net = flags.make_net(args, len(classes))
-    if init:
-        known = init["classes"] == classes
-        own = {} if known else {name: value for name, value in net.state_dict().items() if name.startswith("fc.")}
-        net.load_state_dict({**init["net"], **own})
-        if not (known or quiet):
+    if init and init["classes"] == classes:
+        net.load_state_dict(init["net"])
+    elif init:
+        net.load_state_dict({**init["net"], "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
+        if not quiet:
             say(f"--init {args.init}: a new classifier, because that net has other classes; the rest is loaded")
     return net
 
