@@ -14,9 +14,9 @@ from endings import Refused
 from files import as_json, read_json, refuse_existing, replace_file
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
-ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluations read
+ARGS = {"dataset": str, "data": str, "val": int, "image_size": int | None, "digests": dict | None}  # what evaluate.py reads
 MODEL = {"depth": int, "growth_rate": int, "reduction": int | float | None, "num_classes": int, "bottleneck": bool}
-MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}  # older ones lack what is added to these
+MODEL |= {"drop_rate": int | float, "init_channels": int | None, "efficient": bool}  # older ones lack arguments added later
 
 
 def make_card(model, args, dataset):

@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors on the training device; a batch is gathered, normalised, cropped and flipped there.
 
-No worker processes; every image is decoded once. archives.py reads the data sets of others, folder.py your own pictures.
+No worker processes; every image is decoded once. archives.py reads CIFAR and SVHN, folder.py your own pictures.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
 
 
 def hold_out(labels, val, limit=None):
-    """Indices of (at most `limit` images to train on, `val` held-out ones), in order; independent of the seed."""
+    """(indices of the images to train on, at most `limit`; indices of the `val` held-out ones), sorted, whatever --seed is."""
     order = folder.fixed_permutation(len(labels))
     held_out, rest = order[:val].sort().values, order[val:].sort().values
     class_lost = val and len(labels[rest].unique()) < len(labels.unique())

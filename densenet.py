@@ -88,9 +88,9 @@ class DenseNet(nn.Module):
         drop_rate: dropout after every convolution but the first, in [0, 1).
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
-        efficient: train the dense blocks in linear memory; never changes a result beyond rounding (dropout's masks are
-            those of a net in channels_last memory). A block with a module that is changed, hooked or frozen in
-            evaluation mode goes through the plain modules; so does evaluation, unless it is on a GPU and without gradients.
+        efficient: train the dense blocks in linear memory; results differ by rounding only (dropout draws its masks as for
+            a net in channels_last memory). A block with a module that is changed, hooked or frozen in evaluation mode
+            runs as plain modules; so does evaluation, unless it is on a GPU and without gradients.
 
     Input (N, 3, H, W) with H, W >= 4 (unless multiples of 4, the poolings drop a border); output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.
@@ -164,7 +164,7 @@ class DenseBlock(nn.Sequential):
 
 
 def block_and_transition(block, transition, x):
-    """transition(block(x)), (N, C', H // 2, W // 2); where dense_block.py can, in one go, without storing block(x)."""
+    """transition(block(x)), (N, C', H // 2, W // 2); fused where dense_block.py can, without storing block(x)."""
     mode = block.training
     unchanged = untouched(block, DenseBlock, mode) and untouched(transition, Transition, mode)
     if unchanged and block.runs_efficiently(x) and joinable(x, block, transition):
@@ -173,7 +173,7 @@ def block_and_transition(block, transition, x):
 
 
 def layers_per_block(depth, bottleneck):
-    """N of the official code: (depth - 4) / 6 with bottlenecks, else (depth - 4) / 3. ArgumentError names depths that fit."""
+    """(depth - 4) / 6 with bottlenecks, else (depth - 4) / 3. ArgumentError, with depths that fit, if it is no whole number."""
     step = 6 if bottleneck else 3
     num_layers, rest = divmod(depth - 4, step)
     if rest or num_layers < 1:
@@ -184,7 +184,7 @@ def layers_per_block(depth, bottleneck):
 
 
 def block_channels(channels, added, reduction):
-    """(input channels, output channels) of each block, to which its layers add `added`."""
+    """[(input channels, output channels)] of the three blocks; the layers of each add `added` channels."""
     blocks = []
     for _ in range(3):
         if channels < 1:

@@ -35,7 +35,7 @@ def refuse_existing(*paths):
 
 
 def refuse_foreign(path, pattern):
-    """Refused if the file exists, is not empty and lacks the pattern, which is in all that this program writes there."""
+    """Refused if the file exists, is not empty and lacks the pattern, which everything that this program writes there has."""
     content = path.read_bytes() if path.is_file() else b""
     if content and not re.search(pattern, content):
         raise Refused(f"{path} exists already and is not of this program: name another place, or remove it")

@@ -45,7 +45,7 @@ def add_model_flags(group, depth=100):
     add("--reduction", type=float, help="fraction of the channels a transition keeps (0.5; plain net 1.0)")
     add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
-    add("--init-channels", type=size, help="output of the first convolution (2k; plain net 16)")
+    add("--init-channels", type=size, help="output channels of the first convolution (2k; plain net 16)")
     add("--efficient", action=switch, help="dense blocks in linear memory (yes on a GPU with k <= 12, no dropout, no fp32)")
 
 

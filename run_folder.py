@@ -125,10 +125,11 @@ def headers(facts):
 
 
 def resume(save, old_args, facts, net, optimizer, rates):
-    """Removes the CSV rows that are newer than the run's checkpoint, and returns that; None if there is none yet.
+    """Removes the CSV rows that are newer than the run's checkpoint, and returns the checkpoint; None if there is none yet.
 
-    `old_args` is the old args.json, `facts` the new one (a complete run takes only its `epochs`), `rates` those of all epochs.
-    Refused, before anything is changed, if a file is missing or damaged, or of another net or other arguments.
+    `old_args` is the args.json of the run, `facts` the new one (of which a complete run takes over only `epochs`), `rates` the
+    learning rates of all epochs. Refused, before anything is changed, if a file is missing or damaged, or of another net or
+    other arguments.
     """
     compare_arguments(old_args, facts)
     path = save / "latest.pth"

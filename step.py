@@ -77,7 +77,7 @@ class CapturedForwardBackward:
 
     The first steps run eagerly, on the stream used for the capture. A graph reads and writes fixed addresses, those of its
     batch, result and gradients. A smaller batch runs eagerly, with its own gradients; the next replay puts the fixed ones back.
-    What Python computes, such as a weight of the loss that changes, is as it was at the capture, in all steps.
+    What Python computes, such as a loss weight that changes, stays as it was at the capture.
     """
 
     def __init__(self, eager, parameters, batch_size):
@@ -86,12 +86,12 @@ class CapturedForwardBackward:
         self.batch_size = batch_size
         self.stream = torch.cuda.Stream()
         self.warm_ups_left = WARM_UP_STEPS
-        self.possible = True
+        self.capturable = True
         self.graph = None
 
     def __call__(self, images, labels, share):
         """As TrainingStep.eager_forward_backward, of a single process: the share of a full batch is 1."""
-        if len(images) < self.batch_size or not self.possible:
+        if len(images) < self.batch_size or not self.capturable:
             return self.eager(images, labels, share)
         if self.warm_ups_left:
             return self.warm_up(images, labels, share)
@@ -113,7 +113,7 @@ class CapturedForwardBackward:
             result = self.eager(images, labels, share)
         torch.cuda.current_stream().wait_stream(self.stream)
         if obstacles:
-            self.possible = False
+            self.capturable = False
             say(f"steps are taken eagerly, not captured: this net {' and '.join(obstacles)} in each", write=tqdm.write)
         return result
 
