@@ -118,7 +118,7 @@ def measure(factories, args, device):
             take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
         rounds = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     by_variant = zip(factories, zip(*rounds, strict=True), strict=True)
-    return {name: {"ms_a_step": [ms for ms, _ in answers], "memory_gb": answers[-1][1]} for name, answers in by_variant}
+    return {name: {"ms_per_step": [ms for ms, _ in answers], "memory_gb": answers[-1][1]} for name, answers in by_variant}
 
 
 @contextlib.contextmanager
@@ -149,7 +149,7 @@ def take_steps(workers, steps):
 
 
 def receive(process, connection):
-    """(ms a step, GB). Refused if the process was killed; an error that it met is raised."""
+    """(ms/step, GB). Refused if the process was killed; an error that it met is raised."""
     try:
         answer = connection.recv()
     except (EOFError, OSError) as error:
@@ -177,7 +177,7 @@ def serve(connection, factory, device):
 
 
 def measured(step, steps, device):
-    """(ms a step, the largest memory so far in GB)."""
+    """(ms/step, the largest memory so far in GB)."""
     started = time.perf_counter()
     for _ in range(steps):
         step()
@@ -197,10 +197,10 @@ def conditions(args, device):
 def table(results, args, device):
     """Yields a heading and the lines of a Markdown table; the ratio is to the first row."""
     yield f"`{shlex.join(sys.argv)}`: L={args.depth}, k={args.growth_rate}, {conditions(args, device)}"
-    yield f"\n| | ms a step | images/s | ratio | memory, GB |\n|{' --- |' * 5}"
-    base = statistics.median(next(iter(results.values()))["ms_a_step"])
+    yield f"\n| | ms/step | images/s | ratio | memory, GB |\n|{' --- |' * 5}"
+    base = statistics.median(next(iter(results.values()))["ms_per_step"])
     for name, result in results.items():
-        times = result["ms_a_step"]
+        times = result["ms_per_step"]
         fast, ms, slow = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
         rate, low, high = (f"{1e3 * args.batch_size / t:,.1f}" for t in (ms, slow, fast))
         yield f"| {name} | {ms:,.1f} | {rate} ({low} to {high}) | {base / ms:.2f} | {result['memory_gb']:.2f} |"

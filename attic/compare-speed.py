@@ -117,11 +117,11 @@ def step_of_pytorch(net, args, device):
 
 
 def with_peaks(results, args, device):
-    """The results, with the counted peak bytes an image where they can be counted: in float32, step by step."""
+    """The results, with the counted peak bytes per image where they can be counted: in float32, step by step."""
     where = device if device.type == "cpu" else META
     counted = [name for name in results if DTYPES[args.precision] is torch.float32 and not name.endswith(ON_GPUS)]
     peaks = {name: peak_bytes(step_on(where, VARIANTS[name][1], args)[0]) / args.batch_size / 1e6 for name in counted}
-    return {name: result | {"peak_mb_an_image": peaks.get(name)} for name, result in results.items()}
+    return {name: result | {"peak_mb_per_image": peaks.get(name)} for name, result in results.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the pipeline

@@ -55,7 +55,7 @@ def build_parser():
 
 def alive_rows(args):
     """The lines of the table of kept and peak bytes."""
-    yield "| | kept for the backward pass, MB an image | peak, MB an image |\n| --- | --- | --- |"
+    yield "| | kept for the backward pass, MB/image | peak, MB/image |\n| --- | --- | --- |"
     for name in args.only:
         step, forward = step_on(torch.device("cpu") if args.on_cpu else META, name, args)
         kept, peak = (size / args.batch_size / 1e6 for size in (kept_bytes(forward), peak_bytes(step)))
@@ -64,7 +64,7 @@ def alive_rows(args):
 
 def moved_rows(args):
     """The lines of the table of what a step moves and computes."""
-    yield f"| | GB a step | kernel launches | GFLOP | floor, ms at {args.bandwidth:g} GB/s or {args.rate:g} TFLOP/s |"
+    yield f"| | GB/step | kernel launches | GFLOP | floor, ms at {args.bandwidth:g} GB/s or {args.rate:g} TFLOP/s |"
     yield "| --- | --- | --- | --- | --- |"
     for name in args.only:
         launches = traffic_of(step_on(META, name, args)[0])

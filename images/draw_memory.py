@@ -38,7 +38,7 @@ def main():
 
 
 def read_curves(path):
-    """(growth rate, conditions, {variant: (depths, peaks in MB an image, ms an image)}). Refused if it is another report."""
+    """(growth rate, conditions, {variant: (depths, peaks in MB/image, ms/image)}). Refused if it is another report."""
     try:
         report = json.loads(path.read_text())
     except ValueError as error:
@@ -48,8 +48,8 @@ def read_curves(path):
     by_depth = {int(depth): entry["variants"] for depth, entry in report["depths"].items()}
     curves = {}
     for name in next(iter(by_depth.values())):
-        peaks = [variants[name]["peak_mb_an_image"] for variants in by_depth.values()]
-        times = [statistics.median(variants[name]["ms_a_step"]) / report["batch_size"] for variants in by_depth.values()]
+        peaks = [variants[name]["peak_mb_per_image"] for variants in by_depth.values()]
+        times = [statistics.median(variants[name]["ms_per_step"]) / report["batch_size"] for variants in by_depth.values()]
         if None in peaks:
             raise Refused(f"{path} lacks counted peaks, which only a report in fp32 has: make one")
         curves[LABELS.get(name, name)] = [*by_depth], peaks, times
@@ -66,8 +66,8 @@ def draw(growth_rate, conditions, curves, path):
             exponent = math.log(values[-1] / values[middle]) / math.log(depths[-1] / depths[middle])
             axes.plot(depths, values, marker="o", label=f"{label}: $L^{{{exponent:.1f}}}$")
     figure.suptitle(conditions, fontsize="medium")
-    memory.set_ylabel("peak memory, counted, MB an image")
-    time.set_ylabel("time of a training step, median, ms an image")
+    memory.set_ylabel("peak memory, counted, MB/image")
+    time.set_ylabel("time of a training step, median, ms/image")
     for axes in (memory, time):
         drawing.make_logarithmic(axes)
         axes.set(xscale="log", xlabel=f"depth L of DenseNet-BC, k = {growth_rate}")

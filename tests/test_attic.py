@@ -179,7 +179,7 @@ def test_the_rivals_are_measured_in_processes_of_their_own(run_script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\n| torchvision-checkpointed | " in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["depths"]["10"]["variants"]["torchvision-checkpointed"]["peak_mb_an_image"] > 0
+    assert report["depths"]["10"]["variants"]["torchvision-checkpointed"]["peak_mb_per_image"] > 0
 
 
 def test_a_table_for_each_depth_with_counted_bytes(call_main, monkeypatch, tmp_path):
@@ -188,7 +188,7 @@ def test_a_table_for_each_depth_with_counted_bytes(call_main, monkeypatch, tmp_p
     def measure(factories, args, device):
         for factory in factories.values():
             factory()()  # here, for it takes seconds to start a process
-        return {name: {"ms_a_step": [args.depth], "memory_gb": 1.0} for name in factories}
+        return {name: {"ms_per_step": [args.depth], "memory_gb": 1.0} for name in factories}
 
     monkeypatch.setattr(compare.bench, "measure", measure)
     flags = ["--depths", 10, 16, "--growth-rate", 2, "--batch-size", 2, "--image-size", 8, "--device", "cpu"]
@@ -199,11 +199,11 @@ def test_a_table_for_each_depth_with_counted_bytes(call_main, monkeypatch, tmp_p
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["conditions"].startswith("fp32, batch 2, 5 x 2 steps, cpu")
     variants = report["depths"]["16"]["variants"]
-    assert variants["torchvision-checkpointed"]["peak_mb_an_image"] < variants["plain"]["peak_mb_an_image"]
+    assert variants["torchvision-checkpointed"]["peak_mb_per_image"] < variants["plain"]["peak_mb_per_image"]
     args = compare.flags.parse_args(compare.build_parser(), [*map(str, flags[3:]), "--depth", "16"])
     peak = compare.peak_bytes(compare.step_on(torch.device("cpu"), "plain", args)[0])
-    assert variants["plain"]["peak_mb_an_image"] == pytest.approx(peak / 2 / 1e6)
-    assert variants["torchvision"]["peak_mb_an_image"] == pytest.approx(variants["plain"]["peak_mb_an_image"], rel=0.2)
+    assert variants["plain"]["peak_mb_per_image"] == pytest.approx(peak / 2 / 1e6)
+    assert variants["torchvision"]["peak_mb_per_image"] == pytest.approx(variants["plain"]["peak_mb_per_image"], rel=0.2)
 
 
 def test_every_depth_is_looked_at_before_the_first_is_measured(call_main, monkeypatch):

@@ -41,17 +41,18 @@ def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):
     heading, _, names, rule, *rows = out.splitlines()
     assert "bench.py --depth 10" in heading
     assert heading.endswith("torch " + torch.__version__)
-    assert names == "| | ms a step | images/s | ratio | memory, GB |"
+    assert names == "| | ms/step | images/s | ratio | memory, GB |"
     assert len({line.count("|") for line in (names, rule, *rows)}) == 1  # Markdown takes it for a table
     assert [row.split(" | ")[0] for row in rows] == ["| efficient", "| plain"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert "\n".join(report["table"]) + "\n" == out
-    assert [len(result["ms_a_step"]) for result in report["variants"].values()] == [2, 2]
+    assert [len(result["ms_per_step"]) for result in report["variants"].values()] == [2, 2]
     assert all(0.1 < result["memory_gb"] < 10 for result in report["variants"].values())
 
 
 def test_the_numbers_are_medians_and_quartiles():
-    results = {"plain": {"ms_a_step": [50, 10, 20, 40, 30], "memory_gb": 1.5}, "efficient": {"ms_a_step": [60], "memory_gb": 1}}
+    results = {"plain": {"ms_per_step": [50, 10, 20, 40, 30], "memory_gb": 1.5}}
+    results["efficient"] = {"ms_per_step": [60], "memory_gb": 1}
     *_, plain, efficient = bench.table(results, parse(), CPU)
     assert plain == "| plain | 30.0 | 133.3 (100.0 to 200.0) | 1.00 | 1.50 |"
     assert efficient == "| efficient | 60.0 | 66.7 (66.7 to 66.7) | 0.50 | 1.00 |"
@@ -175,7 +176,7 @@ def test_variants_warm_up_and_then_take_turns(monkeypatch, kind, warm_ups):
     groups = [["x-compiled", "y-compiled"] if group == "xy" else [group] for group in warm_ups]
     assert asked == [(group, 5) for group in groups] + [([name], 30) for name in names] * 2
     for i, name in enumerate(names, start=len(groups) + 1):
-        assert results[name] == {"ms_a_step": [i, i + 4], "memory_gb": (i + 4) / 8}
+        assert results[name] == {"ms_per_step": [i, i + 4], "memory_gb": (i + 4) / 8}
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -22,7 +22,7 @@ def settings(*arguments):
 
 @functools.cache
 def kept(name):
-    """MB an image kept for the backward pass at each of DEPTHS."""
+    """MB/image kept for the backward pass at each of DEPTHS."""
     made = [counting.net_and_batch(counting.META, name, settings("--depth", depth, "--batch-size", 2)) for depth in DEPTHS]
     return [counting.kept_bytes(functools.partial(loss_of, *each)) / 2e6 for each in made]
 

@@ -40,7 +40,7 @@ def report_of(peaks):
     """A report of attic/compare-speed.py with these peaks at L=40, 100 and 250."""
     variants = ("plain", "efficient")
     of_depth = {
-        depth: {"variants": {name: {"ms_a_step": [9, 1, 7], "peak_mb_an_image": peak} for name in variants}}
+        depth: {"variants": {name: {"ms_per_step": [9, 1, 7], "peak_mb_per_image": peak} for name in variants}}
         for depth, peak in zip((40, 100, 250), peaks, strict=True)
     }
     return {"growth_rate": 12, "batch_size": 8, "conditions": "fp32, batch 8, a CPU, 2 threads", "depths": of_depth}
