@@ -66,7 +66,7 @@ def build_parser():
     add("--out", metavar="DIR", type=nonempty(Path), help="folder for confusion.csv and confusion.png (beside the checkpoint)")
     text = "write each picture's class, its probability, and the true class if known, as CSV"
     add("--predictions", metavar="FILE", type=new_file, help=text)
-    text = "classify these pictures, or those in a folder, not the test set"
+    text = "classify these pictures, or those in a folder, instead of evaluating the test set"
     add("--image", nargs="+", metavar="FILE|DIR", type=nonempty(Path), help=text)
     add("--export", metavar="FILE", type=new_file, help="write the bare weights to this .pth file instead, and a .json")
     return parser

@@ -41,9 +41,9 @@ def add_model_flags(group, depth=100):
     add, switch = group.add_argument, argparse.BooleanOptionalAction
     size = at_least(-math.inf, high=MAX_SIZE)  # DenseNet refuses what is too small
     add("--depth", type=size, default=depth, help="L, the layers with weights (%(default)s)")
-    add("--growth-rate", type=size, default=12, help="k, the feature maps a layer adds (%(default)s)")
+    add("--growth-rate", type=size, default=12, help="k, the feature maps that a layer adds (%(default)s)")
     add("--reduction", type=float, help="fraction of the channels a transition keeps (0.5; plain net 1.0)")
-    add("--bottleneck", action=switch, default=True, help="DenseNet-BC's layers, or the plain DenseNet")
+    add("--bottleneck", action=switch, default=True, help="the layers of DenseNet-BC (yes), or those of the plain DenseNet")
     add("--drop-rate", type=float, help="dropout (0 with augmentation, else 0.2)")
     add("--init-channels", type=size, help="output channels of the first convolution (2k; plain net 16)")
     add("--efficient", action=switch, help="dense blocks in linear memory (yes on a GPU with k <= 12, no dropout, no fp32)")
@@ -57,7 +57,7 @@ def add_optimisation_flags(group):
     add("--lr", type=number, help="sgd: 0.1, divided by 10 at 1/2 and 3/4 of the epochs; else PyTorch's default, constant")
     add("--momentum", type=at_least(0, float, high=1), default=SGD["momentum"], help="of sgd (%(default)s)")
     add("--weight-decay", type=number, default=1e-4, help="on all parameters (%(default)s)")
-    add("--nesterov", action=switch, default=SGD["nesterov"], help="Nesterov momentum for sgd, or plain")
+    add("--nesterov", action=switch, default=SGD["nesterov"], help="Nesterov momentum, for sgd (yes)")
     add("--seed", type=at_least(0, high=2**64 - 1), default=1, help="(%(default)s)")
     add("--deterministic", action=switch, default=False, help="only deterministic kernels: slower on a GPU, repeatable")
 
@@ -68,7 +68,7 @@ def add_machine_flags(group):
     add("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     add("--precision", choices=[*DTYPES], help="of matrix products; bf16, fp16: autocast (tf32 if the GPU has it, else fp32)")
     add("--compile", choices=modes, nargs="?", const="auto", help="torch.compile; auto: reduce-overhead on a GPU, else default")
-    add("--capture", action=switch, help="both passes as one CUDA graph (yes on a GPU with one process, no --compile)")
+    add("--capture", action=switch, help="replay both passes as one CUDA graph (yes on a GPU with one process, no --compile)")
     add("--sync-bn", action=switch, default=False, help="under torchrun: batch statistics over all processes")
 
 

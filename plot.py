@@ -68,12 +68,12 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
     add, number = parser.add_argument, at_least(0, float)
     add("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
-    text = "their folder, or the file of one figure (default: the run, or what holds all)"
+    text = "folder for the figures, or file of a single one (default: the run, or the folder that holds all runs)"
     add("--out", type=nonempty(Path), metavar="DIR|FILE", help=text)
     add("--format", choices=drawing.FORMATS, help="(that of --out FILE, else png)")
-    add("--average", action="store_true", help="average runs that differ in --seed only, with the range of their test")
-    add("--smooth", type=number, metavar="EPOCHS", default=1.0, help="training curve's moving average (%(default)s)")
-    add("--since", type=number, metavar="EPOCH", default=0.0, help="leave out what came before (%(default)s)")
+    add("--average", action="store_true", help="draw the mean of runs that differ in --seed only, and the range of their test")
+    add("--smooth", type=number, metavar="EPOCHS", default=1.0, help="moving average of the training curve (%(default)s)")
+    add("--since", type=number, metavar="EPOCH", default=0.0, help="leave out the epochs before this one (%(default)s)")
     add("--linear", action="store_true", help="linear instead of logarithmic loss axis")
     add("--log-error", action="store_true", help="logarithmic instead of linear error axis")
     add("--title", help="text above the figure")
