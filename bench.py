@@ -29,7 +29,7 @@ import endings
 import flags
 from distributed import World
 from files import as_json, replace_file
-from machine import choose_device, describe, keep_freed_memory, set_determinism
+from machine import choose_device, device_name, keep_freed_memory, set_determinism
 from step import TrainingStep
 
 VARIANTS = ("plain", "efficient", "plain-captured", "efficient-captured", "plain-compiled", "efficient-compiled")
@@ -191,7 +191,7 @@ def measured(step, steps, device):
 def conditions(args, device):
     """The conditions of a measurement that do not depend on the net."""
     run = f"{args.precision}, batch {args.batch_size}, {args.rounds} x {args.steps} steps"
-    return f"{run}, {describe(device)}, torch {torch.__version__}"
+    return f"{run}, {device_name(device)}, torch {torch.__version__}"
 
 
 def table(results, args, device):

@@ -28,8 +28,8 @@ def choose_device(name):
     return device
 
 
-def describe(device):
-    """The device's name, for results."""
+def device_name(device):
+    """The GPU's name, or the CPU and its threads: what a result was measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -35,7 +35,7 @@ from checkpoint import build_net, checkpoint_in, digest, image_size_of, load_che
 from endings import Refused, Stopped, say
 from files import writable
 from folder import describe_classes, leaks
-from machine import choose_device, describe, keep_freed_memory, set_determinism
+from machine import choose_device, device_name, keep_freed_memory, set_determinism
 from metrics import loss_and_error_sums, predict
 from progress import progress
 from step import TrainingStep, make_optimizer, schedule
@@ -49,7 +49,7 @@ def main():
     args = flags.parse_args(parser)
     with endings.handle_errors(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
-        args, old_args = continued(parser, args, world)
+        args, old_args = resumed_arguments(parser, args, world)
         with distributed.process_group(world, choose_device(args.device), ending) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, old_args, fresh) if world.rank == 0 else None
@@ -80,7 +80,7 @@ def build_parser():
     return parser
 
 
-def continued(parser, args, world):
+def resumed_arguments(parser, args, world):
     """(args, the run's args.json or {}); with --resume, arguments that are not given are taken from it.
 
     Flags newer than the run are added to it with their defaults, so that another value counts as a change.
@@ -180,7 +180,7 @@ def open_run(net, dataset, args, world, fresh):
     if fresh != run_folder.is_fresh(args.save, args.resume):
         raise Refused(f"another process has changed {args.save} in the meantime: start again")
     args.digests = dataset.digests()
-    facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": describe(dataset.mean.device)}
+    facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": device_name(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes, "data": os.path.abspath(args.data)}
     checkpoint = None
@@ -201,7 +201,7 @@ def opening_lines(net, dataset, args, checkpoint):
     parts = {"training": dataset.train, "held-out": dataset.val, "test": dataset.test}
     images = ", ".join(f"{len(split):,} {part}" for part, split in parts.items() if split)
     ways = [args.precision, *(name for name in ("capture", "compile", "efficient") if getattr(args, name))]
-    yield f"{args.dataset} ({images} images), {describe(dataset.mean.device)}, {', '.join(ways)}, {args.save}"
+    yield f"{args.dataset} ({images} images), {device_name(dataset.mean.device)}, {', '.join(ways)}, {args.save}"
     if args.dataset == "folder":
         yield from describe_classes(dataset.classes, dataset.train.labels, dataset.test.labels)
         if checkpoint is None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
 from endings import Refused, handle_errors
 from flags import USAGE, add_device_flag, add_model_flags, make_net
-from machine import choose_device, describe
+from machine import choose_device, device_name
 
 # How far rounding may move a tensor, relative to its largest value. With the sides of the ReLUs fixed (see measure), nets of 7
 # to 100 layers, BC and plain, come to 7e-5 in fp32 and to 9e-2 in bf16 on a CPU; tf32 rounds eight times more finely than bf16.
@@ -56,7 +56,7 @@ def main():
         device = choose_device(args.device)
         torch.manual_seed(0)
         net = randomize(make_net(args), seed=0)
-        print(f"{describe(device)}, torch {torch.__version__}, {sum(p.numel() for p in net.parameters()):,} parameters\n")
+        print(f"{device_name(device)}, torch {torch.__version__}, {sum(p.numel() for p in net.parameters()):,} parameters\n")
         images, labels = random_batch(8, num_classes=10, seed=1)
         print(f"{'switch':16}{'precision':>9}{'bound':>8}{'error':>10}{'of logits':>11}{'ReLUs moved':>13}  verdict")
         right = [check(row, net, images, labels, device) for row in rows(device, args.compile)]

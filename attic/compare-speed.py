@@ -29,7 +29,7 @@ import endings
 import flags
 from attic.counting import META, net_of, peak_bytes, step_on
 from files import as_json, replace_file
-from machine import DTYPES, describe, set_precision
+from machine import DTYPES, device_name, set_precision
 
 # Whether it is train.py's step, and the name of the net in attic/counting.py.
 VARIANTS = {
@@ -131,9 +131,8 @@ def measure_pipeline(args, device):
     """Prints a table of images/s; returns the report."""
     rates = pipeline_rates(args, data.load("cifar10", args.data).to(device))
     base = statistics.median(rates["DataLoader, 1 worker"])
-    print(
-        f"batches of {args.batch_size}, {args.rounds} x {args.steps} of them, {describe(device)}, torch {torch.__version__}\n"
-    )
+    batches = f"{args.rounds} x {args.steps} batches of {args.batch_size}"
+    print(f"{batches}, {device_name(device)}, torch {torch.__version__}\n")
     print("| | images/s | ratio |\n| --- | --- | --- |")
     for name, values in rates.items():
         rate = statistics.median(values)

@@ -34,7 +34,7 @@ def main():
     parser = build_parser()
     args = flags.parse_args(parser)
     with endings.handle_errors(parser, "the net and its images", endings.LARGER) as ending:
-        args, old_args = train.continued(parser, args, World())
+        args, old_args = train.resumed_arguments(parser, args, World())
         device = choose_device(args.device)
         flags.fill_in(args, device, old_args=old_args)
         flags.refuse_contradictions(args, device)

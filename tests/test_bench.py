@@ -81,7 +81,7 @@ def test_what_a_variant_is(name, asked, expected):
 def test_what_is_captured_or_compiled_is_measured_unasked_on_a_gpu_only(call_main, monkeypatch, kind):
     measured = []
     monkeypatch.setattr(bench, "choose_device", lambda name: torch.device(kind))
-    monkeypatch.setattr(bench, "describe", lambda device: "a machine")
+    monkeypatch.setattr(bench, "device_name", lambda device: "a machine")
     monkeypatch.setattr(bench, "measure", lambda factories, args, device: measured.extend(factories))
     monkeypatch.setattr(bench, "table", lambda results, args, device: [str(args.steps)])
     assert call_main(bench) == (0, "10\n" if kind == "cuda" else "2\n", "")

@@ -343,7 +343,7 @@ def test_a_run_writes_its_files(tiny_run):
     facts = json.loads((tiny_run / "args.json").read_text())
     assert (facts["depth"], facts["batch_size"], facts["torch"]) == (10, 40, torch.__version__)
     assert facts["device"].startswith("cpu")
-    assert (facts["commit"], facts["hardware"]) == (run_folder.git_commit(), machine.describe(torch.device("cpu")))
+    assert (facts["commit"], facts["hardware"]) == (run_folder.git_commit(), machine.device_name(torch.device("cpu")))
     for name, inches in [("loss.png", 4.2), ("error.png", 4.2), ("loss-error.png", 8.4)]:
         assert Image.open(tiny_run / name).size[0] == pytest.approx(200 * inches)  # as printing needs it
 
