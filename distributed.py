@@ -95,8 +95,8 @@ def meet(world, device):
 def free(group):
     """At exit, frees what else refers to the group, such as DistributedDataParallel, which is in a reference cycle.
 
-    Python then frees the group, which ends gloo's threads. A thread that is left may ask for the GIL during Python's shutdown,
-    to free the tensor of its last task: that aborts the process, and the other ranks wait for it in vain.
+    atexit lets go of its argument, the group, next: freed, it ends gloo's threads. A thread that is left may ask for the GIL
+    during Python's shutdown, to free the tensor of its last task: that aborts the process, and the others wait for it in vain.
     """
     gc.collect()
 

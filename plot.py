@@ -106,28 +106,34 @@ def average_curves(folders, smooth):
 
 
 def read_curve(folders, smooth):
-    """The curve of runs of one setting, or None; the training curve of each is smoothed over `smooth` epochs."""
-    tables, changes, ends = [], set(), {}
-    for folder in folders:
-        train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
-        if train.empty and test.empty:
-            say(f"{folder} has no row yet and is not drawn")
-            continue
-        ends[folder] = max(table["epoch"].max() for table in (train, test) if not table.empty)
-        val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(COLUMNS, axis=1)
-        args = known_arguments(folder)
-        tables.append((moving_average(train, smooth, last_batch(args)), val, test))
-        changes |= rate_changes(args, test)
-    if not tables:
+    """The curve of runs of one setting, or None if none of them has a row yet."""
+    runs = {folder: run for folder in folders if (run := read_run(folder, smooth))}
+    if not runs:
         return None
+    tables, changes, ends = zip(*runs.values(), strict=True)
     parts = {part: over_runs(each) for part, each in zip(PARTS, zip(*tables, strict=True), strict=True)}
     if all(table.empty for table in parts.values()):
         names = ", ".join(map(str, folders))
         raise Refused(f"nothing to draw yet of {names}: wait until train.csv or test.csv has the same row in each run")
-    if max(ends.values()) > min(ends.values()):
-        say(f"{min(ends, key=ends.get)} ends at epoch {min(ends.values()):g}, and so does the mean of its setting")
+    if max(ends) > min(ends):
+        say(f"{[*runs][ends.index(min(ends))]} ends at epoch {min(ends):g}, and so does the mean of its setting")
     last = max(table.index.max() for table in parts.values() if not table.empty)
-    return Curve(parts, {change for change in changes if change < last}, len(tables), last)
+    return Curve(parts, {change for change in set.union(*changes) if change < last}, len(runs), last)
+
+
+def read_run(folder, smooth):
+    """((train, val, test), the epochs at which the learning rate changes, the last epoch), or None if the run has no row yet.
+
+    The training curve is smoothed over `smooth` epochs.
+    """
+    train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
+    if train.empty and test.empty:
+        say(f"{folder} has no row yet and is not drawn")
+        return None
+    val = test.reindex(columns=["epoch", "val_loss", "val_error"]).dropna().set_axis(COLUMNS, axis=1)
+    args = known_arguments(folder)
+    end = max(table["epoch"].max() for table in (train, test) if not table.empty)
+    return (moving_average(train, smooth, last_batch(args)), val, test), rate_changes(args, test), end
 
 
 def known_arguments(folder):
