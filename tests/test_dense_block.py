@@ -352,14 +352,15 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
 
 
 def test_other_parameters_for_a_call():
-    """As meta-learning gives them, by torch.func.functional_call: tensors, or another net's parameters."""
+    """As meta-learning gives them, by torch.func.functional_call: tensors for all or some, or another net's parameters."""
     net = random_net(BC)
     others = dict(random_net(BC).named_parameters())
-    tensors = {name: (1.5 * p).detach().requires_grad_() for name, p in others.items()}
     images, labels = batch(3, 16)
-    losses = [F.cross_entropy(torch.func.functional_call(each, tensors, images), labels) for each in (net, efficient_twin(net))]
-    plain, ours = (torch.autograd.grad(loss, list(tensors.values())) for loss in losses)
-    assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, plain, strict=True))
+    for part in ("", "conv", "bn1.weight", "bn2.bias"):
+        tensors = {name: (1.5 * p).detach().requires_grad_() for name, p in others.items() if part in name}
+        logits = [torch.func.functional_call(each, tensors, images) for each in (net, efficient_twin(net))]
+        plain, ours = (torch.autograd.grad(F.cross_entropy(each, labels), list(tensors.values())) for each in logits)
+        assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, plain, strict=True)), part
     loss = F.cross_entropy(torch.func.functional_call(efficient_twin(net), others, images), labels)
     with pytest.raises(RuntimeError, match="were changed before its backward pass: efficient=False"):
         loss.backward()
@@ -509,9 +510,9 @@ def test_a_block_without_layers_gives_its_input():
     assert block(images) is images
 
 
-def with_other_meanings(forward):
-    """The same code, in which F stands for other functions."""
-    return types.FunctionType(forward.__code__, {**forward.__globals__, "F": SimpleNamespace(relu=torch.sigmoid)})
+def with_other_meanings(**names):
+    """The same code, in which these names stand for other modules."""
+    return lambda forward: types.FunctionType(forward.__code__, {**forward.__globals__, **names})
 
 
 def with_another_name(forward):
@@ -520,14 +521,22 @@ def with_another_name(forward):
     return types.FunctionType(forward.__code__.replace(co_names=names), forward.__globals__)
 
 
+def with_another_constant(forward):
+    """NumPy's name of torch.cat's argument; the bytecode is the same."""
+    constants = tuple(("axis",) if each == ("dim",) else each for each in forward.__code__.co_consts)
+    return types.FunctionType(forward.__code__.replace(co_consts=constants), forward.__globals__)
+
+
 EDITS = {
     "another output": lambda forward: lambda self, x: 2 * forward(self, x),
     "another gradient": lambda forward: lambda self, x: torch.cat([x, forward(self, x.detach())[:, x.shape[1] :]], dim=1),
     "an attribute that a new layer has not": lambda forward: lambda self, x: getattr(self, "scale", 1) * forward(self, x),
     "many channels": lambda forward: lambda self, x: (2 if x.shape[1] > 15 else 1) * forward(self, x),
     "the mode": lambda forward: lambda self, x: forward(self, x) + (0.1 if self.training else 0),
-    "other meanings": with_other_meanings,
+    "another activation": with_other_meanings(F=SimpleNamespace(relu=torch.sigmoid)),
+    "another concatenation": with_other_meanings(torch=SimpleNamespace(cat=lambda maps, dim: 2 * torch.cat(maps, dim))),
     "another name": with_another_name,
+    "another constant": with_another_constant,
 }
 
 
