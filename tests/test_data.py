@@ -67,8 +67,10 @@ def test_crop_and_flip_equals_a_loop_over_the_images(size, padding):
 
 
 def test_batches_of_32_draw_what_they_always_drew():
-    top, left, _ = data.random_windows(50, 32, generator(), "cpu")
-    assert torch.equal(torch.stack([top, left]), torch.randint(0, 9, (2, 50), generator=generator()))
+    drawn = generator()
+    top, left, flip = data.random_windows(50, 32, generator(), "cpu")
+    assert torch.equal(torch.stack([top, left]), torch.randint(0, 9, (2, 50), generator=drawn))
+    assert torch.equal(flip, torch.rand(50, generator=drawn) < 0.5)
 
 
 def test_padding_is_zero_after_normalisation():
