@@ -362,19 +362,22 @@ def test_a_checkpoint_without_digests_is_evaluated_on_what_there_is(call_main, r
         assert len(evaluate.read_split(load_checkpoint(tmp_path / "latest.pth"), ".", "val")) == 50
 
 
-def test_held_out_pictures_of_a_folder_are_named_in_their_predictions(call_main, pictures, tmp_path):
-    """They are drawn from the training part, each in a colour of its own here."""
-    for i, file in enumerate(sorted(pictures.glob("train/*/*"))):
-        Image.new("RGB", (40, 50), (20 * i, 0, 0)).save(file)
+def test_pictures_of_a_folder_are_named_in_their_predictions(call_main, pictures, tmp_path):
+    """Held-out ones are drawn from the training part. Each has a colour of its own here."""
+    for i, file in enumerate(sorted(pictures.glob("t*/*/*"))):
+        Image.new("RGB", (40, 50), (18 * i, 0, 0)).save(file)
     flags = [*TINY[2:6], "--device", "cpu", "--dataset", "folder", "--data", pictures, "--val", 4, "--epochs", 1, "--no-plot"]
     assert call_main(train, *flags, "--drop-rate", 0, "--save", tmp_path / "run")[0] == 0
-    status, _, errors = call_main(evaluate, tmp_path / "run", "--val", "--predictions", tmp_path / "val.csv")
-    assert status == 0, errors
-    table = pd.read_csv(tmp_path / "val.csv")
-    images, _, _ = read_pictures([*map(Path, table["picture"])], 32)
-    assert torch.equal(images, data.load("folder", pictures, val=4).val.images)
-    assert len(images.flatten(1).unique(dim=0)) == 4
-    assert table["true"].tolist() == [Path(name).parent.name for name in table["picture"]]
+    dataset = data.load("folder", pictures, val=4)
+    for flags, split in [(["--val"], dataset.val), ([], dataset.test)]:
+        path = tmp_path / f"{len(split)}.csv"
+        status, _, errors = call_main(evaluate, tmp_path / "run", *flags, "--predictions", path)
+        assert status == 0, errors
+        table = pd.read_csv(path)
+        images, _, _ = read_pictures([*map(Path, table["picture"])], 32)
+        assert torch.equal(images, split.images)
+        assert len(images.flatten(1).unique(dim=0)) == len(split)
+        assert table["true"].tolist() == [Path(name).parent.name for name in table["picture"]]
 
 
 def test_only_the_folders_that_are_written_to_have_to_be_writable(monkeypatch, tmp_path):
