@@ -292,16 +292,25 @@ def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, tmp_pat
         assert (status, told in errors, contents(tmp_path)) == (2, True, before), errors
 
 
-def test_other_groups_of_parameters_in_the_code_are_refused(call_main, monkeypatch, tmp_path):
+def with_a_group_of_its_own(first, others, lr):
+    return torch.optim.SGD([{"params": [first], "weight_decay": 0}, {"params": others}], lr=lr)
+
+
+def without_the_first(first, others, lr):
+    return torch.optim.SGD(others, lr=lr)
+
+
+@pytest.mark.parametrize("changed", [with_a_group_of_its_own, without_the_first])
+def test_other_groups_of_parameters_in_the_code_are_refused(call_main, monkeypatch, tmp_path, changed):
     """Before anything is written."""
     assert call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path)[0] == 0
     before = contents(tmp_path)
 
-    def two_groups(net, args):
+    def make_optimizer(net, args):
         first, *others = net.parameters()
-        return torch.optim.SGD([{"params": [first], "weight_decay": 0}, {"params": others}], lr=args.lr)
+        return changed(first, others, args.lr)
 
-    monkeypatch.setattr(train, "make_optimizer", two_groups)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", 2)
     assert (status, "is not of this run, or of another version of this program" in errors) == (2, True), errors
     assert contents(tmp_path) == before
