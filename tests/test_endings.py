@@ -138,6 +138,7 @@ ENDING = argparse.Namespace(needs="x", remedy="y", resume=None)
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("could not create a memory object"),
         MemoryError("std::bad_alloc"),
+        RuntimeError("std::bad_alloc"),
         OSError(12, "Cannot allocate memory"),
     ],
 )
@@ -382,9 +383,14 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
         assert "this is a bug" in caught.value.__notes__[0]
 
 
-def test_a_process_whose_partner_is_gone_says_so(capsys):
-    error = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
+        torch.distributed.DistBackendError("NCCL error in: ncclUtils.cpp, remote process exited or there was a network error"),
+    ],
+)
+def test_a_process_whose_partner_is_gone_says_so(capsys, error):
     def end(resume):
         with endings.handle_errors(argparse.ArgumentParser(prog="a.py"), "x", "y") as ending:
             ending.resume = resume
