@@ -427,18 +427,20 @@ def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_run_whose_folder_is_moved_away_writes_nothing_into_a_new_one(call_main, monkeypatch, tmp_path, again):
-    """After its first epoch, whether or not another run was begun under the old name by then."""
+@pytest.mark.parametrize("place", ["test", "print_epoch"])
+def test_a_run_whose_folder_is_moved_away_writes_nothing_into_a_new_one(call_main, monkeypatch, tmp_path, place, again):
+    """Before or after its first epoch is saved, whether or not another run was begun under the old name by then."""
     save, words = tmp_path / "run", [*FLAGS, "--epochs", 2]
-    print_epoch = train.print_epoch
+    real = getattr(train, place)
 
     def moved(*arguments):
-        print_epoch(*arguments)
+        result = real(*arguments)
         save.rename(tmp_path / "moved")
-        monkeypatch.setattr(train, "print_epoch", print_epoch)
+        monkeypatch.setattr(train, place, real)
         assert not again or call_main(train, *words, "--seed", 2, "--save", save)[0] == 0
+        return result
 
-    monkeypatch.setattr(train, "print_epoch", moved)
+    monkeypatch.setattr(train, place, moved)
     status, _, errors = call_main(train, *words, "--save", save)
     assert (status, f"{save} was moved or removed while the run was writing there: resume" in errors) == (1, True), errors
     assert save.exists() == again
