@@ -332,7 +332,7 @@ def test_a_signal_to_one_rank_ends_all_of_them_at_the_same_step(forked, tmp_path
     first, second = run_ranks(forked, "-c", SIGNALLED, *flags)
     assert (first.returncode, second.returncode) == (128 + signal.SIGTERM, 128 + signal.SIGUSR1), first.stderr + second.stderr
     assert "stopped by SIGTERM; this continues the run: the same torchrun command with --resume" in first.stderr
-    assert second.stderr == ""
+    assert second.stdout == second.stderr == ""
     assert len(pd.read_csv(tmp_path / "run" / "train.csv")) == 5
     assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 1
     for done in run_ranks(forked, "train.py", *flags, "--resume"):  # both go on behind the first epoch
@@ -475,17 +475,23 @@ def test_one_rank_tells_what_is_read_and_what_is_not(monkeypatch, capsys, pictur
     assert told == [3, 0]  # what is not read, and the titles of both parts
 
 
-def test_one_rank_draws(call_main, monkeypatch, tmp_path):
+def test_one_rank_draws_shows_a_bar_and_writes_the_first_checkpoint_of_a_run_of_init(call_main, monkeypatch, tmp_path):
     """call_main puts the handlers of signals back."""
+    told = []
 
-    def plots(save, enabled):
-        raise InterruptedError(enabled)
+    def progress(shown, **options):
+        told.append(shown)
+        raise InterruptedError
 
     monkeypatch.setattr(distributed, "wrap", lambda net, world, device: net)
-    monkeypatch.setattr(train.run_folder, "Plots", plots)
-    args = parse_args(train.build_parser(), [*TINY, "--save", str(tmp_path)])
+    monkeypatch.setattr(train.run_folder, "Plots", lambda save, enabled: told.append(enabled))
+    monkeypatch.setattr(train, "progress", progress)
+    args = parse_args(train.build_parser(), [*TINY, "--init", "net.pth", "--save", str(tmp_path)])
     fill_in(args, torch.device("cpu"), 2)
     dataset = data.load("digits", ".", limit=8)
     for rank in range(2):
-        with pytest.raises(InterruptedError, match=str(rank == 0)):
+        with pytest.raises(InterruptedError):
             train.fit(flags.make_net(args), dataset, args, World(rank, rank, 2), None, lambda: None)
+        told.append((tmp_path / "latest.pth").exists())
+        (tmp_path / "latest.pth").unlink(missing_ok=True)
+    assert told == [True] * 3 + [False] * 3
