@@ -223,15 +223,26 @@ def folder(path):
     path.mkdir()
 
 
-CARD = {"args": {}, "epoch": 1, "mean": [], "std": [], "classes": []}  # complete, so that it is the net that is refused
+CARD = {"args": {"dataset": "digits", "data": "data", "val": 0}, "epoch": 1, "mean": [0.0] * 3, "std": [1.0] * 3}
+CARD |= {"classes": ["cat", "dog"]}  # complete, so that it is the net that is refused
+TINY_NET = dict(depth=10, growth_rate=2, reduction=0.5, num_classes=2, bottleneck=True, drop_rate=0.0, efficient=False)
 
 
 def vgg(path):  # as attic/train-vgg.py saves it
-    torch.save({**CARD, "net": {}, "model": {"depth": None, "growth_rate": None, "num_classes": 10}}, path)
+    model = dict.fromkeys(TINY_NET) | {"num_classes": 2}
+    torch.save({**CARD, "net": torch.nn.Linear(1, 2).state_dict(), "model": model}, path)
+
+
+def no_net(path):
+    torch.save({**CARD, "net": {}, "model": TINY_NET}, path)
+
+
+def impossible_net(path):
+    torch.save({**CARD, "net": DenseNet(**TINY_NET).state_dict(), "model": TINY_NET | {"depth": 11}}, path)
 
 
 def other_net(path):
-    torch.save({**CARD, "net": {}, "model": {"depth": 10}}, path)
+    torch.save({**CARD, "net": DenseNet(**TINY_NET).state_dict(), "model": TINY_NET | {"growth_rate": 3}}, path)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +253,10 @@ def other_net(path):
         (bare_tensor, "is not a checkpoint of train.py"),
         (nothing, "does not exist: name a run, or its latest.pth"),
         (folder, "file.pth holds no checkpoint, neither latest.pth nor net.pth: name a run that has one"),
-        (vgg, "is not a checkpoint of train.py"),
-        (other_net, "is not a checkpoint of train.py"),
+        (no_net, "is not a checkpoint of train.py"),
+        (vgg, "the checkpoint does not describe a DenseNet: name the latest.pth of train.py"),
+        (impossible_net, "describes an impossible DenseNet (depth 11 does not fit"),
+        (other_net, "the weights are not those of the DenseNet that the checkpoint names: use the densenet.py of its run"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_ours(call_main, tmp_path, make, message):
