@@ -486,11 +486,13 @@ UNTAKEN = {  # of a first layer of 10 channels
     "a mean of one value": with_vectors(running_mean=torch.ones(1)),
     "more rows in a convolution": lambda layer: setattr(layer.conv1, "weight", nn.Parameter(torch.ones(40, 10, 1, 1))),
     "fewer rows in a convolution": lambda layer: setattr(layer.conv2, "weight", nn.Parameter(torch.ones(1, 20, 3, 3))),
+    "a stride": lambda layer: setattr(layer.conv2, "stride", (2, 2)),
+    "no padding": lambda layer: setattr(layer.conv2, "padding", (0, 0)),
 }
 
 
 @pytest.mark.parametrize("name", UNTAKEN)
-def test_parameters_and_statistics_of_other_shapes_are_left_to_the_plain_modules(name):
+def test_parameters_statistics_and_outputs_of_other_shapes_are_left_to_the_plain_modules(name):
     """Which raise an error or take them; memory is not read beyond them."""
     block, images = DenseBlock(Bottleneck, 2, 10, 5, 0.0, efficient=True), torch.randn(2, 10, 8, 8)
     assert block.runs_efficiently(images)
