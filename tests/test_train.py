@@ -289,9 +289,9 @@ def test_what_python_numpy_and_torch_draw_in_an_epoch_follows_from_its_number():
 
 def test_each_epoch_and_each_seed_has_its_own_order_crops_and_dropout():
     epochs = {key: an_epoch(*key) for key in [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2)]}
-    again = an_epoch(1, 1)
-    assert all(torch.equal(*pair) for pair in zip(again[0], epochs[1, 1][0], strict=True))
-    assert again[3] == epochs[1, 1][3]
+    again = an_epoch(2, 1)
+    assert all(torch.equal(*pair) for pair in zip(again[0], epochs[2, 1][0], strict=True))
+    assert again[3] == epochs[2, 1][3] == 10153658008414891177  # as ever: a later version may resume the run
     assert len({tuple(torch.cat(labels).tolist()) for _, labels, _, _ in epochs.values()}) == 5
     assert len({seed for *_, seed in epochs.values()}) == 5
 
