@@ -592,8 +592,13 @@ REPLACED = {  # owner, name, what is put there
     "another activation": (F, "relu", F.gelu),
     "another convolution": (F, "conv2d", lambda x, weight, *rest, conv2d=F.conv2d: conv2d(x, weight.tanh(), *rest)),
     "another batch norm": (F, "batch_norm", lambda *arguments, batch_norm=F.batch_norm: 2 * batch_norm(*arguments)),
+    "PyTorch's batch norm": (torch, "batch_norm", lambda *arguments, batch_norm=torch.batch_norm: 2 * batch_norm(*arguments)),
+    "another dropout": (F, "dropout", lambda x, *rest: 2 * x),
     "another concatenation": (torch, "cat", lambda tensors, dim, cat=torch.cat: 2 * cat(tensors, dim)),
     "a convolution by somebody": (nn.Conv2d, "forward", lambda self, x, forward=nn.Conv2d.forward: 2 * forward(self, x)),
+    "its method": (nn.Conv2d, "_conv_forward", lambda self, *rest, method=nn.Conv2d._conv_forward: 2 * method(self, *rest)),
+    "a batch norm by somebody": (nn.BatchNorm2d, "forward", lambda self, x, own=nn.BatchNorm2d.forward: 2 * own(self, x)),
+    "a dropout by somebody": (nn.Dropout, "forward", lambda self, x: 2 * x),
     "a call": (Bottleneck, "__call__", doubled_call),
 }
 
