@@ -27,7 +27,7 @@ import flags
 import plot
 import run_folder
 import train
-from checkpoint import load_checkpoint
+from checkpoint import digest, load_checkpoint
 from endings import Refused
 
 FLAGS = [*TINY, "--batch-size", 40, "--drop-rate", 0.2, "--augment", "--no-plot"]
@@ -475,7 +475,8 @@ def test_a_checkpoint_that_comes_or_goes_meanwhile(call_main, monkeypatch, tiny_
     """Whether --init was read depends on it; a run is neither begun nor continued then, and nothing else is touched."""
     save = shutil.copytree(tiny_run, tmp_path / "run")
     facts = json.loads((save / "args.json").read_text())
-    (save / "args.json").write_text(json.dumps(facts | {"init": str(tiny_run / "latest.pth") if init else None}))
+    begun = {"init": str(tiny_run / "latest.pth"), "init_digest": digest(weights(tiny_run))} if init else {}
+    (save / "args.json").write_text(json.dumps(facts | begun))
     if vanishes:
         meanwhile(monkeypatch, (save / "latest.pth").unlink)
     else:
