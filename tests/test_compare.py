@@ -45,7 +45,7 @@ def tables(call_main, tmp_path):
 
     def call(*arguments):
         shutil.rmtree(tmp_path / "written", ignore_errors=True)
-        files = [tmp_path / "written" / "table.md", tmp_path / "written" / "table.csv"]
+        files = [tmp_path / "written" / "here" / name for name in ("table.md", "table.csv")]
         status, out, errors = call_main(compare, *arguments, "--markdown", files[0], "--csv", files[1])
         assert (status, errors) == (0, "")
         return table(files[0].read_text()), [*csv.DictReader(files[1].open())], out

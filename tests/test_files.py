@@ -102,6 +102,23 @@ def test_a_folder_that_cannot_be_written_to_is_told_by_the_name_of_the_file(monk
     assert caught.value.filename == str(tmp_path / "table.csv")
 
 
+def test_json_that_may_not_be_read_is_not_called_damaged(monkeypatch, tmp_path):
+    """As by a user who may not read it, which root always may."""
+
+    def may_not_be_read(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", may_not_be_read)
+    with pytest.raises(PermissionError):
+        files.read_json(tmp_path / "args.json", "put back a whole one")
+
+
+def test_a_new_folder_can_be_written_to_where_it_can_be_made_with_those_above_it(tmp_path):
+    (tmp_path / "file").touch()
+    found = {name: files.writable(tmp_path / name) for name in (".", "new", "new/deep/folder", "file", "file/new")}
+    assert found == {".": True, "new": True, "new/deep/folder": True, "file": False, "file/new": False}
+
+
 def test_only_a_device_may_be_there_and_be_named_twice(tmp_path):
     refuse_existing(Path("/dev/null"), Path("/dev/null"), None, None, tmp_path / "new")
     (tmp_path / "file").touch()

@@ -421,8 +421,9 @@ def test_a_row_with_other_columns_than_the_header_is_not_written(tmp_path):
 
 
 def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
-    with run_folder.locked(tmp_path / "run"):
-        status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path / "run", "--resume")
+    save = tmp_path / "new" / "run"
+    with run_folder.locked(save):
+        status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", save, "--resume")
     assert (status, "another process is training in" in errors) == (2, True)
 
 
