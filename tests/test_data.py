@@ -245,7 +245,7 @@ def test_an_archive_beside_folders_of_pictures_is_read(cifar, pictures, monkeypa
 
 
 def test_a_download_that_fails_leaves_the_folders_that_there_were(tmp_path):
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train").mkdir(parents=True)  # alone it makes no folder of pictures
     for root in (tmp_path / "new" / "data", tmp_path / "mine"):
         with pytest.raises(Refused, match="lacks files of CIFAR10, and downloads fail"):
             data.load("cifar10", root)
