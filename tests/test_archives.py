@@ -115,6 +115,13 @@ def test_what_is_there_is_kept_and_the_rest_is_taken_from_the_archive(server, tm
     assert not server.requests
 
 
+def test_a_file_that_is_no_archive_is_kept_as_it_is(server, tmp_path):
+    """As those of SVHN."""
+    server.go.set()
+    archives.fetch("a set", tmp_path, server.url, "batches.tar", MD5, {tmp_path / "batches.tar": MD5})
+    assert contents(tmp_path) == {"batches.tar": ARCHIVE, ".download.lock": b""}
+
+
 def test_another_file_than_expected_leaves_nothing(server, tmp_path):
     server.go.set()
     root = tmp_path / "new" / "data"
