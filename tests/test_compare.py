@@ -134,17 +134,16 @@ def test_the_validation_error_gives_the_order_and_the_line_says_so(tables, tmp_p
     assert "sorted" not in tables(folders[1])[2]
 
 
-def test_the_order_is_that_of_each_data_set_by_itself(tables, tmp_path):
-    arguments = {"columns": ",val_loss,val_error", "val": 10}
-    names = ["digits", "cifar10", "digits", "cifar10"]
-    errors = [2, 9, 1, 8]
-    folders = [
-        write_run(tmp_path / str(error), 5, values=f",1,{error}", dataset=name, lr=error, **arguments)
-        for name, error in zip(names, errors, strict=True)
-    ]
+@pytest.mark.parametrize("column", ["dataset", "data"])
+def test_the_order_is_that_of_each_data_set_by_itself(tables, tmp_path, column):
+    arguments = {"columns": ",val_loss,val_error", "val": 10, "dataset": "folder"}
+    folders = []
+    for name, error in [("dogs", 2), ("cats", 9), ("dogs", 1), ("cats", 8)]:
+        facts = arguments | {column: name, "digests": {"train": name}, "lr": error}
+        folders.append(write_run(tmp_path / str(error), 5, values=f",1,{error}", **facts))
     shown = tables(*folders)[0]
-    order = [("cifar10", "8.00"), ("cifar10", "9.00"), ("digits", "1.00"), ("digits", "2.00")]
-    assert [(row["dataset"], row["val error, %"]) for row in shown] == order
+    order = [("cats", "8.00"), ("cats", "9.00"), ("dogs", "1.00"), ("dogs", "2.00")]
+    assert [(row[column], row["val error, %"]) for row in shown] == order
 
 
 @pytest.mark.parametrize(
@@ -168,9 +167,11 @@ def test_columns_are_the_arguments_in_which_settings_differ(tables, tmp_path, ar
 
 def test_another_machine_or_version_is_another_setting_where_nothing_else_tells_equal_seeds_apart(tables, tmp_path):
     one, timed = write_run(tmp_path / "one", 5), {"columns": ",seconds", "values": ",2"}
-    shown, _, out = tables(one, write_run(tmp_path / "seed", 6, seed=2, torch="2.14", efficient=True, **timed))
+    others = {"torch": "2.14", "hardware": "a CPU", "compile": "default", "capture": True, "deterministic": True}
+    shown, _, out = tables(one, write_run(tmp_path / "seed", 6, seed=2, efficient=True, **others, **timed))
     assert [(row["n"], row["images/s"]) for row in shown] == [("2", "-")]
-    assert f"{one} and the other seeds of its setting differ in efficient, torch\n" in out
+    names = "capture, compile, deterministic, efficient, hardware, torch"
+    assert f"{one} and the other seeds of its setting differ in {names}\n" in out
     shown, _, out = tables(one, write_run(tmp_path / "commit", 6, seed=2, commit="4567", **timed))
     assert ("differ in commit\n" in out, [row["images/s"] for row in shown]) == (True, ["500"])
     assert "differ" not in tables(one, write_run(tmp_path / "device", 6, seed=2, device="cuda:1"))[2]
@@ -340,8 +341,9 @@ def test_what_a_setting_has_is_told_also_where_it_was_not_asked_for_to_tell_it_f
 def test_a_table_that_cannot_be_written(call_main, tmp_path):
     run = write_run(tmp_path / "run", 5)
     before = contents(run)
-    status, _, errors = call_main(compare, run, "--csv", run / "test.csv")
-    assert (status, f"{run / 'test.csv'} exists already: name another file, or remove it" in errors) == (2, True)
+    for kind in ("--csv", "--markdown", "--latex"):
+        status, _, errors = call_main(compare, run, kind, run / "test.csv")
+        assert (status, f"{run / 'test.csv'} exists already: name another file, or remove it" in errors) == (2, True)
     status, _, errors = call_main(compare, run, "--csv", run / "test.csv" / "table.csv")
     assert (status, f"{run / 'test.csv'}: File exists: fix this, or name another place" in errors) == (2, True)
     status, _, errors = call_main(compare, run, "--csv", tmp_path / "x", "--latex", tmp_path / "x")

@@ -96,6 +96,7 @@ def test_at_the_end_of_an_epoch_the_training_curve_is_at_the_mean_of_its_images(
     """The last batch of an epoch is smaller, and counts for less."""
     curve = plot.read_curve([tiny_run], smooth=1.0).tables["train"]
     test = pd.read_csv(tiny_run / "test.csv").set_index("epoch")
+    assert [plot.last_batch({"train_images": images, "batch_size": 40}) for images in (79, 80, 81)] == [39 / 40, 1, 1 / 40]
     assert 0 < plot.last_batch(plot.known_arguments(tiny_run)) < 1
     for column in ("loss", "error"):
         means = curve[column]["mean"]
@@ -582,6 +583,7 @@ def test_what_has_one_point_yet_is_marked(call_main, saved, tmp_path):
     axes = saved[0].axes[0]
     marks = {line.get_ydata()[0]: line.get_marker() for line in axes.lines if len(line.get_ydata())}
     assert marks == {2.3: ".", 2.1: "_", 2.2: "o"}
+    assert not axes.collections  # a band is of several runs
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
 
