@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_pictures import png
 
 import data
 from checkpoint import load_checkpoint, normalization
@@ -131,6 +132,7 @@ FILES = {
     "turned.jpg": save_turned,
     "deep.png": lambda path: Image.fromarray(np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30).save(path),
     "clear.png": lambda path: Image.new("RGBA", (40, 50), (9, 8, 7, 100)).save(path),
+    "few.png": lambda path: png(path, 2, 0, b"\x1b", transparent=1),
     "key.gif": lambda path: Image.new("P", (40, 50), 0).save(path, transparency=0),
 }
 
