@@ -40,6 +40,7 @@ def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):
     assert (status, ended) == (0, [0, 0]), errors  # each by itself
     heading, _, names, rule, *rows = out.splitlines()
     assert "bench.py --depth 10" in heading
+    assert ": L=10, k=2, fp32, batch 4, 2 x 1 steps, " in heading
     assert heading.endswith("torch " + torch.__version__)
     assert names == "| | ms/step | images/s | ratio | memory, GB |"
     assert len({line.count("|") for line in (names, rule, *rows)}) == 1  # Markdown takes it for a table

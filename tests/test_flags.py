@@ -36,6 +36,7 @@ def test_defaults_that_depend_on_others():
     for args, others in [(svhn, {"epochs", "val"}), (digits, set()), (folder, set())]:  # all else is as for CIFAR
         differences = {name for name, value in vars(parse()).items() if vars(args)[name] != value}
         assert differences == {"dataset", "save", "augment", "drop_rate"} | others
+    assert (parse().seed, parse().limit, parse().image_size) == (1, None, 32)
     assert parse("--dataset", "svhn", "--epochs", "3", "--val", "0").epochs == 3
     plain = DenseNet(**model_arguments(parse("--no-bottleneck", "--depth", "40")))
     assert sum(p.numel() for p in plain.parameters()) == 1_019_722

@@ -1066,3 +1066,9 @@ def test_rates_of_groups_of_parameters_are_not_replaced_by_one(monkeypatch):
     with pytest.raises(ValueError, match="rates of their own"):
         take.begin_epoch(0.1)
     assert [group["lr"] for group in take.optimizer.param_groups] == [0.1, 0.01]
+
+
+def test_a_learning_rate_of_0_is_set_as_any_other():
+    """As at the end of a cosine."""
+    take = TrainingStep(torch.nn.Linear(2, 2), parse(), torch.device("cpu"), World())
+    assert [take.begin_epoch(rate) for rate in (0.1, 0.0, None)] == [0.1, 0.0, 0.0]
