@@ -912,6 +912,7 @@ def test_a_folders_run_goes_on_where_its_pictures_are_now(call_main, pictures, t
         ("cpu (x86_64, 8 threads)", (False, True), "cpu", [], (False, True)),
         ("cpu (x86_64, 8 threads)", (False, True), "cuda", [], (True, False)),
         ("NVIDIA H100", (False, True), "cuda", [], (False, True)),
+        ("cpu (x86_64, 8 threads), then NVIDIA H100", (False, True), "cuda", [], (False, True)),
         ("NVIDIA H100", (True, True), "cuda", [], (True, True)),
         ("NVIDIA H100", (True, True), "cuda", ["--compile"], (False, True)),
         ("NVIDIA H100", (True, True), "cpu", [], (False, False)),
