@@ -202,6 +202,16 @@ def test_products_of_float32_are_rounded_where_the_convolutions_of_pytorch_may_r
         assert kernels.fit_transition(maps, Transition(8, 4)) == bool(fits)
 
 
+def test_a_transition_is_joined_for_maps_of_two_rows_and_columns_and_weights_of_float32():
+    """For smaller maps PyTorch's pooling says that they are too small."""
+    import kernels
+
+    transition = Transition(8, 4)
+    joined = [kernels.fit_transition(torch.empty(2, 8, *size), transition) for size in [(2, 2), (1, 4), (4, 1)]]
+    transition.conv1.half()
+    assert (joined, kernels.fit_transition(torch.empty(2, 8, 2, 2), transition)) == ([True, False, False], False)
+
+
 def test_a_mean_large_against_the_deviation(interpreted):
     interpreted(check_large_mean)
 
