@@ -400,10 +400,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(call_main, forke
 def test_the_rows_of_an_epoch_are_on_the_disk_before_its_checkpoint(disk, tmp_path):
     for name, header in run_folder.headers({"val": 0}).items():
         (tmp_path / name).write_text(header)
-    run_folder.append_rows(tmp_path / "train.csv", [(0.5, 3, 90), (1, 2, 80)])
+    run_folder.append_rows(tmp_path / "train.csv", [(1 / 3, 3.14159265, 90), (1, 2, 80)])
     run_folder.end_epoch(tmp_path, [1.5, 70, 2, 71, 0.1, 9], {"epoch": 1})
     flushed = {name: content for kind, name, content in disk if kind == "flush"}
-    assert flushed["train.csv"] == b"epoch,loss,error\n0.5,3,90\n1,2,80\n"
+    assert flushed["train.csv"] == b"epoch,loss,error\n0.333333,3.14159,90\n1,2,80\n"
     assert flushed["test.csv"] == b"epoch,loss,error,train_loss,train_error,lr,seconds\n1,1.5,70,2,71,0.1,9\n"
     assert flushed["latest.pth.tmp"] == (tmp_path / "latest.pth").read_bytes()
     *rows, whole, replaced, named = [event[:2] for event in disk]
