@@ -277,6 +277,7 @@ def test_each_finished_epoch_has_to_have_had_its_rate():
     for epochs_done in (2, 3):
         with pytest.raises(Refused, match="with --epochs 6 the epochs that are done would have had other learning rates"):
             run_folder.compare_rates(done[:epochs_done], rates, begun_epochs=4)
+    run_folder.compare_rates(["0.333333"], [1 / 3] * 4, begun_epochs=4)  # as append_rows writes it
     run_folder.compare_rates(["0.001"] * 3, [None] * 6, begun_epochs=4)  # of Adam
 
 
@@ -356,6 +357,15 @@ def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, mon
     assert contents(tmp_path) == before  # nor was anything trained with fewer epochs
 
 
+def test_a_commit_may_be_unknown_before_or_after_a_run_was_resumed(capsys, tmp_path):
+    """As of a copy without git."""
+    known = {"commit": "a", "torch": "2.11.0", "hardware": "cpu"}
+    unknown = known | {"commit": None}
+    pairs = [(known, unknown), (unknown, known), (unknown, unknown)]
+    assert [run_folder.history(tmp_path, *pair)["commit"] for pair in pairs] == ["a, then unknown", "unknown, then a", None]
+    assert capsys.readouterr().out.count("goes on with commit") == 2
+
+
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
 def test_a_csv_that_is_removed_ends_the_run(monkeypatch, tmp_path, name):
     """A new one would lack the header and all rows before."""
@@ -367,9 +377,10 @@ def test_a_csv_that_is_removed_ends_the_run(monkeypatch, tmp_path, name):
 def test_rows_of_the_second_epoch_tell_of_a_checkpoint_that_is_lost(tmp_path):
     (tmp_path / "train.csv").write_text("epoch,loss,error\n0.5,2,3\n1,2,3\n")
     run_folder.refuse_lost_checkpoint(tmp_path)
-    (tmp_path / "train.csv").write_text("epoch,loss,error\n0.5,2,3\n1,2,3\n1.5,2,3\n")
-    with pytest.raises(Refused, match=r"latest.pth is missing, and .*train.csv has rows of later epochs"):
-        run_folder.refuse_lost_checkpoint(tmp_path)
+    for later in ("1.5", "2"):  # where an epoch has one step, its only row has a whole number
+        (tmp_path / "train.csv").write_text(f"epoch,loss,error\n0.5,2,3\n1,2,3\n{later},2,3\n")
+        with pytest.raises(Refused, match=r"latest.pth is missing, and .*train.csv has rows of later epochs"):
+            run_folder.refuse_lost_checkpoint(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------- disks, and other processes
