@@ -431,6 +431,15 @@ def test_a_row_with_other_columns_than_the_header_is_not_written(tmp_path):
     assert contents(tmp_path) == {"train.csv": b"epoch,loss,error\n"}
 
 
+def test_rows_are_added_behind_all_that_a_long_run_has(tmp_path):
+    """Which are more than what is read at once to get the header."""
+    path = tmp_path / "train.csv"
+    path.write_text("epoch,loss,error\n")
+    for epoch in (0, 1):
+        run_folder.append_rows(path, [(epoch + step / 782, 2.3, 90) for step in range(1, 783)])
+    assert len(run_folder.rows_until(path, {"val": 0}, epochs_done=2, steps=782)) == path.stat().st_size
+
+
 def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
     save = tmp_path / "new" / "run"
     with run_folder.locked(save):
@@ -1095,6 +1104,15 @@ def test_a_figure_that_failed_is_reported_when_the_next_is_drawn(tmp_path, capsy
     plots.redraw()
     plots.wait()
     assert capsys.readouterr().out == "the figures could not be drawn, training goes on: ValueError: of the figure\n"
+
+
+def test_an_error_of_the_figures_that_is_no_text_does_not_stop_the_run(tmp_path, capsys):
+    """Such as a library of fonts may print."""
+    plots = run_folder.Plots(tmp_path, enabled=True)
+    plots.command = [sys.executable, "-c", r"import os; os.write(2, b'broken: \xff\n'); os._exit(1)"]
+    plots.redraw()
+    plots.wait()
+    assert capsys.readouterr().out == "the figures could not be drawn, training goes on: broken: \ufffd\n"
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
