@@ -89,11 +89,13 @@ def test_a_step_is_that_of_plain_pytorch():
     twin = DenseNet(depth=10, growth_rate=4).double()
     twin.load_state_dict(net.state_dict())
     batches = [(torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,)), 1.0) for _ in range(3)]
-    losses = [loss for loss, _ in take_steps(net, batches)]
+    results = take_steps(net, batches)
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
-    for (images, labels, _), loss in zip(batches, losses, strict=True):
-        expected = torch.nn.functional.cross_entropy(twin(images), labels)
-        torch.testing.assert_close(loss, expected.detach())
+    for (images, labels, _), result in zip(batches, results, strict=True):
+        logits = twin(images)
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+        error = 100 * (logits.argmax(dim=1) != labels).double().mean()
+        torch.testing.assert_close(result, torch.stack([expected.detach(), error]))
         twin.zero_grad()
         expected.backward()
         with torch.no_grad():
