@@ -589,11 +589,15 @@ def no_text(path):
     path.write_bytes(b"\xff\x00" * 20)
 
 
+def a_list(path):
+    path.write_text('["growth_rate"]')
+
+
 def resume_tiny(call_main, save):
     return call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save, "--resume")
 
 
-@pytest.mark.parametrize("spoil", [missing, empty, cut_off, folder, no_text])
+@pytest.mark.parametrize("spoil", [missing, empty, cut_off, folder, no_text, a_list])
 @pytest.mark.parametrize("name", ["args.json", "train.csv", "test.csv", "latest.pth"])
 def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tiny_run, tmp_path, name, spoil):
     save = shutil.copytree(tiny_run, tmp_path / "run")
