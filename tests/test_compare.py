@@ -229,9 +229,10 @@ def test_data_of_your_own_are_a_setting_by_what_is_in_them(tables, tmp_path, dat
 
 
 def test_a_net_that_runs_began_with_is_a_setting_by_its_weights(tables, tmp_path):
-    begun = [("old/net.pth", 1, "aa"), ("copy.pth", 2, "aa"), ("old/net.pth", 3, "bb"), ("other.pth", 1, "bb")]
+    one, other = "0123456789" + "ab" * 11, "1123456789" + "ab" * 11
+    begun = [("old/net.pth", 1, one), ("copy.pth", 2, one), ("old/net.pth", 3, other), ("other.pth", 1, other)]
     runs = [write_run(tmp_path / str(n), 5, init=path, seed=seed, init_digest=d) for n, (path, seed, d) in enumerate(begun)]
-    assert [(row["init_digest"], row["n"]) for row in tables(*runs)[0]] == [("aa", "2"), ("bb", "2")]
+    assert [(row["init_digest"], row["n"]) for row in tables(*runs)[0]] == [(one[:10], "2"), (other[:10], "2")]
     scratch = write_run(tmp_path / "scratch", 5, init=None, init_digest=None)
     rows = tables(runs[0], runs[3], scratch)[0]
     assert [row["init"] for row in rows] == ["old/net.pth", "other.pth", "not given"]
