@@ -118,13 +118,13 @@ def read_init(parser, args, old_args):
         raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
     needed = "put it back, --init needs it until the run has a checkpoint"
     init = load_checkpoint(path, needed if old_args else "name a run, or a file of evaluate.py --export")
-    trained = build_net(init).architecture
+    net = build_net(init)
     known = {name: value for name, value in init["model"].items() if name != "drop_rate"}
     if args.dataset == "folder":
         known["image_size"] = max(8, image_size_of(init) // 4 * 4)  # as the flag wants it; other data may have any size
     args = flags.parse_args(parser, defaults=known | old_args, source=f"--init {args.init}", remedy="name another")
-    refuse_another_net(args, trained)
-    return args, {name: init[name] for name in ("net", "classes")}
+    refuse_another_net(args, net.architecture)
+    return args, {"net": net.state_dict(), "classes": init["classes"]}  # in float32, however the file has it
 
 
 def refuse_another_net(args, trained):

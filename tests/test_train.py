@@ -33,7 +33,7 @@ import machine
 import run_folder
 import step
 import train
-from checkpoint import build_net, load_checkpoint
+from checkpoint import build_net, digest, load_checkpoint
 from densenet import DenseNet
 from distributed import World
 from endings import Stopped
@@ -601,6 +601,21 @@ def test_init_begins_with_the_weights_of_another_run(call_main, tiny_run, tmp_pa
     before, after = (build_net(load_checkpoint(path)) for path in (weights, tmp_path / "run" / "latest.pth"))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert not torch.equal(before.bn1.running_mean, after.bn1.running_mean)
+
+
+def test_a_net_of_init_is_known_by_what_is_loaded_of_it(call_main, monkeypatch, tiny_run, tmp_path):
+    """However somebody stored it: as parameters, in another order, in another precision, also in one that NumPy lacks."""
+    weights = tmp_path / "net.pth"
+    assert call_main(evaluate, tiny_run / "latest.pth", "--export", weights)[0] == 0
+    words = [*TINY, "--init", str(weights)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    state, digests = build_net(load_checkpoint(weights)).state_dict(keep_vars=True), []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.save({name: state[name].to(dtype) for name in reversed(state)}, weights)
+        args, _, init = train.starting_point(train.build_parser(), parse(*words), {}, fresh=True)
+        assert args.init_digest == digest(init["net"])
+        digests.append(args.init_digest)
+    assert (digests[0], len({*digests})) == (digest(load_checkpoint(tiny_run / "latest.pth")["net"]), 2)
 
 
 @pytest.mark.parametrize(
