@@ -54,8 +54,8 @@ def fits(state, net):
 
 
 def digest(state):
-    """A hash of the names and values of a state dict."""
-    content = hashlib.blake2b(digest_size=16)
+    """A hash of the names and values of a state dict; as long as a commit, so that tables shorten it likewise."""
+    content = hashlib.blake2b(digest_size=20)
     for name, value in state.items():
         content.update(name.encode())
         content.update(value.contiguous().numpy())

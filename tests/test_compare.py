@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import contents
 
 import compare
 import run_folder
 import runs
+from checkpoint import digest
 
 FACTS = {
     **{"dataset": "cifar10", "data": "data", "augment": True, "val": 0, "depth": 40, "reduction": None, "epochs": 2},
@@ -207,11 +209,14 @@ def test_what_was_not_given_has_no_name_of_a_value(tables, tmp_path):
     assert [row["compile"] for row in rows] == ["not given", "default"]
 
 
-def test_commits_are_shortened(tables, tmp_path):
+def test_commits_and_digests_of_nets_are_shortened(tables, tmp_path):
     commits = ["0123456789" + "abcdef" * 5, "1123456789" + "abcdef" * 5 + "-dirty"]
     rows, numbers, _ = tables(*(write_run(tmp_path / commit[0], 5, commit=commit) for commit in commits))
     assert [row["commit"] for row in rows] == ["0123456789", "1123456789-dirty"]
     assert [row["commit"] for row in numbers] == commits
+    digests = [digest({"fc.bias": torch.full((), value)}) for value in (1.0, 2.0)]
+    rows, *_ = tables(*(write_run(tmp_path / name, 5, init="net.pth", init_digest=name) for name in digests))
+    assert [row["init_digest"] for row in rows] == [name[:10] for name in digests]
 
 
 @pytest.mark.parametrize("dataset", ["folder", "mine"])
