@@ -185,12 +185,15 @@ def refuse_lost_checkpoint(save):
 
 
 def compare_arguments(old, new):
-    """Refused if the data differ, or arguments that change the result."""
+    """Refused if the data differ, the net of --init, or arguments that change the result."""
     changed = [name for name in old if name in new and name not in MAY_CHANGE and old[name] != new[name]]
     if "digests" in changed and {*changed} <= {"digests", "train_images", "classes"}:
         parts = " and ".join(part for part, digest in new["digests"].items() if (old["digests"] or {}).get(part) != digest)
         change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"
         raise Refused(f"{change}, or another version reads them otherwise: put those back, or choose another --save")
+    if changed == ["init_digest"]:
+        change = f"the net in --init {new['init']} is not the one that the run was begun with"
+        raise Refused(f"{change}: put that back, or choose another --save")
     if changed:
         changes = ", ".join(f"{name} {old[name]}, not {new[name]}" for name in changed if name != "digests")
         raise Refused(f"the run was begun with {changes}: resume it as it was begun, or choose another --save")

@@ -794,7 +794,8 @@ def test_a_checkpoint_that_was_lost_before_the_first_epoch_ended_is_the_file_of_
     assert contents(run) == before
     torch.save(torch.load(tmp_path / "gone") | {"net": torch.load(whole / "latest.pth")["net"]}, weights)
     status, _, errors = call_main(train, *flags, "--resume")
-    assert (status, "the run was begun with init_digest " in errors) == (2, True)
+    told = f"the net in --init {weights} is not the one that the run was begun with: put that back, or choose another --save"
+    assert (status, told in errors) == (2, True)
     assert contents(run) == before
     (tmp_path / "gone").rename(weights)
     assert call_main(train, *flags, "--resume")[0] == 0
