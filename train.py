@@ -107,7 +107,10 @@ def starting_point(parser, args, old_args, fresh):
     if args.resume and not old_args:
         say(f"{args.save} holds no run yet: starting one")
     args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
-    args.init_digest = digest(init["net"]) if init else old_args.get("init_digest")  # another net may come to lie at the path
+    if init:  # another net may come to lie at the path
+        args.init_digest = digest(init["net"])
+    elif "init_digest" in old_args:
+        args.init_digest = old_args["init_digest"]
     return args, old_args, init
 
 

@@ -597,6 +597,17 @@ def resume_tiny(call_main, save):
     return call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save, "--resume")
 
 
+def test_a_run_that_older_code_has_resumed_goes_on(call_main, tiny_run, tmp_path):
+    """That wrote an args.json without the digest of the net of --init, which the checkpoint still has."""
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    checkpoint, facts = load_checkpoint(save / "latest.pth"), json.loads((save / "args.json").read_text())
+    (save / "args.json").write_text(json.dumps(facts | {"init": "net.pth"}))
+    begun = checkpoint["args"] | {"init": "net.pth", "init_digest": digest(checkpoint["net"])}
+    torch.save(checkpoint | {"args": begun}, save / "latest.pth")
+    status, _, errors = resume_tiny(call_main, save)
+    assert status == 0, errors
+
+
 @pytest.mark.parametrize("spoil", [missing, empty, cut_off, folder, no_text, a_list])
 @pytest.mark.parametrize("name", ["args.json", "train.csv", "test.csv", "latest.pth"])
 def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tiny_run, tmp_path, name, spoil):
