@@ -234,7 +234,7 @@ def test_data_of_your_own_are_a_setting_by_what_is_in_them(tables, tmp_path, dat
 
 
 def test_a_net_that_runs_began_with_is_a_setting_by_its_weights(tables, tmp_path):
-    one, other = "0123456789" + "ab" * 11, "1123456789" + "ab" * 11
+    one, other = "0123456789" + "ab" * 15, "1123456789" + "ab" * 15
     begun = [("old/net.pth", 1, one), ("copy.pth", 2, one), ("old/net.pth", 3, other), ("other.pth", 1, other)]
     runs = [write_run(tmp_path / str(n), 5, init=path, seed=seed, init_digest=d) for n, (path, seed, d) in enumerate(begun)]
     assert [(row["init_digest"], row["n"]) for row in tables(*runs)[0]] == [(one[:10], "2"), (other[:10], "2")]

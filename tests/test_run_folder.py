@@ -969,7 +969,7 @@ def test_how_a_step_is_taken_is_kept_on_a_machine_of_the_same_kind(hardware, had
         *({"epochs": none} for none in ("two", "2", 0, 10**8)),
         *({"limit": 9.6}, {"opt": "sge"}, {"dataset": "digitt"}, {"depth": 10**6}, {"val": True}),
         *({"efficient": "no"}, {"capture": 1}, {"val": False}, {"epochs": False}, {"epochs": True}),
-        *({name: 1} for name in ("data", "commit", "torch", "hardware")),
+        *({name: 1} for name in ("data", "init_digest", "commit", "torch", "hardware")),
     ],
 )
 def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tiny_run, tmp_path, damage):
@@ -1031,6 +1031,7 @@ def test_the_commit_of_the_code_says_whether_files_have_changed_since(monkeypatc
     monkeypatch.setattr(run_folder, "HERE", tmp_path)
     for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # as in git's hooks
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # somebody's may sign each commit
     assert run_folder.git_commit() is None
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "step.py").write_text("one")
