@@ -16,7 +16,7 @@ COLUMNS = ["epoch", "loss", "error"]
 STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
 STARTED |= {"train_images"}  # it follows from others, and older runs do not say it
 CHECKED = (None, "cifar10", "cifar100", "svhn", "digits")  # the data sets that are always the same; older runs name none
-PLACES = {"digests": "data", "init_digest": "init"}  # a digest, and where lies what it is of
+PLACES = {"digests": "data", "init_digest": "init"}  # a digest, and the argument that says where its content lies
 MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # what it ran on
 
 

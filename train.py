@@ -158,7 +158,8 @@ def initial_net(args, classes, init, quiet=False):
     if init and init["classes"] == classes:
         net.load_state_dict(init["net"])
     elif init:
-        net.load_state_dict({**init["net"], "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
+        classifier = {f"fc.{name}": value for name, value in net.fc.state_dict().items()}
+        net.load_state_dict({**init["net"], **classifier})
         if not quiet:
             say(f"--init {args.init}: a new classifier, because that net has other classes; the rest is loaded")
     return net
