@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import functools
 import multiprocessing
-import os
 import resource
 import shlex
 import signal
@@ -28,7 +27,7 @@ import data
 import endings
 import flags
 from distributed import World
-from files import as_json, replace_file
+from files import as_json, refuse_foreign, refuse_unwritable, replace_file
 from machine import choose_device, device_name, keep_freed_memory, set_determinism
 from step import TrainingStep
 
@@ -46,6 +45,7 @@ def main():
         lines = [*table(results, args, device)]
         endings.say(*lines)
         if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             replace_file(args.json, as_json({"table": lines, "variants": results}))
 
 
@@ -75,8 +75,9 @@ def check_measurement(args):
         raise endings.Refused("what is captured is a CUDA graph: leave it out of --only, or choose --device cuda")
     flags.fill_in(args, device)
     flags.refuse_contradictions(args, device)
-    if args.json and (args.json.is_dir() or not os.access(args.json if args.json.exists() else args.json.parent, os.W_OK)):
-        raise endings.Refused(f"--json {args.json} cannot be written: name a file in an existing, writable folder")
+    if args.json:
+        refuse_foreign(args.json, rb'"(variants|images_per_second)"')
+        refuse_unwritable(args.json)
     return device
 
 

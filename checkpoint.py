@@ -10,7 +10,7 @@ import torch
 
 from data import IMAGE_SIZE
 from densenet import ArgumentError, DenseNet
-from endings import Refused
+from endings import MAX_VALUE, Refused
 from files import as_json, read_json, refuse_existing, replace_file
 
 CARD = {"model": dict, "args": dict, "epoch": int, "mean": list, "std": list, "classes": list}  # what --export writes, too
@@ -106,6 +106,8 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     if not path.is_file():
         raise Refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {remedy}")
     path.open("rb").close()  # what may not be read is not damaged
+    if path.suffix == ".json":
+        raise Refused(f"{path} may describe a net and does not hold one: name the .pth file beside it")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load ignores checksums
@@ -126,6 +128,7 @@ def is_card(values):
         isinstance(values, dict)
         and of_kinds(values, CARD | {"image_size": int | None})  # older ones do not say it
         and of_kinds(values["args"], ARGS)
+        and 4 <= image_size_of(values) <= MAX_VALUE[int]
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
         and all(isinstance(name, str) for name in values["classes"])
         and len(values["classes"]) == values["model"].get("num_classes")

@@ -14,11 +14,10 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 
 from endings import Refused
-from files import refuse_foreign, replace_file
+from files import PICTURE, refuse_foreign, replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
 warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has is a box
-SIGNATURE = b"Matplotlib"  # is in each picture that it makes
 FORMATS = ("png", "pdf", "svg")
 OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
 
@@ -94,7 +93,7 @@ def add_legend(figure, entries, style):
 
 def save(figure, path):
     """Writes the figure. Refused if it would replace a picture that Matplotlib has not made."""
-    refuse_foreign(path, SIGNATURE)
+    refuse_foreign(path, PICTURE)
     content = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType, which journals accept
         figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)

@@ -211,9 +211,10 @@ def nonempty(kind):
 
 def new_file(text):
     """An argparse type: the path of a file to write, which the name of a folder is not."""
-    if text.endswith("/"):
+    path = nonempty(Path)(text)
+    if text.endswith("/") or path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it")
-    return nonempty(Path)(text)
+    return path
 
 
 @contextlib.contextmanager

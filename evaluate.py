@@ -26,11 +26,11 @@ from checkpoint import build_net, checkpoint_in, export, image_size_of, load_che
 from endings import Refused, new_file, nonempty, say
 from files import refuse_existing, refuse_foreign, writable, write_text
 from flags import add_device_flag
-from folder import in_order, left_out, list_classes, pictures_in
+from folder import in_order, left_out, list_classes, pictures_in, refuse_among_pictures
 from machine import choose_device, keep_freed_memory
 from metrics import loss_and_error_sums, predict
 from pictures import read_pictures, refuse_unreadable
-from run_folder import read_arguments
+from run_folder import RESULTS, read_arguments
 from runs import read_csv
 
 
@@ -45,7 +45,7 @@ def main():
         if args.export:
             say(f"wrote {args.export} and {export(checkpoint, args.export)}")
             return
-        refuse_unwritable(args)
+        check_matrix_place(args)
         device = choose_device(args.device)
         keep_freed_memory(device)
         net = build_net(checkpoint).to(device, memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ def build_parser():
 
 
 def refuse_contradictions(args):
-    """Refused for arguments that do not fit each other, and if --predictions names a file that exists."""
+    """Refused for arguments that do not fit each other, and if --predictions exists or cannot be written."""
     if args.export and (args.image or args.val or args.predictions or args.data or args.out):
         raise Refused("--export evaluates nothing: leave out --image, --val, --predictions, --data and --out")
     if args.image and (args.val or args.data or args.out):
@@ -81,20 +81,17 @@ def refuse_contradictions(args):
     refuse_existing(args.predictions)
 
 
-def refuse_unwritable(args):
-    """Refused if --out or the folder of --predictions cannot be made or written to, or what is there would be overwritten."""
-    folders = {} if args.image else {"--out": args.out or args.checkpoint.parent}
-    if args.predictions and not args.predictions.exists():  # unlike /dev/stdout
-        folders["--predictions"] = args.predictions.parent
-    for flag, folder in folders.items():
-        if not writable(folder):
-            raise Refused(f"{folder} is not a folder that can be written to: name another by {flag}")
-    if not args.image:
-        table = confusion_table(args)
-        for path, pattern in [(table, rb"\Atrue,"), (table.with_suffix(".png"), drawing.SIGNATURE)]:
-            refuse_foreign(path, pattern)
-            if args.predictions and args.predictions.resolve() == path.resolve():
-                raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
+def check_matrix_place(args):
+    """Refused if the confusion matrix, which --image has not, cannot be written, or something else is where it goes."""
+    if args.image:
+        return
+    table = confusion_table(args)
+    if not writable(table.parent):
+        raise Refused(f"{table.parent} is not a folder that can be written to: name another by --out")
+    for path in (table, table.with_suffix(".png")):
+        refuse_foreign(path, RESULTS[path.name])
+        if args.predictions and args.predictions.resolve() in [path.resolve(), *path.resolve().parents]:
+            raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
 
 
 def confusion_table(args):
@@ -106,6 +103,8 @@ def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
     part, classes = "val" if args.val else "test", checkpoint["classes"]
     root = data_folder(args, checkpoint)
+    if checkpoint["args"]["dataset"] == "folder":
+        refuse_among_pictures(confusion_table(args).parent, root)
     split = read_split(checkpoint, root, part)
     files = files_of(checkpoint["args"], root, part) if args.predictions else []
     say(f"{checkpoint['args']['dataset']}, {len(split):,} {part} images, epoch {checkpoint['epoch']}")

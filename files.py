@@ -8,6 +8,7 @@ import re
 
 from endings import FAILED_LATER, Refused, naming, say
 
+PICTURE = rb"Matplotlib"  # is in each picture that Matplotlib makes
 THEN = ", then "  # in args.json, between the commits, versions or machines that a run had one after the other
 
 
@@ -26,19 +27,28 @@ def as_json(values):
 
 
 def refuse_existing(*paths):
-    """Refused if one of the files exists, or two are the same; None stands for no file."""
+    """Refused if one of the files exists or cannot be written, or two are the same; None stands for no file."""
     for path in filter(None, paths):
         if path.is_file() or path.is_dir():  # and not /dev/stdout
             raise Refused(f"{path} exists already: name another file, or remove it")
+        refuse_unwritable(path)
         if paths.count(path) > 1 and not path.exists():
             raise Refused(f"{path} is named for two files: name another for one of them")
 
 
 def refuse_foreign(path, pattern):
     """Refused if the file exists, is not empty and lacks the pattern, which everything that this program writes there has."""
+    if path.is_dir():
+        raise Refused(f"{path} is a folder where a file is expected: remove it, or name another place")
     content = path.read_bytes() if path.is_file() else b""
     if content and not re.search(pattern, content):
         raise Refused(f"{path} exists already and is not of this program: name another place, or remove it")
+
+
+def refuse_unwritable(path):
+    """Refused if there is no folder for the file that can be written to; a device, such as /dev/stdout, needs none."""
+    if (path.is_file() or not path.exists()) and not writable(path.parent):
+        raise Refused(f"{path.parent} is not a folder that can be written to: name another for {path.name}")
 
 
 def writable(folder):

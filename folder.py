@@ -39,6 +39,13 @@ def read_part(root, part, image_size, quiet=False, val=0):
     return images, labels, list(classes)
 
 
+def refuse_among_pictures(folder, root):
+    """Refused if the folder is or lies in root/train or root/test: figures that are drawn there would become pictures."""
+    for part in ("train", "test"):
+        if folder.resolve().is_relative_to(Path(root, part).resolve()):
+            raise Refused(f"{folder} lies among the pictures of {root}, and figures there would become some: choose another")
+
+
 def in_order(classes, part):
     """(files, labels) of the classes' pictures in the order of read_part."""
     files = [file for files in classes.values() for file in files]

@@ -22,6 +22,7 @@ import pandas as pd
 import drawing
 import endings
 from endings import Refused, at_least, nonempty, say
+from files import PICTURE, refuse_foreign
 from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
 MANY_CHANGES = 10  # more changes of the learning rate are no steps but a curve, such as a cosine, and are not marked
@@ -57,6 +58,8 @@ def main():
             raise Refused("there is nothing to draw yet: train.csv and test.csv have no row")
         check_since(curves, args.since)
         figures = panels(args.out or Path(os.path.commonpath(folders.values())), args.format)
+        for path in figures:
+            refuse_foreign(path, PICTURE)
         for path, columns in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(curves, columns, path, args)

@@ -20,12 +20,14 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import encoded, fits, load_checkpoint, of_kinds, same_groups
-from endings import Refused, naming, say
-from files import THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
+from endings import FAILED_LATER, Refused, naming, say
+from files import PICTURE, THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
 
 HERE = Path(__file__).resolve().parent
-FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", "loss.png", "error.png", "loss-error.png"]
-FILES += ["confusion.csv", "confusion.png", "confusion-val.csv", "confusion-val.png"]  # evaluate.py's, of its checkpoint
+# What plot.py and evaluate.py make of a run, and what is in each such file: one that a person has put there is not replaced.
+RESULTS = dict.fromkeys(["loss.png", "error.png", "loss-error.png", "confusion.png", "confusion-val.png"], PICTURE)
+RESULTS |= dict.fromkeys(["confusion.csv", "confusion-val.csv"], rb"\Atrue,")
+FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", *RESULTS]
 
 # Entries of args.json that may differ when a run is resumed; epochs have a check of their own.
 MAY_CHANGE = {"data", "device", "compile", "capture", "efficient", "deterministic", "save", "resume", "force", "plot"}
@@ -37,7 +39,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNO
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if `save` is not a folder, holds a run without --resume or --force, or holds files that are of no run."""
+    """Refused if `save` is not a folder, holds a run without --resume or --force, or files of no run that would be deleted."""
     if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
         raise Refused(f"--save {save} is not a folder: name that of a run, or a new one")
     refuse_foreign(save / "args.json", rb'"growth_rate"')
@@ -47,13 +49,17 @@ def refuse_to_replace(save, resume, force):
     if found and not (resume or force):
         ways = "continue it with --resume, replace it with --force, or choose another --save"
         raise Refused(f"{save} already holds a run: {ways}")
-    if is_fresh(save, resume) and (save / "net.pth").exists():  # would be taken for the new run's
+    if not is_fresh(save, resume):
+        return
+    for name, pattern in RESULTS.items():
+        refuse_foreign(save / name, pattern)
+    if (save / "net.pth").exists():  # would be taken for the new run's
         raise Refused(f"{save} holds exported weights, net.pth: move them away, or choose another --save")
 
 
 @contextlib.contextmanager
 def locked(save):
-    """Creates the folder and holds its lock until the process ends or dies; yields a check to be called before writing.
+    """Creates the folder and holds its lock until the process ends or dies; yields a context manager to write in.
 
     Where the file system has no locks, the run goes on without one: a lock that is a mere file would outlive a killed run.
     """
@@ -65,12 +71,24 @@ def locked(save):
         raise Refused(f"another process is training in {save}: wait for it, or choose another --save") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save") from error
+            status = 1 if error.errno in FAILED_LATER else 2
+            raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save", status) from error
         say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:
-        yield functools.partial(refuse_moved, save, file_number(save / ".lock"))
+        yield functools.partial(unmoved, save, file_number(save / ".lock"))
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def unmoved(save, number):
+    """Refused, before what is inside or where that misses a file, if the folder is no longer the one that was locked."""
+    refuse_moved(save, number)
+    try:
+        yield
+    except FileNotFoundError:
+        refuse_moved(save, number)
+        raise
 
 
 def refuse_moved(save, number):

@@ -34,7 +34,7 @@ import run_folder
 from checkpoint import build_net, checkpoint_in, digest, image_size_of, load_checkpoint, make_card, make_checkpoint, restore
 from endings import Refused, Stopped, say
 from files import writable
-from folder import describe_classes, leaks
+from folder import describe_classes, leaks, refuse_among_pictures
 from machine import choose_device, device_name, keep_freed_memory, set_determinism
 from metrics import loss_and_error_sums, predict
 from progress import progress
@@ -55,8 +55,8 @@ def main():
             start = starting_point(parser, args, old_args, fresh) if world.rank == 0 else None
             args, old_args, init = distributed.broadcast_object(start, world)  # another machine may lack the files
             flags.fill_in(args, device, world.size, old_args)
-            flags.refuse_contradictions(args, device, world.size)
             run_folder.compare_arguments(old_args, flags.plain_arguments(args))
+            flags.refuse_contradictions(args, device, world.size)
             ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             set_determinism(args.deterministic)
@@ -100,10 +100,12 @@ def resumed_arguments(parser, args, world):
 def starting_point(parser, args, old_args, fresh):
     """(args, old_args, the net of --init or None); a run that continues, not fresh, needs no --init.
 
-    Refused, before any data are read, if a fresh run's folder cannot be written to.
+    Refused, before any data are read, if a fresh run's folder cannot be written to, or a run's figures would become pictures.
     """
     if fresh and not writable(args.save):
         raise Refused(f"--save {args.save} is not a folder that can be written to: choose another")
+    if args.dataset == "folder":
+        refuse_among_pictures(args.save, args.data)
     if args.resume and not old_args:
         say(f"{args.save} holds no run yet: starting one")
     args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
@@ -167,13 +169,13 @@ def initial_net(args, classes, init, quiet=False):
 
 def run(net, dataset, args, world, ending, fresh):
     """Begins the run in its folder, or continues it, and trains to the end."""
-    with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext() as check_folder:
+    with run_folder.locked(args.save) if world.rank == 0 else contextlib.nullcontext() as unmoved:
         checkpoint = open_run(net, dataset, args, world, fresh) if world.rank == 0 else None
         checkpoint = distributed.broadcast_object(checkpoint, world)
         ending.resume, ending.silent = endings.resume_command(world.size), world.rank > 0
         if world.rank == 0:
             say(*opening_lines(net, dataset, args, checkpoint))
-        fit(net, dataset, args, world, checkpoint, check_folder)
+        fit(net, dataset, args, world, checkpoint, unmoved)
         if world.rank == 0:
             say(*closing_lines(args))
 
@@ -225,7 +227,7 @@ def closing_lines(args):
     yield f"{args.save} has {', '.join(name for name in run_folder.FILES if (args.save / name).is_file())}"
 
 
-def fit(net, dataset, args, world, checkpoint, check_folder):
+def fit(net, dataset, args, world, checkpoint, unmoved):
     """The training loop: trains, tests, saves and plots each epoch, starting after the checkpoint."""
     stop = endings.StopSignals()
     setproctitle(str(args.save).encode(errors="replace").decode())  # it takes UTF-8 only
@@ -234,7 +236,8 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
     rates = schedule(args)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
     if args.init and not checkpoint and world.rank == 0:  # from here on, the file of --init may go
-        run_folder.write_checkpoint(args.save, make_checkpoint(net, step.optimizer, step.scaler, 0, card))
+        with unmoved():
+            run_folder.write_checkpoint(args.save, make_checkpoint(net, step.optimizer, step.scaler, 0, card))
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
     extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
     with progress(shown=world.rank == 0 and first_epoch < args.epochs, **extent, unit=" images", unit_scale=True) as bar:
@@ -242,7 +245,7 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])
             bar.set_description_str(f"epoch {epoch + 1}, lr {rate:g}", refresh=False)
-            log = EpochLog(args, epoch, len(dataset.train), world, check_folder)
+            log = EpochLog(args, epoch, len(dataset.train), world, unmoved)
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
@@ -250,9 +253,9 @@ def fit(net, dataset, args, world, checkpoint, check_folder):
             finite = sys.float_info.max  # batch norm's statistics lag behind the weights: a large test loss is no divergence
             check_loss(sum(tested[::2]), f"in the test after epoch {epoch + 1}", largest=finite)
             if world.rank == 0:
-                check_folder()
-                result = [*tested, *log.mean(), rate, seconds]
-                run_folder.end_epoch(args.save, result, make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card))
+                checkpoint = make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card)
+                with unmoved():
+                    run_folder.end_epoch(args.save, [*tested, *log.mean(), rate, seconds], checkpoint)
                 plots.redraw()
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
                 print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), tested, rate, len(dataset.train) / seconds, left)
@@ -273,8 +276,8 @@ def epoch_batches(dataset, epoch, args, world):
 class EpochLog:
     """Collects the loss and error of each step and writes them to train.csv in groups."""
 
-    def __init__(self, args, epoch, num_images, world, check_folder):
-        self.check_folder = check_folder
+    def __init__(self, args, epoch, num_images, world, unmoved):
+        self.unmoved = unmoved
         self.path = args.save / "train.csv"
         self.epoch = epoch
         self.world = world
@@ -300,8 +303,8 @@ class EpochLog:
         *rows, (signals, _) = distributed.sum_over_ranks(table, self.world).tolist()
         steps = [*enumerate(rows, start=len(self.rows) + 1)]
         if self.world.rank == 0:
-            self.check_folder()
-            run_folder.append_rows(self.path, [(self.epoch + step / len(self.sizes), *row) for step, row in steps])
+            with self.unmoved():
+                run_folder.append_rows(self.path, [(self.epoch + step / len(self.sizes), *row) for step, row in steps])
         for step, (loss, _) in steps:
             check_loss(loss, f"at step {step} of epoch {self.epoch + 1}")
         self.rows += rows

@@ -55,6 +55,7 @@ def main():
         device = bench.check_measurement(args)
         report = measure_pipeline(args, device) if args.data else measure_depths(args, device)
         if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             replace_file(args.json, as_json(report))
 
 

@@ -48,10 +48,10 @@ def read_curves(path):
     by_depth = {int(depth): entry["variants"] for depth, entry in report["depths"].items()}
     curves = {}
     for name in next(iter(by_depth.values())):
-        peaks = [variants[name]["peak_mb_per_image"] for variants in by_depth.values()]
+        peaks = [variants[name].get("peak_mb_per_image") for variants in by_depth.values()]
         times = [statistics.median(variants[name]["ms_per_step"]) / report["batch_size"] for variants in by_depth.values()]
         if None in peaks:
-            raise Refused(f"{path} lacks counted peaks, which only a report in fp32 has: make one")
+            raise Refused(f"{path} lacks counted peaks, which only a report in fp32 or tf32 of this version has: make one")
         curves[LABELS.get(name, name)] = [*by_depth], peaks, times
     return report["growth_rate"], report["conditions"], curves
 

@@ -186,6 +186,17 @@ def test_bare_weights_without_their_card_are_refused_and_it_is_named(call_main, 
         assert (status, len(errors.splitlines()), message.format(tmp_path / "net.json") in errors) == (2, 2, True), errors
 
 
+def test_a_card_is_refused_in_place_of_its_weights_and_with_impossible_images(call_main, tiny_run, tmp_path):
+    card = export(load_checkpoint(tiny_run / "latest.pth"), tmp_path / "net.pth")
+    status, _, errors = call_main(evaluate, card)
+    assert (status, f"{card} may describe a net and does not hold one: name the .pth file beside it" in errors) == (2, True)
+    facts = json.loads(card.read_text())
+    for size in (2, -8, 2**63):
+        card.write_text(json.dumps(facts | {"image_size": size}))
+        status, _, errors = call_main(evaluate, tmp_path / "net.pth")
+        assert (status, f"{card} is not what evaluate.py --export writes" in errors) == (2, True), errors
+
+
 def test_exported_weights_are_contiguous_and_their_file_may_be_a_str(tiny_run, tmp_path):
     """A run's own are not: its net is channels last."""
     trained = load_checkpoint(str(tiny_run / "latest.pth"))

@@ -466,6 +466,13 @@ def test_the_command_that_goes_on_can_be_pasted(forked, tiny_run, tmp_path):
 NARROW_ERRORS = "import sys\nsys.stderr.reconfigure(encoding='ascii')\n"
 
 
+@pytest.mark.parametrize("text", [".", "..", "new/", "new/..", "/"])
+def test_a_folder_is_no_name_of_a_file(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{re.escape(text)} is a folder: name a file in it$"):
+        endings.new_file(text)
+    assert endings.new_file("new/./a.csv") == Path("new/a.csv")
+
+
 def test_words_for_a_shell():
     assert endings.shell_word("plain") == "plain"
     assert endings.shell_word("r\u00fcn x") == "'r\u00fcn x'"

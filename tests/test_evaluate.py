@@ -192,24 +192,28 @@ def test_a_confusion_matrix_of_its_own_is_replaced(call_main, tiny_run, tmp_path
         assert call_main(evaluate, tiny_run, "--out", tmp_path)[0] == 0
 
 
-@pytest.mark.parametrize("name", ["confusion.csv", "confusion.png"])
+@pytest.mark.parametrize("name", ["new/confusion.csv", "new/confusion.png", "new"])
 def test_predictions_do_not_go_where_the_confusion_matrix_goes(call_main, tiny_run, tmp_path, name):
-    path = tmp_path / "new" / ".." / "new" / name
+    path = tmp_path / "new" / ".." / name
     status, out, errors = call_main(evaluate, tiny_run, "--out", tmp_path / "new", "--predictions", path)
     told = f"--predictions {path} is where the confusion matrix goes: name another file"
     assert (status, out, told in errors, os.listdir(tmp_path)) == (2, "", True, [])
 
 
 @pytest.mark.parametrize(
-    ("flag", "place", "folder"),
-    [("--out", "file", "file"), ("--out", "file/new", "file/new"), ("--predictions", "file/new/p.csv", "file/new")],
+    ("flag", "place", "folder", "what"),
+    [
+        ("--out", "file", "file", "by --out"),
+        ("--out", "file/new", "file/new", "by --out"),
+        ("--predictions", "file/new/p.csv", "file/new", "for p.csv"),
+    ],
 )
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_evaluated(
-    call_main, tiny_run, tmp_path, flag, place, folder
+    call_main, tiny_run, tmp_path, flag, place, folder, what
 ):
     (tmp_path / "file").write_text("mine")
     status, out, errors = call_main(evaluate, tiny_run / "latest.pth", flag, tmp_path / place)
-    told = f"{tmp_path / folder} is not a folder that can be written to: name another by {flag}"
+    told = f"{tmp_path / folder} is not a folder that can be written to: name another {what}"
     assert (status, out, told in errors, (tmp_path / "file").read_text()) == (2, "", True, "mine")
 
 
@@ -383,16 +387,16 @@ def test_pictures_of_a_folder_are_named_in_their_predictions(call_main, pictures
 def test_only_the_folders_that_are_written_to_have_to_be_writable(monkeypatch, tmp_path):
     """Pictures are classified by a net in a folder of others, and their classes go to a device of others."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    args = SimpleNamespace(image=["a.png"], predictions=None, out=None, checkpoint=tmp_path / "net.pth")
-    evaluate.refuse_unwritable(args)
-    args.predictions = Path("/dev/null")
-    evaluate.refuse_unwritable(args)
+    args = SimpleNamespace(image=["a.png"], export=None, val=False, data=None, out=None, checkpoint=tmp_path / "net.pth")
+    evaluate.check_matrix_place(args)
+    for args.predictions in (None, Path("/dev/null")):
+        evaluate.refuse_contradictions(args)
     args.predictions = tmp_path / "new.csv"
-    with pytest.raises(Refused, match="name another by --predictions"):
-        evaluate.refuse_unwritable(args)
-    args = SimpleNamespace(image=None, predictions=None, out=None, checkpoint=tmp_path / "net.pth")
+    with pytest.raises(Refused, match=r"name another for new\.csv"):
+        evaluate.refuse_contradictions(args)
+    args = SimpleNamespace(image=None, predictions=None, out=None, val=False, checkpoint=tmp_path / "net.pth")
     with pytest.raises(Refused, match=f"{tmp_path} is not a folder that can be written to: name another by --out"):
-        evaluate.refuse_unwritable(args)
+        evaluate.check_matrix_place(args)
 
 
 def test_the_predictions_of_each_picture(call_main, tiny_run, pictures, tmp_path):

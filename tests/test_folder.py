@@ -215,6 +215,20 @@ def test_ctrl_c_while_pictures_are_read(forked, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("place", ["train", "train/cat", "test/new/deep"])
+def test_nothing_is_drawn_among_the_pictures(call_main, run, pictures, tmp_path, place):
+    """It would be taken for some of them, the next time; beside train and test it is not."""
+    root = shutil.copytree(pictures, tmp_path / "pets")
+    told = f"{root / place} lies among the pictures of {root}, and figures there would become some: choose another"
+    before = sorted(root.rglob("*"))
+    status, _, errors = run(root / place, "--data", root)
+    assert (status, told in errors, sorted(root.rglob("*"))) == (2, True, before), errors
+    assert run(root, "--data", root, "--no-plot")[0] == 0
+    before = sorted(root.rglob("*"))
+    status, _, errors = call_main(evaluate, root, "--out", root / place)
+    assert (status, told in errors, sorted(root.rglob("*"))) == (2, True, before), errors
+
+
 def test_the_predictions_of_a_folder_are_of_its_pictures_one_by_one(call_main, pictures, tmp_path):
     """As --image has them; the names of the classes are sorted otherwise than the paths below them."""
     for part in ("train", "test"):

@@ -46,7 +46,7 @@ def test_the_model_needs_torch_and_its_kernels_triton():
     assert needed == {"densenet": {"torch", "dense_block"}, "dense_block": {"torch"}, "kernels": {"torch", "triton"}}
 
 
-@pytest.mark.parametrize(("program", "needed"), [("plot", {"pandas", "drawing"}), ("compare", {"pandas", "files"})])
+@pytest.mark.parametrize(("program", "needed"), [("plot", {"pandas", "drawing", "files"}), ("compare", {"pandas", "files"})])
 def test_what_reads_runs_needs_pandas_and_for_figures_matplotlib_alone(program, needed):
     assert imports(ROOT / f"{program}.py") - sys.stdlib_module_names == needed | {"endings", "runs"}
     assert imports(ROOT / "runs.py") - sys.stdlib_module_names == {"pandas", "endings", "files"}

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, contents
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.colors import to_hex
@@ -115,6 +115,15 @@ def test_a_picture_of_another_program_is_not_replaced(call_main, tmp_path, name)
     for _ in range(2):  # an empty one, and its own
         assert call_main(plot, run, "--out", mine)[0] == 0
         assert mine.read_bytes()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"a photograph"), lambda path: path.mkdir()])
+def test_no_figure_is_drawn_where_one_of_them_cannot_be(call_main, tmp_path, spoil):
+    run = write_run(tmp_path / "run")
+    spoil(run / "loss-error.png")
+    before = contents(run)
+    status, _, errors = call_main(plot, run)
+    assert (status, f"plot.py: error: {run / 'loss-error.png'} " in errors, contents(run)) == (2, True, before), errors
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_last_row_and_its_extremes(call_main, saved, tmp_path):

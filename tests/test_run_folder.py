@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -447,21 +448,22 @@ def test_a_second_process_on_the_same_folder_is_refused(call_main, tmp_path):
     assert (status, "another process is training in" in errors) == (2, True)
 
 
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("place", ["test", "print_epoch"])
+@pytest.mark.parametrize(
+    ("place", "again"), [*itertools.product(["train.test", "train.print_epoch"], [False, True]), ("run_folder.encoded", False)]
+)
 def test_a_run_whose_folder_is_moved_away_writes_nothing_into_a_new_one(call_main, monkeypatch, tmp_path, place, again):
-    """Before or after its first epoch is saved, whether or not another run was begun under the old name by then."""
+    """Before, while or after its first epoch is saved, whether or not another run was begun under the old name by then."""
     save, words = tmp_path / "run", [*FLAGS, "--epochs", 2]
-    real = getattr(train, place)
+    real = pkgutil.resolve_name(place)
 
     def moved(*arguments):
         result = real(*arguments)
         save.rename(tmp_path / "moved")
-        monkeypatch.setattr(train, place, real)
+        monkeypatch.setattr(place, real)
         assert not again or call_main(train, *words, "--seed", 2, "--save", save)[0] == 0
         return result
 
-    monkeypatch.setattr(train, place, moved)
+    monkeypatch.setattr(place, moved)
     status, _, errors = call_main(train, *words, "--save", save)
     assert (status, f"{save} was moved or removed while the run was writing there: resume" in errors) == (1, True), errors
     assert save.exists() == again
@@ -553,16 +555,20 @@ def test_a_file_system_without_locks(forked, tiny_run, tmp_path):
         assert_same_run(tiny_run, save)
 
 
-def test_a_lock_that_fails_otherwise_is_named(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 1), (errno.ENOSPC, 1), (errno.EPERM, 2)])
+def test_a_lock_that_fails_otherwise_is_named(monkeypatch, tmp_path, number, status):
+    """A disk that is full or fails is no mistake of the user."""
+
     def flock(*arguments):
-        raise OSError(5, "Input/output error")
+        raise OSError(number, "the reason")
 
     monkeypatch.setattr("fcntl.flock", flock)
     with (
-        pytest.raises(Refused, match=re.escape(f"{tmp_path} cannot be a run's folder (Input/output error)")),
+        pytest.raises(Refused, match=re.escape(f"{tmp_path} cannot be a run's folder (the reason)")) as refused,
         run_folder.locked(tmp_path),
     ):
         pass
+    assert refused.value.status == status
 
 
 # ------------------------------------------------------------------------------------------------------- damaged folders
@@ -887,7 +893,7 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
     for more, told in [
         (["--lr", 0.2], "lr 0.1, not 0.2"),
         (["--augment"], "augment False, not True"),
-        (["--image-size", 64], "--image-size is for --dataset folder: the images of digits keep their own, leave it out"),
+        (["--image-size", 64], "image_size 32, not 64"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ]:
         status, _, errors = call_main(train, "--save", tmp_path / "parts", "--resume", *more)
@@ -1096,6 +1102,21 @@ def test_a_run_that_is_forced_leaves_nothing_of_the_old_one(call_main, tiny_run,
     status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--force", "--save", tmp_path / "run")
     assert status == 0, errors
     assert {*contents(tmp_path / "run")} - {".lock", "stdout"} == {"args.json", "train.csv", "test.csv", "latest.pth"}
+
+
+@pytest.mark.parametrize("name", ["error.png", "loss-error.png", "confusion.csv", "confusion-val.png"])
+def test_a_file_of_the_users_is_not_deleted_with_a_run(call_main, tiny_run, tmp_path, name):
+    """Neither by --force nor where a run goes on from the start."""
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    (save / name).write_text("mine")
+    for more, file in [(["--force"], None), (["--resume"], "latest.pth")]:
+        if file:
+            (save / file).unlink()
+        before = contents(save)
+        status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, *more)
+        told = f"{save / name} exists already and is not of this program: name another place, or remove it"
+        assert (status, told in errors) == (2, True), errors
+        assert contents(save) == before
 
 
 def test_ctrl_c_is_not_meant_for_the_figures(tmp_path):
