@@ -128,14 +128,13 @@ def prepare(command, folder, environment, descriptors):
 
 
 def execute(command):
-    """Runs the command. A script whose end is in order leaves at once; whatever else ends as Python ends it."""
-    if command[0] == "-c":
-        code = compile(command.pop(1), "<string>", "exec")
-        exec(code, {"__name__": "__main__"})
-        return
+    """Runs the command, and leaves at once if its end is in order; whatever else ends as Python ends it."""
     status = 0
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        if command[0] == "-c":
+            exec(compile(command.pop(1), "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:
         if type(stop.code) is not int:
             raise
@@ -147,8 +146,8 @@ def leave(status):
     """Ends the process as Python does, but does not free what the server has imported: that takes longer than many a test."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status)
 
 
