@@ -111,6 +111,19 @@ def forked():
 
 
 @pytest.fixture
+def relay(forked):
+    """Stands for `python` in a command that another program starts: a process is forked, and this one ends as that does."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from forked import Forked
+started = Forked({forked.__self__.address!r}).start(sys.argv[1:], cwd=os.getcwd(), stdout=1, stderr=2)
+sys.exit(started.wait().returncode)
+"""
+    return [sys.executable, "-S", "-c", code]
+
+
+@pytest.fixture
 def run_script(forked):
     """Runs a script of the project in a process of its own; returns the completed process."""
 

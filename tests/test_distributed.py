@@ -12,7 +12,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 import data
 import distributed
@@ -149,18 +149,15 @@ def test_test_error_of_two_ranks_is_that_of_the_saved_net(two_rank_run):
 
 
 TORCHRUN = "from torch.distributed.run import main; main()"
-# What torchrun starts: a process that has a rank forked, and ends as that does.
-RANK = "import sys; from forked import Forked; sys.exit(Forked({address!r}).start(sys.argv[1:]).wait().returncode)"
 
 
-def test_two_machines_train_as_one(forked, call_main, tmp_path):
+def test_two_machines_train_as_one(forked, relay, call_main, tmp_path):
     """Two nodes of one process each, both on the loopback address, give the figures of one process."""
     flags = [*FLAGS, "--growth-rate", 4, "--epochs", 1, "--batch-size", 40, "--sync-bn", "--drop-rate", 0, "--save"]
     nodes = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
-    rank = ["--no-python", sys.executable, "-c", RANK.format(address=forked.__self__.address), "train.py"]
-    commands = [["-c", TORCHRUN, *nodes, "--node-rank", node, *rank, *flags, tmp_path / "two"] for node in range(2)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    for done in [process.wait(timeout=200) for process in [forked(command, env=environment) for command in commands]]:
+    rank = ["--no-python", *relay, "train.py", *flags, tmp_path / "two"]
+    nodes = [forked(["-c", TORCHRUN, *nodes, "--node-rank", node, *rank]) for node in range(2)]
+    for done in [process.wait(timeout=200) for process in nodes]:
         assert done.returncode == 0, done.stderr
     status, _, errors = call_main(train, *flags, tmp_path / "one")
     assert status == 0, errors

@@ -730,7 +730,7 @@ def test_damage_anywhere_is_a_sentence_or_a_run_that_is_right(
     before = contents(save)
     if name != "args.json":
         reader = [evaluate, save / "latest.pth"] if name == "latest.pth" else [plot, save]
-        status, _, errors = call_main(*reader, "--out", save / "new" / "figure.png")
+        status, _, errors = call_main(*reader, "--out", save / "new" / "figure.svg")
         assert (status, len(errors.splitlines())) in [(0, 0), (2, 2)], errors
     status, _, errors = resume_tiny(call_main, save)
     if status == 2:
@@ -744,12 +744,13 @@ def test_damage_anywhere_is_a_sentence_or_a_run_that_is_right(
         assert pd.read_csv(save / part)["epoch"].tolist() == pd.read_csv(tiny_run / part)["epoch"].tolist()
 
 
-def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(tiny_run, tmp_path, capsys):
+def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(relay, tiny_run, tmp_path, capsys):
     save = tmp_path / "run"
     shutil.copytree(tiny_run, save)
     (save / "loss.png").unlink()
     (save / "loss.png").mkdir()  # no file can be written here
     plots = run_folder.Plots(save, enabled=True)
+    plots.command[:1] = relay
     for _ in range(3):
         plots.redraw()
         plots.wait()
@@ -1164,10 +1165,11 @@ def test_every_way_to_say_that_there_are_no_locks(monkeypatch, capsys, tmp_path,
         assert capsys.readouterr().out.startswith(f"{tmp_path}: its file system has no locks: make sure")
 
 
-def test_figures_of_a_folder_whose_name_begins_as_a_flag(tiny_run, monkeypatch, tmp_path, capsys):
+def test_figures_of_a_folder_whose_name_begins_as_a_flag(relay, tiny_run, monkeypatch, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / "-run", ignore=shutil.ignore_patterns("*.png"))
     monkeypatch.chdir(tmp_path)
     plots = run_folder.Plots(Path("-run"), enabled=True)
+    plots.command[:1] = relay
     plots.redraw()
     plots.wait()
     assert capsys.readouterr().out == ""
