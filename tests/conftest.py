@@ -8,6 +8,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from forked import Forked, Server
 from PIL import Image
 
@@ -151,11 +152,17 @@ def run_on_terminal(forked):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, forked):
-    """Folder of a finished run of the real program: two epochs of a tiny net on 96 digits, with figures."""
-    save = tmp_path_factory.mktemp("runs") / "tiny"
-    done = forked(["train.py", *TINY, "--epochs", "2", "--batch-size", "40", "--save", save]).wait()
-    assert done.returncode == 0, done.stderr
-    (save / "stdout").write_text(done.stdout)
+    """Folder of a finished run of the real program: two epochs of a tiny net on 96 digits, with figures; for all to read.
+
+    Processes that share out the tests have folders in one, and share the run, too.
+    """
+    base = tmp_path_factory.getbasetemp()
+    save = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    with FileLock(save.with_suffix(".lock")):
+        if not (save / "stdout").exists():
+            done = forked(["train.py", *TINY, "--epochs", "2", "--batch-size", "40", "--save", save]).wait()
+            assert done.returncode == 0, done.stderr
+            (save / "stdout").write_text(done.stdout)
     return save
 
 
