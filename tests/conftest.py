@@ -71,6 +71,11 @@ def cifar():
     pytest.skip("CIFAR-10 is neither in $DENSENET_DATA nor in ../shared/data")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_read_once():
+    import digits  # noqa: F401
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Downloads fail at once, in this process and in those it starts: nothing listens on port 9."""

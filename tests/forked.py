@@ -23,7 +23,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ["train", "evaluate", "plot", "compare", "make_graph", "pandas", "sklearn.datasets", "sklearn.model_selection"]
+MODULES = ["train", "evaluate", "plot", "compare", "make_graph", "sklearn.datasets", "sklearn.model_selection", "digits"]
 
 
 class Forked:
@@ -157,6 +157,8 @@ if __name__ == "__main__":
     gc.disable()  # it would go through all that is imported, again and again
     for module in modules:
         importlib.import_module(module)
+    if "digits" in modules:
+        sys.modules["digits"].read_ahead()
     gc.enable()
     gc.freeze()
     execute(serve(socket.socket(fileno=int(listener)), int(alive)))
