@@ -48,12 +48,20 @@ def test_from_a_picture_to_the_name_of_a_class(call_main, capsys, tmp_path):
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_training_and_exporting_in_your_own_code(monkeypatch, tmp_path):
-    """Compiled without the slow last stages; the programs are the net, for batches of another size, too."""
+    """Compiled without the slow last stages; the programs are the net, for batches of another size, too.
+
+    The efficient blocks are graph breaks: at our functions, and nowhere inside of them.
+    """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     torch.manual_seed(0)
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     names = run(OWN_CODE, {"depth=40": "depth=10", "net.onnx": str(tmp_path / "net.onnx")}, batches=[(images, labels)] * 20)
     assert names["loss"] < 1.5  # of 2.3: these four are learnt by heart
+    assert breaks.total() >= 3
+    assert all("torch.compiler.disable" in reason for reason in breaks)
     net, others = names["net"], torch.randn(7, 3, 32, 32)
     assert torch.allclose(names["program"].module()(others), net(others), atol=1e-5)
     onnx_net = ReferenceEvaluator(str(tmp_path / "net.onnx"))
@@ -65,15 +73,6 @@ def test_training_and_exporting_in_your_own_code(monkeypatch, tmp_path):
 def efficient():
     torch.manual_seed(0)
     return densenet.DenseNet(growth_rate=4, depth=10, efficient=True)
-
-
-@pytest.mark.xdist_group("compiler")  # imported by one process
-def test_efficient_blocks_are_graph_breaks(efficient):
-    """At our functions, and nowhere inside of them."""
-    torch._dynamo.reset()
-    breaks = torch._dynamo.explain(efficient)(torch.randn(2, 3, 8, 8)).break_reasons
-    assert len(breaks) >= 3
-    assert all("torch.compiler.disable" in each.reason for each in breaks)
 
 
 def test_frozen_batch_norms_go_through_the_plain_modules(efficient, monkeypatch):
