@@ -308,7 +308,7 @@ def check_bias(dtype, device):
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     for digit, first in [(torch.finfo(kind).eps, 1), (2.0**-24, 2.0**-16)][: 1 + (kind == torch.float16)]:
-        values = (first + digit * torch.randint(100, (8, 32, 32, 8))).to(kind).to(device)
+        values = (first + digit * torch.randint(100, (4, 32, 32, 8))).to(kind).to(device)
         corrections = torch.zeros(2, 8, device=device)
         corrections[0] = digit / 4
         statistics = torch.zeros(8, device=device), torch.ones(8, device=device)
@@ -416,7 +416,7 @@ def test_the_same_bits_whatever_the_memory_held_before(interpreted):
 
 
 def check_bits():
-    block, images, target = block_and_batch(12, 10, (2, 5, 6), reduction=0.5)
+    block, images, target = block_and_batch(12, 10, (2, 5, 3), reduction=0.5)
     first = block_pass(efficient_twin(block), images, target)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     assert images.new_empty(2, 3).isnan().all()
@@ -477,7 +477,7 @@ def test_a_changed_transition_is_a_module_of_its_own(interpreted):
 def check_changed_transitions():
     """As the plain modules compute it, without transition_forward; the block before it goes through the kernels."""
     for name, (change, is_joined) in TRANSITIONS.items():
-        block, images, target = block_and_batch(4, 6, (2, 6, 5), layers=1, reduction=0.5)
+        block, images, target = block_and_batch(4, 6, (2, 4, 4), layers=1, reduction=0.5)
         change(block[1])
         results = []
         with counted(kernels_of(block, images)) as calls:
