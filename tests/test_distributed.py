@@ -43,10 +43,10 @@ def gradients(world, *flags):
     """Gradients and running statistics of three ragged batches on the trainer's own path, in float64."""
     device = torch.device("cpu")
     torch.manual_seed(0)
-    args = parse_args(train.build_parser(), [*TINY, "--batch-size", "40", "--lr", "0", *flags])
+    args = parse_args(train.build_parser(), [*TINY, "--batch-size", "20", "--lr", "0", *flags])
     fill_in(args, device)
     net = DenseNet(depth=16, growth_rate=4, efficient=args.efficient).double()
-    dataset = data.load("digits", ".", limit=95)
+    dataset = data.load("digits", ".", limit=47)
     dataset = dataset._replace(mean=dataset.mean.double(), std=dataset.std.double())
     step = TrainingStep(net, args, device, world)
     step.begin_epoch(0)
