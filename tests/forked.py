@@ -128,7 +128,7 @@ def prepare(command, folder, environment, descriptors):
 
 
 def execute(command):
-    """Runs the command, and leaves at once if its end is in order; whatever else ends as Python ends it."""
+    """Runs the command, and leaves at once; what ends by Ctrl-C, or by an exit with a sentence, ends as Python ends it."""
     status = 0
     try:
         if command[0] == "-c":
@@ -139,6 +139,9 @@ def execute(command):
         if type(stop.code) is not int:
             raise
         status = stop.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
     leave(status)
 
 
