@@ -16,9 +16,13 @@ def copies(root, part):
 
 
 def read_ahead():
-    """For processes that are forked. Not by several threads: a fork has one of them, which would wait for the others."""
+    """For processes that are forked. Not by several threads: a fork has one of them, which would wait for the others.
+
+    Nor with a bar: tqdm has a lock that is shared with forks, and a process killed while it holds it would stop all others.
+    """
     if torch.get_num_threads() == 1:
-        data.load("digits", ".")
+        for part in ("train", "test"):
+            known(part)
 
 
 data.SOURCES["digits"] = copies, MOMENTS
