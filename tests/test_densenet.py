@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attic.comparison import relative_error
 from attic.torchvision_weights import to_torchvision, torchvision_net
@@ -146,3 +147,11 @@ def test_output_and_every_gradient_equal_torchvision(depth, growth_rate):
     for name, parameter in to_torchvision(dict(net.named_parameters())).items():
         assert relative_error(parameter.grad, theirs[name].grad) < 1e-10
     assert relative_error(net.eval()(x), twin.eval()(x)) < 1e-10
+
+
+def test_forward_makes_no_tensor_on_another_device():
+    """On a GPU that is only pretended: shapes and devices are real, numbers are not."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            net, images = DenseNet(depth=16, growth_rate=4, drop_rate=0.2), torch.empty(2, 3, 32, 32)
+        assert net(images).device.type == "cuda"
