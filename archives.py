@@ -78,8 +78,7 @@ def fetch(title, root, url, archive, md5, files):
             ways = "make room, or put it into a folder that can be written to"
             raise Refused(f"{root / archive} cannot be extracted there ({error}): {ways}", status) from error
         lacks = f"{root} lacks files of {title}, and downloads fail ({error})"
-        ways = f"put {archive} there, name another --data, or train on --dataset digits, which needs no download"
-        raise Refused(f"{lacks}: {ways}", status) from error
+        raise Refused(f"{lacks}: put {archive} there or name another --data", status) from error
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def refuse_contradictions(args):
 
 
 def check_matrix_place(args):
-    """Refused if the confusion matrix, which --image has not, cannot be written, or something else is where it goes."""
+    """Unless --image is given, refused if the confusion matrix cannot be written or would replace another file."""
     if args.image:
         return
     table = confusion_table(args)
@@ -90,7 +90,8 @@ def check_matrix_place(args):
         raise Refused(f"{table.parent} is not a folder that can be written to: name another by --out")
     for path in (table, table.with_suffix(".png")):
         refuse_foreign(path, RESULTS[path.name])
-        if args.predictions and args.predictions.resolve() in [path.resolve(), *path.resolve().parents]:
+        place, other = path.resolve(), (args.predictions or Path("/dev/null")).resolve()
+        if place.is_relative_to(other) or other.is_relative_to(place):
             raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
 
 

@@ -37,7 +37,7 @@ def refuse_existing(*paths):
 
 
 def refuse_foreign(path, pattern):
-    """Refused if the file exists, is not empty and lacks the pattern, which everything that this program writes there has."""
+    """Refused if the path is a folder, or a file that is not empty and lacks the pattern, which all that we write there has."""
     if path.is_dir():
         raise Refused(f"{path} is a folder where a file is expected: remove it, or name another place")
     content = path.read_bytes() if path.is_file() else b""
@@ -47,8 +47,9 @@ def refuse_foreign(path, pattern):
 
 def refuse_unwritable(path):
     """Refused if there is no folder for the file that can be written to; a device, such as /dev/stdout, needs none."""
-    if (path.is_file() or not path.exists()) and not writable(path.parent):
-        raise Refused(f"{path.parent} is not a folder that can be written to: name another for {path.name}")
+    folder = path.resolve().parent  # replace_file follows links, too
+    if (path.is_file() or not path.exists()) and not writable(folder):
+        raise Refused(f"{folder} is not a folder that can be written to: name another for {path.name}")
 
 
 def writable(folder):

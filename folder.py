@@ -40,9 +40,10 @@ def read_part(root, part, image_size, quiet=False, val=0):
 
 
 def refuse_among_pictures(folder, root):
-    """Refused if the folder is or lies in root/train or root/test: figures that are drawn there would become pictures."""
-    for part in ("train", "test"):
-        if folder.resolve().is_relative_to(Path(root, part).resolve()):
+    """Refused if the folder is or lies in root/train or root/test, and not in a hidden folder there: figures would be read."""
+    for pictures in (Path(root, part).resolve() for part in ("train", "test")):
+        inside = folder.resolve().is_relative_to(pictures)
+        if inside and not any(name.startswith(".") for name in folder.resolve().relative_to(pictures).parts):
             raise Refused(f"{folder} lies among the pictures of {root}, and figures there would become some: choose another")
 
 

@@ -39,7 +39,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNO
 
 
 def refuse_to_replace(save, resume, force):
-    """Refused if `save` is not a folder, holds a run without --resume or --force, or files of no run that would be deleted."""
+    """Refused if `save` is not a folder, holds a run without --resume or --force, or holds files that are of no run."""
     if os.path.lexists(save) and not save.is_dir():  # a link to nothing, too
         raise Refused(f"--save {save} is not a folder: name that of a run, or a new one")
     refuse_foreign(save / "args.json", rb'"growth_rate"')
@@ -82,7 +82,7 @@ def locked(save):
 
 @contextlib.contextmanager
 def unmoved(save, number):
-    """Refused, before what is inside or where that misses a file, if the folder is no longer the one that was locked."""
+    """Refused if the folder is no longer the one that was locked: on entry, and where what is inside misses a file."""
     refuse_moved(save, number)
     try:
         yield

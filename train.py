@@ -100,11 +100,11 @@ def resumed_arguments(parser, args, world):
 def starting_point(parser, args, old_args, fresh):
     """(args, old_args, the net of --init or None); a run that continues, not fresh, needs no --init.
 
-    Refused, before any data are read, if a fresh run's folder cannot be written to, or a run's figures would become pictures.
+    Refused, before any data are read, if a fresh run's folder cannot be written to, or its figures would become pictures.
     """
     if fresh and not writable(args.save):
         raise Refused(f"--save {args.save} is not a folder that can be written to: choose another")
-    if args.dataset == "folder":
+    if fresh and args.dataset == "folder":
         refuse_among_pictures(args.save, args.data)
     if args.resume and not old_args:
         say(f"{args.save} holds no run yet: starting one")
@@ -253,9 +253,9 @@ def fit(net, dataset, args, world, checkpoint, unmoved):
             finite = sys.float_info.max  # batch norm's statistics lag behind the weights: a large test loss is no divergence
             check_loss(sum(tested[::2]), f"in the test after epoch {epoch + 1}", largest=finite)
             if world.rank == 0:
-                checkpoint = make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card)
+                newest = make_checkpoint(net, step.optimizer, step.scaler, epoch + 1, card)
                 with unmoved():
-                    run_folder.end_epoch(args.save, [*tested, *log.mean(), rate, seconds], checkpoint)
+                    run_folder.end_epoch(args.save, [*tested, *log.mean(), rate, seconds], newest)
                 plots.redraw()
                 left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
                 print_epoch(f"{epoch + 1}/{args.epochs}", log.mean(), tested, rate, len(dataset.train) / seconds, left)

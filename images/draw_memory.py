@@ -51,7 +51,7 @@ def read_curves(path):
         peaks = [variants[name].get("peak_mb_per_image") for variants in by_depth.values()]
         times = [statistics.median(variants[name]["ms_per_step"]) / report["batch_size"] for variants in by_depth.values()]
         if None in peaks:
-            raise Refused(f"{path} lacks counted peaks, which only a report in fp32 or tf32 of this version has: make one")
+            raise Refused(f"{path} lacks counted peaks: make a report in fp32 or tf32 with this version")
         curves[LABELS.get(name, name)] = [*by_depth], peaks, times
     return report["growth_rate"], report["conditions"], curves
 

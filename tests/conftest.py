@@ -72,7 +72,7 @@ def cifar():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def digits_are_read_once():
+def digits_are_cached():
     import digits  # noqa: F401
 
 
@@ -165,7 +165,7 @@ def tiny_run(tmp_path_factory, forked):
     save = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     with FileLock(save.with_suffix(".lock")):
         if not (save / "stdout").exists():
-            done = forked(["train.py", *TINY, "--epochs", "2", "--batch-size", "40", "--save", save]).wait()
+            done = forked(["train.py", *TINY, "--epochs", "2", "--batch-size", "40", "--force", "--save", save]).wait()
             assert done.returncode == 0, done.stderr
             (save / "stdout").write_text(done.stdout)
     return save

@@ -149,8 +149,9 @@ def leave(status):
     """Ends the process as Python does, but does not free what the server has imported: that takes longer than many a test."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream and not stream.closed:
+            stream.flush()
     os._exit(status)
 
 

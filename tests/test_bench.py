@@ -1,7 +1,6 @@
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -27,11 +26,7 @@ def parse(*arguments):
 
 
 def test_the_table_and_its_json(call_main, monkeypatch, tmp_path):
-    """The processes are forks of one that has imported bench.py, which takes seconds: as new to this one as spawned ones."""
     worker, ended = bench.worker, []
-    contexts = {"spawn": multiprocessing.get_context("forkserver")}
-    contexts["spawn"].set_forkserver_preload(["bench"])
-    monkeypatch.setattr(multiprocessing, "get_context", contexts.__getitem__)
 
     @contextlib.contextmanager
     def watched(*arguments):

@@ -224,7 +224,7 @@ def test_the_folder_of_the_batches_may_be_named_itself(cifar, monkeypatch):
     [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("svhn", "train_32x32.mat")],
 )
 def test_missing_data_without_network_says_where_the_archive_goes(name, archive, tmp_path):
-    with pytest.raises(Refused, match=rf"{tmp_path} lacks files of .*: put {archive} there, name another --data, or"):
+    with pytest.raises(Refused, match=rf"{tmp_path} lacks files of .*: put {archive} there or name another --data"):
         data.load(name, tmp_path)
 
 

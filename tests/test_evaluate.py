@@ -192,7 +192,7 @@ def test_a_confusion_matrix_of_its_own_is_replaced(call_main, tiny_run, tmp_path
         assert call_main(evaluate, tiny_run, "--out", tmp_path)[0] == 0
 
 
-@pytest.mark.parametrize("name", ["new/confusion.csv", "new/confusion.png", "new"])
+@pytest.mark.parametrize("name", ["new/confusion.csv", "new/confusion.png", "new", "new/confusion.csv/deep"])
 def test_predictions_do_not_go_where_the_confusion_matrix_goes(call_main, tiny_run, tmp_path, name):
     path = tmp_path / "new" / ".." / name
     status, out, errors = call_main(evaluate, tiny_run, "--out", tmp_path / "new", "--predictions", path)

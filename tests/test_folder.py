@@ -224,6 +224,7 @@ def test_nothing_is_drawn_among_the_pictures(call_main, run, pictures, tmp_path,
     status, _, errors = run(root / place, "--data", root)
     assert (status, told in errors, sorted(root.rglob("*"))) == (2, True, before), errors
     assert run(root, "--data", root, "--no-plot")[0] == 0
+    assert call_main(evaluate, root, "--out", root / "train" / "cat" / ".hidden")[0] == 0
     before = sorted(root.rglob("*"))
     status, _, errors = call_main(evaluate, root, "--out", root / place)
     assert (status, told in errors, sorted(root.rglob("*"))) == (2, True, before), errors
