@@ -44,9 +44,7 @@ def main():
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)
         lines = [*table(results, args, device)]
         endings.say(*lines)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(args.json, as_json({"table": lines, "variants": results}))
+        write_report(args.json, {"table": lines, "variants": results})
 
 
 def build_parser(text, variants):
@@ -79,6 +77,13 @@ def check_measurement(args):
         refuse_foreign(args.json, rb'"(variants|images_per_second)"')
         refuse_unwritable(args.json)
     return device
+
+
+def write_report(path, report):
+    """Writes the file of --json, in a folder that may be new; None stands for no file."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, as_json(report))
 
 
 def variant_arguments(name, args):

@@ -12,6 +12,7 @@ beside it, or into --out DIR (with --val, confusion-val): a row for each true cl
 
 import argparse
 import contextlib
+import itertools
 import os
 from pathlib import Path
 
@@ -90,8 +91,8 @@ def check_matrix_place(args):
         raise Refused(f"{table.parent} is not a folder that can be written to: name another by --out")
     for path in (table, table.with_suffix(".png")):
         refuse_foreign(path, RESULTS[path.name])
-        place, other = path.resolve(), (args.predictions or Path("/dev/null")).resolve()
-        if place.is_relative_to(other) or other.is_relative_to(place):
+        pair = [path.resolve(), args.predictions.resolve()] if args.predictions else []
+        if any(one.is_relative_to(other) for one, other in itertools.permutations(pair, 2)):
             raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
 
 

@@ -41,9 +41,9 @@ def read_part(root, part, image_size, quiet=False, val=0):
 
 def refuse_among_pictures(folder, root):
     """Refused if the folder is or lies in root/train or root/test, and not in a hidden folder there: figures would be read."""
+    place = folder.resolve()
     for pictures in (Path(root, part).resolve() for part in ("train", "test")):
-        inside = folder.resolve().is_relative_to(pictures)
-        if inside and not any(name.startswith(".") for name in folder.resolve().relative_to(pictures).parts):
+        if place.is_relative_to(pictures) and not any(name[0] == "." for name in place.relative_to(pictures).parts):
             raise Refused(f"{folder} lies among the pictures of {root}, and figures there would become some: choose another")
 
 

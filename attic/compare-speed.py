@@ -28,7 +28,6 @@ import data
 import endings
 import flags
 from attic.counting import META, net_of, peak_bytes, step_on
-from files import as_json, replace_file
 from machine import DTYPES, device_name, set_precision
 
 # Whether it is train.py's step, and the name of the net in attic/counting.py.
@@ -54,9 +53,7 @@ def main():
         args.steps = args.steps or (40 if args.data else None)
         device = bench.check_measurement(args)
         report = measure_pipeline(args, device) if args.data else measure_depths(args, device)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(args.json, as_json(report))
+        bench.write_report(args.json, report)
 
 
 def build_parser():
