@@ -204,7 +204,8 @@ def refuse_lost_checkpoint(save):
 
 def compare_arguments(old, new):
     """Refused if the data differ, the net of --init, or arguments that change the result."""
-    changed = [name for name in old if name in new and name not in MAY_CHANGE and old[name] != new[name]]
+    may_change = MAY_CHANGE | ({"init"} if old.get("init_digest") else set())
+    changed = [name for name in old if name in new and name not in may_change and old[name] != new[name]]
     if "digests" in changed and {*changed} <= {"digests", "train_images", "classes"}:
         parts = " and ".join(part for part, digest in new["digests"].items() if (old["digests"] or {}).get(part) != digest)
         change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"

@@ -111,6 +111,9 @@ def starting_point(parser, args, old_args, fresh):
     args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
     if init:  # another net may come to lie at the path
         args.init_digest = digest(init["net"])
+    elif args.init != old_args.get("init"):  # the net may have come to lie at another path
+        known = load_checkpoint(checkpoint_in(Path(args.init)), "leave out --init, which the run needs no more")
+        args.init_digest = digest(build_net(known).state_dict())
     elif "init_digest" in old_args:
         args.init_digest = old_args["init_digest"]
     return args, old_args, init

@@ -767,6 +767,29 @@ def test_a_run_that_is_resumed_needs_the_file_of_init_no_more(call_main, monkeyp
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_run_goes_on_with_the_net_of_init_at_another_path(call_main, tiny_run, tmp_path, checkpoint):
+    """As in a cluster's scratch folder; another net there, or none, is refused."""
+    run, moved = tmp_path / "run", tmp_path / "moved.pth"
+    flags = [*TINY, "--no-plot", "--opt", "adam", "--save", run]
+    assert call_main(train, *flags, "--epochs", 1, "--init", tiny_run)[0] == 0
+    if not checkpoint:
+        (run / "latest.pth").unlink()
+    before = contents(run)
+    missing = "leave out --init, which the run needs no more" if checkpoint else "put it back, --init needs it until"
+    weights = {"net": DenseNet(depth=10, growth_rate=2).state_dict()}
+    torch.save(torch.load(tiny_run / "latest.pth") | weights, tmp_path / "other")
+    other = f"the net in --init {tmp_path / 'other'} is not the one that the run was begun with"
+    for path, told in [(moved, f"{moved} does not exist: {missing}"), (tmp_path / "other", other)]:
+        status, _, errors = call_main(train, *flags, "--epochs", 2, "--init", path, "--resume")
+        assert (status, told in errors) == (2, True), errors
+        assert contents(run) == before
+    shutil.copy(tiny_run / "latest.pth", moved)
+    status, out, errors = call_main(train, *flags, "--epochs", 2, "--init", moved, "--resume")
+    assert (status, ("continuing after epoch 1" if checkpoint else "from the start") in out) == (0, True), errors
+    assert json.loads((run / "args.json").read_text())["init"] == str(moved)
+
+
 def stopping(take, stop_at):
     """A step that takes all before the one of this number, which ends the run."""
     numbers = itertools.count(1)
