@@ -229,11 +229,12 @@ def draw_curve(axes, column, curve, since, color, marker):
 
 
 def thinned(table):
-    """The rows of a very long table that a figure can show, the extremes among them."""
+    """The rows of a very long table that a figure can show, the extremes of the mean and of the band among them."""
     if len(table) <= 3 * STRETCHES:
         return table
-    stretches = table["mean"].groupby(pd.RangeIndex(len(table)) * STRETCHES // len(table))
-    return table.loc[sorted({*stretches.idxmin(), *stretches.idxmax(), table.index[-1]})]
+    stretches = table.groupby(pd.RangeIndex(len(table)) * STRETCHES // len(table))
+    lowest, highest = stretches[["mean", "min"]].idxmin(), stretches[["mean", "max"]].idxmax()
+    return table.loc[sorted({*lowest.to_numpy().flat, *highest.to_numpy().flat, table.index[-1]})]
 
 
 def meanings(curves, changes, smooth):

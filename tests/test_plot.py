@@ -141,6 +141,15 @@ def test_a_long_curve_is_thinned_and_keeps_its_last_row_and_its_extremes(call_ma
     np.testing.assert_array_equal([late_x, late_y], [epochs[27_999:], loss[27_999:]])
 
 
+def test_a_long_band_keeps_the_extremes_of_its_runs_where_their_mean_has_none():
+    error = np.random.default_rng(0).normal(50, 0.1, (2, 6000))
+    error[:, 3000:3004] = [50, 95, 50, 60], [40, 5, 60, 50]
+    tables = [pd.DataFrame({"epoch": np.arange(1, 6001), "loss": each, "error": each}) for each in error]
+    shown = plot.thinned(plot.over_runs(tables)["error"])
+    assert (len(shown) < 6000, shown["min"].min(), shown["max"].max()) == (True, 5, 95)
+    assert (shown["mean"].min(), shown["mean"].max()) == (error.mean(axis=0).min(), error.mean(axis=0).max())
+
+
 def test_the_legend_says_over_what_the_training_curve_is_averaged(call_main, saved, tmp_path):
     run = write_run(tmp_path / "run")
     for smooth in (0, 0.5, 1, 10):
