@@ -73,7 +73,7 @@ def summary(differences, arguments, runs):
 
 def images_per_second(train_images, tables):
     """{"images_per_second": over all runs with times}, or {} if there are none."""
-    timed = pd.concat([table["seconds"] for table in tables if "seconds" in table] or [pd.Series(dtype=float)])
+    timed = pd.concat([table["seconds"].dropna() for table in tables if "seconds" in table] or [pd.Series(dtype=float)])
     return {"images_per_second": train_images * len(timed) / timed.sum()} if train_images and timed.sum() else {}
 
 

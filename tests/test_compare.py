@@ -113,6 +113,7 @@ def test_images_a_second_are_of_all_epochs_that_tell_their_time(tables, tmp_path
         write_run(tmp_path / "a", 5, seed=1, values=",1,2,0.1,4", **timed),
         write_run(tmp_path / "b", 5, seed=2, values=",1,2,0.1,6", **timed),
         write_run(tmp_path / "c", 5, seed=3),
+        write_run(tmp_path / "gaps", 5, seed=5, values=",1,2,0.1,nan", **timed),
         write_run(tmp_path / "incomplete", 5, seed=4, done=1, values=",1,2,0.1,99", **timed),
     ]
     shown, numbers, _ = tables(*folders)
