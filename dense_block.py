@@ -108,8 +108,8 @@ class DenseBlockFunction(torch.autograd.Function):
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
         ctx.block, ctx.weights, ctx.parameters, ctx.state = block, weights, parameters, block.state()
-        # The whole buffer: hooks that pack saved tensors may lose the strides of its slice.
-        ctx.save_for_backward(buffer, mean, rstd, *parameters, *(tensor for tensors in kept for tensor in tensors))
+        # The whole buffer: hooks that pack saved tensors may lose the strides, of its slice or of any.
+        ctx.save_for_backward(*parameters, buffer, mean, rstd, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
 
     @staticmethod
@@ -119,9 +119,9 @@ class DenseBlockFunction(torch.autograd.Function):
         if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
             raise RuntimeError("an efficient block takes no batch of gradients (is_grads_batched, vmap): efficient=False")
         # Autograd refuses a parameter that was changed in place, but not where hooks on saved tensors packed it.
-        buffer, mean, rstd, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors[len(ctx.parameters) :]
         check_unchanged(ctx.block, ctx.parameters, ctx.state)
-        rest = rest[len(ctx.parameters) :]
+        buffer, mean, rstd, *rest = (each if each is None else each.contiguous() for each in saved)
         per_layer = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):

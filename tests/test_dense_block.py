@@ -278,6 +278,18 @@ def test_where_saved_tensors_may_be_changed_the_plain_modules_run():
     assert relative_error(*gradients) < 1e-12
 
 
+@pytest.mark.parametrize("arguments", [BC, {**BC, "drop_rate": 0.3}, PLAIN])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_saved_tensors_may_be_packed_and_unpacked(arguments, memory_format):
+    """What keeps values and not strides; the maps are four-dimensional."""
+
+    def pack(tensor):
+        return tensor.detach().clone(memory_format=memory_format if tensor.dim() == 4 else torch.contiguous_format)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert_equal_training(random_net(arguments), *batch(3, 16))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_gradient_checkpointing(use_reentrant):
     """Which runs a backward pass inside of another, and the forward pass there with gradients on."""
