@@ -37,6 +37,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 ALIGNMENT = 1  # of a pixel's maps in memory
@@ -444,7 +446,7 @@ computable_now = torch.compiler.disable(computable)  # asked in each pass, not w
 
 
 def observed(x, training):
-    """Whether a tracer, functorch, forward-mode AD or a hook needs more of the block than its output and its gradient.
+    """Whether a tracer, functorch, forward-mode AD, a mode or a hook needs more of the block than its output and its gradient.
 
     In evaluation mode kernels.py gives the output alone, so autograd, a compiler and a dispatch mode count, too.
     """
@@ -456,6 +458,8 @@ def observed(x, training):
         return not training or torch.compiler._is_exporting_flag  # is_exporting() is always true here with PyTorch 2.11
     traced = torch.jit.is_tracing() or get_proxy_mode() is not None
     if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):  # may replace what a layer calls
         return True
     modes = _get_current_dispatch_mode_stack()
     # Selective checkpointing skips operators; allow_mutation_on_saved_tensors copies tensors that are changed in place.

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -623,6 +624,27 @@ def test_where_what_a_layer_calls_is_replaced_the_plain_modules_call_it(monkeypa
     monkeypatch.setattr(*REPLACED[name])
     with pytest.warns(UserWarning, match=r"^Bottleneck.forward is not as in dense_block.Definition, so it runs as it is$"):
         assert_equal_training(net, images, labels)
+
+
+class Sigmoid(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.relu:
+            return torch.sigmoid(args[0])
+        return function(*args, **kwargs or {})
+
+
+def test_where_a_mode_replaces_what_a_layer_calls_the_plain_modules_run():
+    net, (images, _) = random_net(BC), batch(2, 8)
+    with Sigmoid():
+        plain, ours = (each(images) for each in (net, efficient_twin(net)))
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_under_a_default_device_a_block_is_efficient():
+    """Which PyTorch sets by such a mode."""
+    block, images = DenseBlock(Bottleneck, 2, 4, 2, 0.0, efficient=True), torch.randn(2, 4, 8, 8)
+    with torch.device("meta"):
+        assert block.runs_efficiently(images)
 
 
 def dual(net, images):

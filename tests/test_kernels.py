@@ -396,6 +396,11 @@ class LooksOn(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+class LooksOnFunctions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
 LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "nobody": (lambda net: contextlib.nullcontext(), 1, 1),
     "autograd": (lambda net: torch.enable_grad(), 0, 0),
@@ -406,6 +411,8 @@ LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "a hook in a transition": (lambda net: hooked(net.trans1.conv1), 0, 1),
     "forward-mode differentiation": (lambda net: torch.autograd.forward_ad.dual_level(), 0, 0),
     "a mode of dispatch": (lambda net: LooksOn(), 0, 0),
+    "a mode of functions": (lambda net: LooksOnFunctions(), 0, 0),
+    "a default device": (lambda net: torch.device("cpu"), 1, 1),
 }
 
 
