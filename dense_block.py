@@ -339,10 +339,9 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
     aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
     grads.addcmul_(da, gamma * rstd)
     grad_beta = sum_of_pixels(da, mean.dtype)
-    if x.element_size() == 2:  # da x, rounded, would lose the gradient against a large mean
-        sum_da_centred = sum_of_pixels(torch.sub(x, mean, out=a).mul_(da), mean.dtype)
-    else:  # a pass less
-        sum_da_centred = sum_of_pixels(torch.mul(da, x, out=a), mean.dtype) - mean * grad_beta
+    # In the type of the mean: rounded products would lose the gradient against a large mean of x or of da.
+    centred = torch.sub(x, mean, out=a if a.dtype == mean.dtype else None)
+    sum_da_centred = sum_of_pixels(centred.mul_(da), mean.dtype)
     return torch.stack([grad_beta, sum_da_centred * rstd])
 
 

@@ -119,7 +119,7 @@ def test_the_table_of_traffic(call_main):
     assert (plain_gb, plain_launches) == pytest.approx((4.4, 339), rel=0.02)
     assert plain_gflop == gflop == pytest.approx(27.6, rel=0.01)
     assert floor > plain_gb / 500 * 1e3
-    assert plain_gb < gb < 1.35 * plain_gb  # what is not kept is computed again
+    assert plain_gb < gb < 1.4 * plain_gb  # what is not kept is computed again
     assert launches < 2.7 * plain_launches
 
 

@@ -190,6 +190,31 @@ def test_autocast_rounds_no_worse_than_the_plain_modules(layer, dtype, mean):
 
 
 @pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
+@pytest.mark.parametrize(("dtype", "mean", "grad_mean"), [(torch.float32, 1000, 0), (torch.bfloat16, 0, 1)])
+def test_the_gradient_of_gamma_is_as_exact_as_that_of_the_plain_modules(layer, dtype, mean, grad_mean):
+    """Where the mean of the maps, or that of their gradient, is large: at most three times as far from float64.
+
+    Each ReLU is far from its edge: what rounding moves across the edge would hide all else.
+    """
+    torch.manual_seed(0)
+    plain = randomize(DenseBlock(layer, 2, 10, 5, 0.0, efficient=False), seed=0).to(memory_format=torch.channels_last)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data = torch.where(torch.arange(len(module.bias)) % 2 == 0, 8.0, -8.0)
+    images, target = torch.randn(8, 10, 32, 32).to(dtype) + mean, torch.randn(8, 20, 32, 32) + grad_mean
+    exact = block_pass(copy.deepcopy(plain).double(), images.double(), target)
+    efficient = copy.deepcopy(plain)
+    efficient.efficient = True
+    distances = []
+    for block in (plain, efficient):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            rounded = block_pass(block, images, target)
+        named = zip(["", "", *(name for name, _ in block.named_parameters())], rounded, exact, strict=True)
+        distances.append(distance(*zip(*(pair for name, *pair in named if name.endswith("bn1.weight")), strict=True)))
+    assert distances[1] < 3 * distances[0]
+
+
+@pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
 def test_under_autocast_all_is_computed_in_the_type_of_the_input(layer):
     """Whether the forward pass, the backward pass or neither is under it."""
     torch.manual_seed(0)
