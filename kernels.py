@@ -54,6 +54,12 @@ def relu(x):
 
 
 @triton.jit
+def through_relu(grad, a):
+    """The gradient of a = relu(...), 0 where the ReLU is closed; NaN is neither closed nor open, and passes it on."""
+    return tl.where(a <= 0, 0.0, grad)
+
+
+@triton.jit
 def operand(a, like, PRODUCTS: tl.constexpr):
     """A tile in the type that matrices are multiplied in; rounded to TF32, since the Tensor Cores would truncate it."""
     if PRODUCTS == "tf32" and like.dtype.element_ty == tl.float32:
@@ -241,7 +247,7 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, db, part, P, turns, H: tl
         centred, b = activated(z_tile, channels_of(mean, rstd, gamma, beta, k, k < K))
         grad_w = tl.dot(tl.trans(g9), operand(finite(b, rows, P, db), db, PRODUCTS), grad_w, input_precision=PRODUCTS)
         db_tile = tl.dot(g9, w, input_precision=PRODUCTS)
-        db_tile = tl.where(b > 0, db_tile, 0.0).to(db.dtype.element_ty)
+        db_tile = through_relu(db_tile, b).to(db.dtype.element_ty)
         tl.store(db + rows[:, None] * K + k[None, :], db_tile, mask=mask)
         grad_beta += db_tile.to(tl.float32)
         sum_db_centred += db_tile.to(tl.float32) * centred
@@ -305,7 +311,7 @@ def through_convolution(grad_z, a, w, grad_w, rows, P, like, PRODUCTS: tl.conste
     """(grad_w and what these pixels add to it; da): gradients of a 1x1 convolution of a, the latter where the ReLU is open."""
     a_tile = operand(finite(a, rows, P, like), like, PRODUCTS)
     grad_w = tl.dot(tl.trans(grad_z), a_tile, grad_w, input_precision=PRODUCTS)
-    return grad_w, tl.where(a > 0, tl.dot(grad_z, w, input_precision=PRODUCTS), 0.0)
+    return grad_w, through_relu(tl.dot(grad_z, w, input_precision=PRODUCTS), a)
 
 
 @triton.jit
@@ -403,7 +409,7 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
             at_x = four_pixels(rows, i, H, W)[:, None] * (8 * S8) + c[None, :]
             centred, tile = activated(tl.load(x + at_x, mask=wide, other=0.0), norm)
             average += 0.25 * tile
-            each = tl.where(tile > 0, da_tile, 0.0)
+            each = through_relu(da_tile, tile)
             grad_beta += each
             sum_da_centred += each * centred
             tl.store(G + at_x, (norm[1] * each).to(G.dtype.element_ty), mask=wide)

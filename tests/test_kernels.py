@@ -649,6 +649,11 @@ def check_nan():
         plain, ours = (each(images).isnan() for each in (copy.deepcopy(block), efficient_twin(block)))
         assert torch.equal(plain, ours), name
         assert plain.any()
+    block, images, target = block_and_batch(8, 10, (1, 4, 4), reduction=0.5)
+    images[0, 0, 0, 0] = float("nan")
+    plain, ours = (block_pass(each, images, target) for each in (copy.deepcopy(block), efficient_twin(block)))
+    for name, values in plain.items():
+        assert torch.equal(ours[name].isnan(), values.isnan()), name
 
 
 def test_batch_norms_with_settings_of_their_own(interpreted):
