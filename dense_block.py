@@ -133,8 +133,11 @@ class DenseBlockFunction(torch.autograd.Function):
 
 def check_unchanged(block, parameters, state):
     """RuntimeError if the block's parameters, their values or its drop rates were changed since its forward pass."""
-    replaced = any(now is not then for now, then in zip(block.parameters(), parameters, strict=True))
-    if replaced or block.state() != state:
+    unchanged = False
+    with contextlib.suppress(AttributeError, ValueError):  # a module was put in another's place, or taken out
+        same = all(now is then for now, then in zip(block.parameters(), parameters, strict=True))
+        unchanged = same and block.state() == state
+    if not unchanged:
         what = "the parameters or drop rates of an efficient block"
         raise RuntimeError(f"{what} were changed before its backward pass: efficient=False")
 
@@ -240,7 +243,7 @@ def dropout(x, rate):
 
 def update_running_statistics(norms, mean, var):
     """As each batch norm would: with its own momentum, for the channels that it reads, which come first. var is unbiased."""
-    weights = [bn.momentum for bn in norms]
+    weights = [float(bn.momentum) for bn in norms]
     for name, values in [("running_mean", mean), ("running_var", var)]:
         running = [getattr(bn, name) for bn in norms]
         torch._foreach_lerp_(running, [values[: len(r)].to(r.dtype) for r in running], weights)
@@ -505,7 +508,8 @@ def plain_convolution(conv, channels, kernel_size, training):
         return False
     shape = conv.out_channels, channels, kernel_size, kernel_size
     padded = conv.padding == (kernel_size // 2, kernel_size // 2) and conv.padding_mode == "zeros"
-    return conv.weight.shape == shape and padded and (conv.stride, conv.dilation, conv.bias) == ((1, 1), (1, 1), None)
+    others = conv.stride, conv.dilation, conv.groups, conv.bias
+    return conv.weight.shape == shape and padded and others == ((1, 1), (1, 1), 1, None)
 
 
 @torch.compiler.disable

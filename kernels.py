@@ -422,8 +422,9 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
 
 def fit(x, layers):
     """Whether the kernels compute the layers, all of them Bottlenecks, for the input x (N, C, H, W)."""
-    bn, growth_rate = layers[0].bn1, layers[0].conv2.out_channels
-    types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and bn.weight.dtype == torch.float32
+    growth_rate = layers[0].conv2.out_channels
+    norms = {bn.weight.dtype for layer in layers for bn in (layer.bn1, layer.bn2)}
+    types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and norms == {torch.float32}
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     channels = layers[-1].bn1.num_features + growth_rate  # of the block's output
@@ -562,7 +563,7 @@ def forward(maps, mean, rstd, var, layers, weights):
         kept.append((z, *statistics2[:2]))
     for name, values in [("running_mean", statistics[0]), ("running_var", statistics[2])]:
         running = [getattr(layer.bn2, name) for layer in layers]
-        torch._foreach_lerp_(running, list(values), [layer.bn2.momentum for layer in layers])
+        torch._foreach_lerp_(running, list(values), [float(layer.bn2.momentum) for layer in layers])
     return kept
 
 

@@ -116,7 +116,7 @@ def test_batch_norms_with_settings_of_their_own():
     """Of each layer another momentum, and another epsilon where the maps are not shared."""
     net = random_net(BC)
     for i, (name, module) in enumerate((n, m) for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)):
-        module.momentum = [0.1, 0.03, 1.0][i % 3]
+        module.momentum = [0.1, torch.tensor(0.03), 1.0][i % 3]
         module.eps = 1e-3 if name.startswith("dense1") and name.endswith("bn1") else 10.0 ** -(4 + i % 5)
         if name.startswith(("dense2", "dense3")) and name.endswith("bn1"):
             module.eps = 1e-5
@@ -389,6 +389,23 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
+REPLACEMENTS = {  # of a module of a layer
+    "a convolution by nothing": lambda layer: setattr(layer, "conv1", nn.Identity()),
+    "a batch norm by another": lambda layer: setattr(layer, "bn1", nn.BatchNorm2d(10)),
+    "dropout by nothing": lambda layer: setattr(layer, "dropout", nn.Identity()),
+    "no second batch norm": lambda layer: delattr(layer, "bn2"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_a_module_that_was_replaced_before_the_backward_pass_is_an_error(name):
+    net = efficient_twin(random_net(BC))
+    loss = net(batch(2, 8)[0]).sum()
+    REPLACEMENTS[name](net.dense1[0])
+    with pytest.raises(RuntimeError, match=r"^the parameters or drop rates of an efficient block were changed before"):
+        loss.backward()
+
+
 def test_other_parameters_for_a_call():
     """As meta-learning gives them, by torch.func.functional_call: tensors for all or some, or another net's parameters."""
     net = random_net(BC)
@@ -525,6 +542,7 @@ UNTAKEN = {  # of a first layer of 10 channels
     "more rows in a convolution": lambda layer: setattr(layer.conv1, "weight", nn.Parameter(torch.ones(40, 10, 1, 1))),
     "fewer rows in a convolution": lambda layer: setattr(layer.conv2, "weight", nn.Parameter(torch.ones(1, 20, 3, 3))),
     "a stride": lambda layer: setattr(layer.conv2, "stride", (2, 2)),
+    "groups of which the weights know nothing": lambda layer: setattr(layer.conv2, "groups", 5),
     "no padding": lambda layer: setattr(layer.conv2, "padding", (0, 0)),
 }
 

@@ -446,6 +446,10 @@ def check_unfit():
     assert kernels_of(block, images)
     assert kernels_of(block, images.half())
     assert kernels_of(copy.deepcopy(block).half(), images.half()) is None  # weights, statistics and sums are float32
+    for norm in ("1.bn1", "1.bn2"):
+        mixed = copy.deepcopy(block)
+        mixed.get_submodule(norm).half()
+        assert kernels_of(mixed, images.half()) is None
     for name, other in unfit_blocks().items():
         dtype = next(other.parameters()).dtype
         images = torch.randn(2, 6, 4, 4, dtype=dtype)
