@@ -343,8 +343,11 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
     grads.addcmul_(da, gamma * rstd)
     grad_beta = sum_of_pixels(da, mean.dtype)
     # In the type of the mean: rounded products would lose the gradient against a large mean of x or of da.
-    centred = torch.sub(x, mean, out=a if a.dtype == mean.dtype else None)
-    sum_da_centred = sum_of_pixels(centred.mul_(da), mean.dtype)
+    if a.dtype == mean.dtype:
+        sum_da_centred = sum_of_pixels(torch.sub(x, mean, out=a).mul_(da), mean.dtype)
+    else:  # in quarters, each of which takes half the memory of a
+        quarters = zip(x.chunk(4), da.chunk(4), strict=True)
+        sum_da_centred = sum(sum_of_pixels(torch.sub(x, mean).mul_(da), mean.dtype) for x, da in quarters)
     return torch.stack([grad_beta, sum_da_centred * rstd])
 
 

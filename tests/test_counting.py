@@ -52,6 +52,17 @@ def test_efficient_blocks_keep_little_and_grow_linearly_where_plain_ones_grow_qu
     assert np.polyval(linear, 250) == pytest.approx(0.106 * 172.5, rel=0.01)
 
 
+@pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
+def test_a_step_in_16_bits_takes_little_more_than_half_the_memory_of_float32(layer):
+    """Sums, which are taken of float32, take it of a part of the maps at a time."""
+    peaks = []
+    for dtype in (torch.float32, torch.bfloat16):
+        block = DenseBlock(layer, 8, 24, 12, 0.0, efficient=True).to(counting.META, memory_format=torch.channels_last)
+        images = torch.empty(8, 24, 32, 32, dtype=dtype, device=counting.META, requires_grad=True)
+        peaks.append(counting.peak_bytes(lambda block=block, images=images: block(images).sum().backward()))
+    assert peaks[1] < 0.6 * peaks[0]
+
+
 @pytest.mark.xdist_group("kept")
 def test_checkpointed_blocks_keep_more_than_efficient_ones():
     _, forward = counting.step_on(counting.META, "torchvision-checkpointed", settings("--depth", 40, "--batch-size", 2))
