@@ -111,7 +111,7 @@ def starting_point(parser, args, old_args, fresh):
     args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
     if init:  # another net may come to lie at the path
         args.init_digest = digest(init["net"])
-    elif args.init != old_args.get("init"):  # the net may have come to lie at another path
+    elif old_args.get("init_digest") and args.init != old_args["init"]:  # the net may have come to lie at another path
         known = load_checkpoint(checkpoint_in(Path(args.init)), "leave out --init, which the run needs no more")
         args.init_digest = digest(build_net(known).state_dict())
     elif "init_digest" in old_args:

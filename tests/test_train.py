@@ -790,6 +790,14 @@ def test_a_run_goes_on_with_the_net_of_init_at_another_path(call_main, tiny_run,
     assert json.loads((run / "args.json").read_text())["init"] == str(moved)
 
 
+def test_a_run_that_was_begun_without_init_cannot_go_on_with_it(call_main, tiny_run, tmp_path):
+    """Told whether or not the file is there."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    for path in (tiny_run, tmp_path / "none"):
+        status, _, errors = call_main(train, "--save", tmp_path / "run", "--resume", "--init", path)
+        assert (status, f"was begun with init None, not {path}: resume it as it was begun" in errors) == (2, True), errors
+
+
 def stopping(take, stop_at):
     """A step that takes all before the one of this number, which ends the run."""
     numbers = itertools.count(1)
