@@ -110,7 +110,7 @@ class DenseBlockFunction(torch.autograd.Function):
             transition = block.transition
             out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
         ctx.block, ctx.weights, ctx.parameters, ctx.state = block, weights, parameters, block.state()
-        # The whole buffer: hooks that pack saved tensors may lose the strides, of its slice or of any.
+        # The whole buffer: hooks that pack saved tensors may lose the strides of its slice.
         ctx.save_for_backward(*parameters, buffer, mean, rstd, *(tensor for tensors in kept for tensor in tensors))
         return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
 
@@ -123,6 +123,7 @@ class DenseBlockFunction(torch.autograd.Function):
         # Autograd refuses a parameter that was changed in place, but not where hooks on saved tensors packed it.
         saved = ctx.saved_tensors[len(ctx.parameters) :]
         check_unchanged(ctx.block, ctx.parameters, ctx.state)
+        # Hooks may give back other strides, which kernels.py does not look at; without hooks, nothing is copied.
         buffer, mean, rstd, *rest = (each if each is None else each.contiguous() for each in saved)
         per_layer = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
@@ -134,9 +135,8 @@ class DenseBlockFunction(torch.autograd.Function):
 def check_unchanged(block, parameters, state):
     """RuntimeError if the block's parameters, their values or its drop rates were changed since its forward pass."""
     unchanged = False
-    with contextlib.suppress(AttributeError, ValueError):  # a module was put in another's place, or taken out
-        same = all(now is then for now, then in zip(block.parameters(), parameters, strict=True))
-        unchanged = same and block.state() == state
+    with contextlib.suppress(AttributeError):  # a module was put in another's place, or taken out
+        unchanged = [*map(id, block.parameters())] == [*map(id, parameters)] and block.state() == state
     if not unchanged:
         what = "the parameters or drop rates of an efficient block"
         raise RuntimeError(f"{what} were changed before its backward pass: efficient=False")

@@ -55,7 +55,7 @@ def relu(x):
 
 @triton.jit
 def through_relu(grad, a):
-    """The gradient of a = relu(...), 0 where the ReLU is closed; NaN is neither closed nor open, and passes it on."""
+    """The gradient through a = relu(...): 0 where a is 0; where a is NaN it passes, as in PyTorch."""
     return tl.where(a <= 0, 0.0, grad)
 
 
