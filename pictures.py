@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torchvision.transforms.functional import pil_to_tensor
 
 from endings import Refused, say
@@ -26,6 +26,9 @@ MAX_THREADS = 16  # each holds a picture of up to Pillow's limit
 MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBA", "RGBa"}
 TRANSPARENT_GREY_STEP = {"L;2": 85, "L;4": 17}  # from a grey of 2 or 4 bits to one of 8
 SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
+
+# Pillow's own reader garbles uncompressed TIFF files that are stored on their side, or in planes of other than 8 bits.
+TiffImagePlugin.READ_LIBTIFF = True
 
 
 def read_pictures(paths, size, title=None):
@@ -98,7 +101,9 @@ def open_picture(path, size):
 
 
 def decode(picture):
-    """Loads the pixels; scales a PNG's transparent grey as Pillow scales them. Unreadable if that is a 16-bit colour."""
+    """Loads the pixels; scales a PNG's transparent grey as Pillow scales them. Unreadable if Pillow would get them wrong."""
+    if picture.mode in ("LA", "PA") and getattr(picture, "tag_v2", {}).get(ExifTags.Base.PlanarConfiguration) == 2:
+        raise Unreadable("its transparency lies in a plane of its own")
     key = picture.info.get("transparency")
     raw_mode = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
     if key is not None and raw_mode == "RGB;16B":
@@ -114,9 +119,13 @@ def to_rgb(picture):
         picture = to_8_bits(picture)
     if picture.mode not in MODES or signed(picture):
         raise Unreadable(f"its pixels are of type {picture.mode}, whose range of values is unknown")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
+    try:
+        transparent = picture.has_transparency_data
+        picture = picture.convert("RGBA" if transparent else "RGB")
+    except (AssertionError, TypeError, ValueError) as error:  # of a palette that is missing, of a text in the colour's place
+        raise Unreadable("its palette or its transparent colour makes no sense") from error
+    if not transparent:
+        return picture
     white = Image.new("RGB", picture.size, "white")
     white.paste(picture, mask=picture)  # before it is resized, which would mix in the colour of what is transparent
     return white

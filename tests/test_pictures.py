@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import folder
 import pictures
@@ -64,12 +64,35 @@ def png(path, depth, colour, samples, transparent):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
 
 
+def png_with_text(key, text):
+    content, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+    texts.add_text(key, text)
+    Image.new("RGB", (8, 8)).save(content, "PNG", pnginfo=texts)
+    return content.getvalue()
+
+
 def tiff(path, bits, samples, width, photometric=1, sample_format=1):
     """A grey TIFF of one row of pixels."""
     tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(samples)}
     entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in (tags | {339: sample_format}).items()]
     directory = struct.pack("<H", len(entries)) + b"".join(entries) + struct.pack("<I", 0)
     path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(samples)) + samples + directory)
+
+
+def planes(path, pixels, order, tags):
+    """An uncompressed TIFF of (C, H, W) pixels, each channel in a plane of its own."""
+    (channels, height, width), size = pixels.shape, pixels[0].nbytes
+    tags |= {256: [width], 257: [height], 259: [1], 277: [channels], 278: [height], 279: [size] * channels, 284: [2]}
+    tags[273] = [8 + i * size for i in range(channels)]
+    entries, more, beyond = b"", b"", 8 + pixels.nbytes + 2 + 12 * len(tags) + 4
+    for tag, values in sorted(tags.items()):
+        content = struct.pack(f"{order}{len(values)}H", *values)
+        if len(content) > 4:
+            content, more = struct.pack(f"{order}I", beyond + len(more)), more + content
+        entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + content.ljust(4, b"\0")
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + pixels.nbytes)
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + more
+    path.write_bytes(start + pixels.astype(pixels.dtype.newbyteorder(order)).tobytes() + directory)
 
 
 # ------------------------------------------------------------------------------------------------------------- bit depths
@@ -105,6 +128,19 @@ def test_few_bits(tmp_path, depth, samples, expected):
     assert row(tmp_path / "few.png")[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bits_in_planes(tmp_path, order):
+    """As tifffile writes (3, H, W) arrays."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint16)
+    planes(tmp_path / "planes.tif", pixels * 257, order, {262: [2], 258: [16] * 3})
+    assert torch.equal(read(tmp_path / "planes.tif"), torch.from_numpy(pixels.astype(np.uint8)))
+
+
+def test_white_that_is_zero_in_one_plane(tmp_path):
+    planes(tmp_path / "inverted.tif", 255 - RAMP[None].astype(np.uint8), "<", {262: [0], 258: [8]})
+    assert torch.equal(read(tmp_path / "inverted.tif"), torch.from_numpy(RAMP.astype(np.uint8)).expand(3, 32, 32))
+
+
 # ------------------------------------------------------------------------------------------------------------ orientation
 
 
@@ -120,16 +156,17 @@ def test_a_picture_stored_turned_is_the_upright_one(tmp_path, orientation, kind)
     assert torch.equal(read(tmp_path / f"turned.{kind}"), read(tmp_path / "upright.png"))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
-def test_a_picture_stored_turned_that_is_not_in_rgb(tmp_path, mode):
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "I;16"])
+def test_a_picture_stored_turned_that_is_not_in_rgb(tmp_path, mode, kind):
     upright, exif = noise(70, 41).convert("L"), Image.Exif()
     exif[0x0112] = 6
     upright = Image.fromarray(np.asarray(upright, dtype=np.uint16) * 257) if mode == "I;16" else upright.convert(mode)
     if mode in ("RGBA", "LA"):
         upright.putalpha(noise(70, 41, seed=1).convert("L"))
-    upright.transpose(UNDO[6]).save(tmp_path / "turned.png", exif=exif)
+    upright.transpose(UNDO[6]).save(tmp_path / f"turned.{kind}", exif=exif)
     upright.save(tmp_path / "upright.png")
-    assert torch.equal(read(tmp_path / "turned.png"), read(tmp_path / "upright.png"))
+    assert torch.equal(read(tmp_path / f"turned.{kind}"), read(tmp_path / "upright.png"))
 
 
 @pytest.mark.parametrize("kind", ["jpg", "mpo"])  # mpo is what many telephones write: a JPEG with further pictures behind it
@@ -309,6 +346,14 @@ REFUSED = {  # how to make the file, why it is refused
     "32 bits, unsigned": (lambda p: tiff(p, 32, struct.pack("<II", 5, 300), 2), RANGE),
     "floats": (lambda p: Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(p, "TIFF"), RANGE),
     "transparent colour": (lambda p: png(p, 16, 2, bytes(6), 4863), "its transparent colour has 16 bits"),
+    "plane of transparency": (
+        lambda p: planes(p, np.full((2, 8, 8), 9, np.uint8), "<", {262: [1], 258: [8, 8], 338: [2]}),
+        "its transparency lies in a plane of its own",
+    ),
+    "text for a colour": (
+        lambda p: p.write_bytes(png_with_text("transparency", "none")),
+        "its palette or its transparent colour makes no sense",
+    ),
     "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB),
     "empty": (lambda p: p.write_bytes(b""), NO_FORMAT),
     "text": (lambda p: p.write_text("no picture"), NO_FORMAT),
