@@ -80,7 +80,7 @@ class Block(NamedTuple):
     def state(self):
         """What must not change before the backward pass: each parameter's memory and the number of writes to it; drop rates."""
         versions = [(p.untyped_storage()._cdata, None if p.is_inference() else p._version) for p in self.parameters()]
-        return versions, [module.dropout.p for module in self.modules]
+        return versions, [float(module.dropout.p) for module in self.modules]
 
 
 def bn_convs(module):
@@ -237,6 +237,7 @@ def dropout(x, rate):
     """(x with dropout, the mask of what stays); drawn as F.dropout draws it of maps that are channels last in memory."""
     if not rate:
         return x, None
+    rate = float(rate)  # from a tensor of rates, bernoulli_ would draw another mask
     mask = torch.empty_like(nchw(x)).bernoulli_(1 - rate)
     return x * nhwc(mask) / (1 - rate), nhwc(mask).bool()
 
@@ -367,7 +368,7 @@ def convolution_backward(grad, x, weight):
 
 
 def undo_dropout(grad, mask, rate):
-    return grad if mask is None else grad * mask / (1 - rate)
+    return grad if mask is None else grad * mask / (1 - float(rate))
 
 
 # --------------------------------------------------------------------------------------- where kernels.py computes them

@@ -112,6 +112,16 @@ def test_the_same_seed_gives_the_same_dropout(arguments):
     assert_equal_training(random_net({**arguments, "drop_rate": 0.3}), *batch(4, 16))
 
 
+def test_a_drop_rate_may_be_a_tensor():
+    net = random_net({**BC, "drop_rate": torch.tensor(0.3)})
+    assert_equal_training(net, *batch(3, 16))
+    net = efficient_twin(net)
+    loss = net(batch(2, 8)[0]).sum()
+    net.dense3[1].dropout.p.fill_(0.5)
+    with pytest.raises(RuntimeError, match="drop rates of an efficient block were changed before its backward pass"):
+        loss.backward()
+
+
 def test_batch_norms_with_settings_of_their_own():
     """Of each layer another momentum, and another epsilon where the maps are not shared."""
     net = random_net(BC)
