@@ -224,6 +224,19 @@ def test_the_gradient_of_gamma_is_as_exact_as_that_of_the_plain_modules(layer, d
     assert distances[1] < 3 * distances[0]
 
 
+@pytest.mark.parametrize("arguments", [BC, PLAIN])
+def test_weights_that_are_cast_are_those_of_the_step(arguments):
+    """Not of an earlier step, before the optimiser changed them."""
+    x = torch.randn(2, 8, 6, 6).bfloat16()
+    blocks = [efficient_twin(random_net({**arguments, "init_channels": 8})).float().dense1 for _ in range(2)]
+    blocks[0](x)
+    for block in blocks:
+        with torch.no_grad():
+            block[0].conv1.weight.neg_()
+            block[1].conv1.weight.neg_()
+    assert torch.equal(*(block(x) for block in blocks))
+
+
 @pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
 def test_under_autocast_all_is_computed_in_the_type_of_the_input(layer):
     """Whether the forward pass, the backward pass or neither is under it."""
