@@ -102,6 +102,8 @@ def last_words(error, ending):
     if isinstance(error, OSError) and error.filename is not None:
         status = 1 if ending.resume or error.errno in FAILED_LATER else 2
         return status, f"{error.filename}: {error.strerror}{way_out(error.errno, ending.resume)}{go_on}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve() before Python 3.13
+        return 2, f"{error}, a link to itself: name another place"
     return None, f"this is a bug{go_on}"
 
 

@@ -105,11 +105,13 @@ def decode(picture):
     if picture.mode in ("LA", "PA") and getattr(picture, "tag_v2", {}).get(ExifTags.Base.PlanarConfiguration) == 2:
         raise Unreadable("its transparency lies in a plane of its own")
     key = picture.info.get("transparency")
-    raw_mode = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
-    if key is not None and raw_mode == "RGB;16B":
+    layout = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
+    if key is not None and layout == "RGB;16B":
         raise Unreadable("its transparent colour has 16 bits")
-    if key is not None and raw_mode in TRANSPARENT_GREY_STEP:
-        picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[raw_mode]
+    if key is not None and layout in TRANSPARENT_GREY_STEP:
+        picture.info["transparency"] = key * TRANSPARENT_GREY_STEP[layout]
+    if picture.format == "BMP" and layout and layout[0] == "1" and layout[1] != (picture.width + 31) // 32 * 4:
+        raise Unreadable("its two colours have more than one bit")  # Pillow would read one
     picture.load()
 
 

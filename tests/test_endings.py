@@ -205,6 +205,23 @@ def test_a_log_that_does_not_fit_on_the_disk(run, printing):
     assert f"No space left on device: make room there{advice}" in done.stderr
 
 
+def test_a_link_to_itself_is_refused_in_one_sentence(call_main, tiny_run, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    commands = [
+        (train, *flags(tmp_path / "run"), "--dataset", "cifar10", "--data", link),
+        (train, *flags(tmp_path / "run"), "--dataset", "folder", "--data", link),
+        (evaluate, tiny_run, "--image", tiny_run, "--predictions", link),
+        (plot, link),
+        (compare, link),
+        (compare, tiny_run, "--csv", link),
+    ]
+    for module, *arguments in commands:
+        status, _, errors = call_main(module, *arguments)
+        assert (status, len(errors.splitlines()), "link" in errors.splitlines()[-1]) == (2, 2, True), errors
+    assert [*tmp_path.iterdir()] == [link]
+
+
 PRINTS = """
 import argparse, endings
 with endings.handle_errors(argparse.ArgumentParser("program"), "x", "y"):

@@ -71,6 +71,15 @@ def png_with_text(key, text):
     return content.getvalue()
 
 
+def bmp(bits, entries):
+    """A BMP of 64 x 8 white pixels, whose palette goes from black to white."""
+    rows = bytes([255 if bits == 1 else (entries - 1) * (17 if bits == 4 else 1)]) * (64 * bits // 8 * 8)
+    palette = b"".join(bytes([255 * i // (entries - 1)] * 3 + [0]) for i in range(entries))
+    start, size = 54 + len(palette), len(rows)
+    header = struct.pack("<IiiHHIIiiII", 40, 64, 8, 1, bits, 0, size, 0, 0, entries, 0)
+    return b"BM" + struct.pack("<IHHI", start + size, 0, 0, start) + header + palette + rows
+
+
 def tiff(path, bits, samples, width, photometric=1, sample_format=1):
     """A grey TIFF of one row of pixels."""
     tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(samples)}
@@ -126,6 +135,12 @@ def test_12_bits_and_white_that_is_zero(tmp_path):
 def test_few_bits(tmp_path, depth, samples, expected):
     png(tmp_path / "few.png", depth, 0, samples, transparent=9)  # a colour that no pixel has
     assert row(tmp_path / "few.png")[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(("bits", "entries"), [(1, 2), (4, 3), (8, 3), (8, 256)])
+def test_a_palette_of_a_bmp(tmp_path, bits, entries):
+    (tmp_path / "white.bmp").write_bytes(bmp(bits, entries))
+    assert colours(tmp_path / "white.bmp") == {(255, 255, 255)}
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -354,6 +369,8 @@ REFUSED = {  # how to make the file, why it is refused
         lambda p: p.write_bytes(png_with_text("transparency", "none")),
         "its palette or its transparent colour makes no sense",
     ),
+    "two colours in 8 bits": (lambda p: p.write_bytes(bmp(8, 2)), "its two colours have more than one bit"),
+    "two colours in 4 bits": (lambda p: p.write_bytes(bmp(4, 2)), "its two colours have more than one bit"),
     "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB),
     "empty": (lambda p: p.write_bytes(b""), NO_FORMAT),
     "text": (lambda p: p.write_text("no picture"), NO_FORMAT),
