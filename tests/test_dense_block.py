@@ -29,10 +29,12 @@ BC = dict(depth=16, growth_rate=5)
 PLAIN = dict(depth=13, growth_rate=5, bottleneck=False)
 
 
-def efficient_twin(net):
-    twin = copy.deepcopy(net)
-    for block in (twin.dense1, twin.dense2, twin.dense3):
-        block.efficient = True
+def efficient_twin(module):
+    """A copy of a net, or of a part of one, whose blocks are efficient."""
+    twin = copy.deepcopy(module)
+    for block in twin.modules():
+        if isinstance(block, DenseBlock):
+            block.efficient = True
     return twin
 
 
@@ -146,12 +148,10 @@ def test_blocks_of_any_shape(bottleneck, channels, growth_rate, num_layers, shap
     torch.manual_seed(0)
     layer = Bottleneck if bottleneck else SingleLayer
     plain = randomize(DenseBlock(layer, num_layers, channels, growth_rate, 0.0, efficient=False), seed=1).double()
-    efficient = copy.deepcopy(plain)
-    efficient.efficient = True
     num_images, height, width = shape
     images = torch.randn(num_images, channels, height, width, dtype=torch.float64)
     target = torch.randn(num_images, channels + num_layers * growth_rate, height, width, dtype=torch.float64)
-    results = [[*block_pass(block, images, target), *block.buffers()] for block in (plain, efficient)]
+    results = [[*block_pass(block, images, target), *block.buffers()] for block in (plain, efficient_twin(plain))]
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -188,10 +188,8 @@ def test_autocast_rounds_no_worse_than_the_plain_modules(layer, dtype, mean):
     images, target = (torch.randn(8, channels, 16, 16) for channels in (10, 25))
     images = (images + mean).to(dtype)
     exact = block_pass(copy.deepcopy(plain).double(), images.double(), target)
-    efficient = copy.deepcopy(plain)
-    efficient.efficient = True
     distances = []
-    for block in (plain, efficient):
+    for block in (plain, efficient_twin(plain)):
         with torch.autocast("cpu", dtype):
             rounded = block_pass(block, images, target)
         assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
@@ -213,10 +211,8 @@ def test_the_gradient_of_gamma_is_as_exact_as_that_of_the_plain_modules(layer, d
             module.bias.data = torch.where(torch.arange(len(module.bias)) % 2 == 0, 8.0, -8.0)
     images, target = torch.randn(8, 10, 32, 32).to(dtype) + mean, torch.randn(8, 20, 32, 32) + grad_mean
     exact = block_pass(copy.deepcopy(plain).double(), images.double(), target)
-    efficient = copy.deepcopy(plain)
-    efficient.efficient = True
     distances = []
-    for block in (plain, efficient):
+    for block in (plain, efficient_twin(plain)):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             rounded = block_pass(block, images, target)
         named = zip(["", "", *(name for name, _ in block.named_parameters())], rounded, exact, strict=True)
@@ -327,15 +323,19 @@ def test_where_saved_tensors_may_be_changed_the_plain_modules_run():
     assert relative_error(*gradients) < 1e-12
 
 
-@pytest.mark.parametrize("arguments", [BC, {**BC, "drop_rate": 0.3}, PLAIN])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_saved_tensors_may_be_packed_and_unpacked(arguments, memory_format):
-    """What keeps values and not strides; the maps are four-dimensional."""
+def packed(memory_format):
+    """Where saved tensors keep their values and not their strides: they get those of this format, if it is one of theirs."""
 
     def pack(tensor):
         return tensor.detach().clone(memory_format=memory_format if tensor.dim() == 4 else torch.contiguous_format)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("arguments", [BC, {**BC, "drop_rate": 0.3}, PLAIN])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_saved_tensors_may_be_packed_and_unpacked(arguments, memory_format):
+    with packed(memory_format):
         assert_equal_training(random_net(arguments), *batch(3, 16))
 
 

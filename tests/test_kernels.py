@@ -5,7 +5,6 @@ Triton 3.8 interprets products in bf16 wrongly, as products of integers: bf16 is
 
 import contextlib
 import copy
-import functools
 import os
 import sys
 import types
@@ -18,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from forked import Server
-from test_dense_block import distance
+from test_dense_block import distance, efficient_twin, packed
 
 import dense_block
 from attic.comparison import random_batch, randomize, relative_error, training_pass
@@ -74,12 +73,6 @@ def block_and_batch(growth_rate, channels, shape, layers=2, device="cpu", reduct
         out_channels, height, width = int(reduction * out_channels), height // 2, width // 2
     target = torch.randn(shape[0], out_channels, height, width)
     return randomize(block, seed=0).to(device, memory_format=torch.channels_last), images.to(device), target.to(device)
-
-
-def efficient_twin(block):
-    twin = copy.deepcopy(block)
-    (twin[0] if isinstance(twin, BlockAndTransition) else twin).efficient = True
-    return twin
 
 
 def block_pass(block, images, target):
@@ -396,11 +389,6 @@ class LooksOn(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-class LooksOnFunctions(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **kwargs or {})
-
-
 LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "nobody": (lambda net: contextlib.nullcontext(), 1, 1),
     "autograd": (lambda net: torch.enable_grad(), 0, 0),
@@ -411,7 +399,7 @@ LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
     "a hook in a transition": (lambda net: hooked(net.trans1.conv1), 0, 1),
     "forward-mode differentiation": (lambda net: torch.autograd.forward_ad.dual_level(), 0, 0),
     "a mode of dispatch": (lambda net: LooksOn(), 0, 0),
-    "a mode of functions": (lambda net: LooksOnFunctions(), 0, 0),
+    "a mode of functions": (lambda net: torch.overrides.BaseTorchFunctionMode(), 0, 0),
     "a default device": (lambda net: torch.device("cpu"), 1, 1),
 }
 
@@ -616,15 +604,9 @@ def check_saved_tensors():
     block, images, target = block_and_batch(8, 10, (2, 4, 4), reduction=0.5)
     expected = block_pass(efficient_twin(block), images, target)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        pack = functools.partial(packed, memory_format)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with packed(memory_format):
             ours = block_pass(efficient_twin(block), images, target)
         assert all(torch.equal(ours[name], values) for name, values in expected.items())
-
-
-def packed(memory_format, tensor):
-    """A copy, in this format if it has four dimensions."""
-    return tensor.detach().clone(memory_format=memory_format if tensor.dim() == 4 else torch.contiguous_format)
 
 
 def test_what_lies_beyond_the_pixels_is_never_infinite(interpreted):

@@ -64,20 +64,19 @@ def png(path, depth, colour, samples, transparent):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
 
 
-def png_with_text(key, text):
-    content, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+def png_with_text(path, key, text):
+    texts = PngImagePlugin.PngInfo()
     texts.add_text(key, text)
-    Image.new("RGB", (8, 8)).save(content, "PNG", pnginfo=texts)
-    return content.getvalue()
+    Image.new("RGB", (8, 8)).save(path, "PNG", pnginfo=texts)
 
 
-def bmp(bits, entries):
+def bmp(path, bits, entries):
     """A BMP of 64 x 8 white pixels, whose palette goes from black to white."""
     rows = bytes([255 if bits == 1 else (entries - 1) * (17 if bits == 4 else 1)]) * (64 * bits // 8 * 8)
     palette = b"".join(bytes([255 * i // (entries - 1)] * 3 + [0]) for i in range(entries))
     start, size = 54 + len(palette), len(rows)
     header = struct.pack("<IiiHHIIiiII", 40, 64, 8, 1, bits, 0, size, 0, 0, entries, 0)
-    return b"BM" + struct.pack("<IHHI", start + size, 0, 0, start) + header + palette + rows
+    path.write_bytes(b"BM" + struct.pack("<IHHI", start + size, 0, 0, start) + header + palette + rows)
 
 
 def tiff(path, bits, samples, width, photometric=1, sample_format=1):
@@ -139,7 +138,7 @@ def test_few_bits(tmp_path, depth, samples, expected):
 
 @pytest.mark.parametrize(("bits", "entries"), [(1, 2), (4, 3), (8, 3), (8, 256)])
 def test_a_palette_of_a_bmp(tmp_path, bits, entries):
-    (tmp_path / "white.bmp").write_bytes(bmp(bits, entries))
+    bmp(tmp_path / "white.bmp", bits, entries)
     assert colours(tmp_path / "white.bmp") == {(255, 255, 255)}
 
 
@@ -366,11 +365,11 @@ REFUSED = {  # how to make the file, why it is refused
         "its transparency lies in a plane of its own",
     ),
     "text for a colour": (
-        lambda p: p.write_bytes(png_with_text("transparency", "none")),
+        lambda p: png_with_text(p, "transparency", "none"),
         "its palette or its transparent colour makes no sense",
     ),
-    "two colours in 8 bits": (lambda p: p.write_bytes(bmp(8, 2)), "its two colours have more than one bit"),
-    "two colours in 4 bits": (lambda p: p.write_bytes(bmp(4, 2)), "its two colours have more than one bit"),
+    "two colours in 8 bits": (lambda p: bmp(p, 8, 2), "its two colours have more than one bit"),
+    "two colours in 4 bits": (lambda p: bmp(p, 4, 2), "its two colours have more than one bit"),
     "bomb": (lambda p: Image.new("1", (20_000, 10_000)).save(p), BOMB),
     "empty": (lambda p: p.write_bytes(b""), NO_FORMAT),
     "text": (lambda p: p.write_text("no picture"), NO_FORMAT),
