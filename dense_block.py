@@ -1,13 +1,13 @@
-"""A dense block in memory that grows linearly with its depth; outputs, buffers and gradients equal those of the plain modules.
+"""A dense block whose memory grows linearly with depth; outputs, buffers and gradients equal those of the plain modules.
 
-In a dense block every layer normalises the SAME feature maps x with the SAME batch statistics; only gamma and beta are its own.
+In a dense block every layer normalises the SAME feature maps x with the SAME batch statistics; only gamma and beta differ.
 So a layer's activation is a = relu(scale * x + shift), with rstd = 1 / sqrt(var + eps), scale = gamma rstd and
-shift = beta - scale mean: one pass over the maps. It is not kept but computed again in the backward pass.
+shift = beta - scale mean: one pass over the maps. It is not stored but recomputed in the backward pass.
 
     memory     One buffer x (pixels by channels, channels last) holds all maps. A layer reads the first c channels and writes
-               its own after them: nothing is concatenated, and in the end the buffer is the block's output. Kept for the
+               its own after them: nothing is concatenated, and in the end the buffer is the block's output. Stored for the
                backward pass are x, mean and rstd of each map, and the bottlenecks' outputs z: linear in depth. (Plain modules
-               keep each layer's concatenation and activation: quadratic in depth.)
+               store each layer's concatenation and activation: quadratic in depth.)
     forward    Layer by layer: z = conv1(a), then BN-ReLU-Conv3x3 as usual.
     backward   From the last layer to the first. A buffer G for the gradient of x starts as the gradient of the output.
                With da the gradient of a where a > 0, else 0:   dbeta = sum da,   dgamma = sum da (x - mean) rstd.
@@ -16,8 +16,8 @@ shift = beta - scale mean: one pass over the maps. It is not kept but computed a
                is linear in da. Its first term is added to G at once. The other two are summed over the layers that read a map,
                and subtracted once, when the backward pass reaches that map:
                    g = G - offset - (x - mean) rstd slope,   offset = sum of scale dbeta / P,   slope = sum of scale dgamma / P.
-    transition It reads x as a layer does. kernels.py computes it with the block, whose output is then not made; without
-               kernels.py, it is a module of its own.
+    transition Reads x as a layer does. kernels.py fuses it with the block, whose output is then not materialised; without
+               kernels.py, it runs as a plain module.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-ALIGNMENT = 1  # of a pixel's maps in memory
+ALIGNMENT = 1  # a pixel's maps are padded to a multiple of this
 SLICE_PIXELS = 4096  # pixels at a time on a CPU; between 2,048 and 16,384 it makes little difference
 
 aten = torch.ops.aten
 
 
-@torch.compiler.disable  # a graph break: what torch.compile would trace is written out here
+@torch.compiler.disable  # a graph break: both passes are written by hand
 def dense_block(x, layers, transition=None):
     """The maps x (N, C, H, W), followed by those that the layers add; all layers are Bottlenecks or all are SingleLayers.
 
-    With a transition, its output for these maps. In training mode it is differentiable once, with respect to x and all
-    parameters, and updates the running statistics as the plain layers do. The layers must be `computable`, and a transition
+    With a transition, its output for these maps. In training mode the result is differentiable once, with respect to x and
+    all parameters, and running statistics are updated as in the plain layers. The layers must be `computable`, and a transition
     `joinable`.
     """
     kernels = fitting_kernels(x, layers)
@@ -78,7 +78,7 @@ class Block(NamedTuple):
         return [p for module in self.modules for bn, conv in bn_convs(module) for p in (bn.weight, bn.bias, conv.weight)]
 
     def state(self):
-        """What must not change before the backward pass: each parameter's memory and the number of writes to it; drop rates."""
+        """What must not change before the backward pass: each parameter's storage and version counter, and the drop rates."""
         versions = [(p.untyped_storage()._cdata, None if p.is_inference() else p._version) for p in self.parameters()]
         return versions, [float(module.dropout.p) for module in self.modules]
 
@@ -112,18 +112,18 @@ class DenseBlockFunction(torch.autograd.Function):
         ctx.block, ctx.weights, ctx.parameters, ctx.state = block, weights, parameters, block.state()
         # The whole buffer: hooks that pack saved tensors may lose the strides of its slice.
         ctx.save_for_backward(*parameters, buffer, mean, rstd, *(tensor for tensors in kept for tensor in tensors))
-        return out.contiguous(memory_format=torch.channels_last)  # a copy, where rows are padded; PyTorch wants no gaps
+        return out.contiguous(memory_format=torch.channels_last)  # copies if rows are padded: PyTorch expects no gaps
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # the gradient is to be differentiated; once_differentiable does not see all such cases
-            raise RuntimeError("an efficient block cannot be differentiated twice (create_graph=True): efficient=False")
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable misses some such cases
+            raise RuntimeError("an efficient block cannot be differentiated twice (create_graph=True): use efficient=False")
         if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
-            raise RuntimeError("an efficient block takes no batch of gradients (is_grads_batched, vmap): efficient=False")
-        # Autograd refuses a parameter that was changed in place, but not where hooks on saved tensors packed it.
+            raise RuntimeError("an efficient block takes no batched gradients (is_grads_batched, vmap): use efficient=False")
+        # Autograd detects a parameter that was changed in place, but not if saved-tensor hooks packed it.
         saved = ctx.saved_tensors[len(ctx.parameters) :]
         check_unchanged(ctx.block, ctx.parameters, ctx.state)
-        # Hooks may give back other strides, which kernels.py does not look at; without hooks, nothing is copied.
+        # Hooks may return other strides, and kernels.py assumes contiguous tensors; without hooks, nothing is copied.
         buffer, mean, rstd, *rest = (each if each is None else each.contiguous() for each in saved)
         per_layer = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
@@ -135,11 +135,11 @@ class DenseBlockFunction(torch.autograd.Function):
 def check_unchanged(block, parameters, state):
     """RuntimeError if the block's parameters, their values or its drop rates were changed since its forward pass."""
     unchanged = False
-    with contextlib.suppress(AttributeError):  # a module was put in another's place, or taken out
+    with contextlib.suppress(AttributeError):  # a module was replaced or removed
         unchanged = [*map(id, block.parameters())] == [*map(id, parameters)] and block.state() == state
     if not unchanged:
         what = "the parameters or drop rates of an efficient block"
-        raise RuntimeError(f"{what} were changed before its backward pass: efficient=False")
+        raise RuntimeError(f"{what} were changed before its backward pass: use efficient=False")
 
 
 def weights_of(layers, x, passes):
@@ -155,7 +155,7 @@ def cast(convolutions, maps):
 
 
 def no_autocast(device):
-    """All is computed in the type of the block's input. The meta device, on which memory is counted, has no autocast."""
+    """Everything is computed in the dtype of the block's input. The meta device, used for counting memory, has no autocast."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
@@ -164,7 +164,7 @@ def no_autocast(device):
 
 
 def forward_block(x, block, weights):
-    """The buffer with all maps (N, H, W, C or more), mean and 1 / std of each, and what else each layer's backward needs."""
+    """(buffer (N, H, W, C or more) of all maps, mean and 1 / std of each map, what else each layer's backward pass needs)."""
     layers, passes = block.layers, block.passes
     torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _ in bn_convs(module)], 1)
     buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
@@ -198,7 +198,7 @@ def write_maps(maps, mean, rstd, var, new, eps):
     """Writes new maps (N, H, W, k) to the front of the maps, and their statistics to the front of mean, rstd and var."""
     k = new.shape[-1]
     maps[..., :k] = new
-    # Batch norm's own kernel takes them fastest; with a momentum of 1, its running statistics are the batch's.
+    # Batch norm's own kernel computes them fastest; with a momentum of 1, its running statistics are the batch's.
     _, _, rstd[:k] = aten.native_batch_norm(nchw(new), None, None, mean[:k], var[:k], True, 1.0, eps)
 
 
@@ -234,7 +234,7 @@ def activate(x, mean, rstd, bn):
 
 
 def dropout(x, rate):
-    """(x with dropout, the mask of what stays); drawn as F.dropout draws it of maps that are channels last in memory."""
+    """(x with dropout, the mask of elements kept, or None); drawn as F.dropout draws it for channels_last maps."""
     if not rate:
         return x, None
     rate = float(rate)  # from a tensor of rates, bernoulli_ would draw another mask
@@ -251,7 +251,7 @@ def update_running_statistics(norms, mean, var):
 
 
 def slices(maps):
-    """Slices of the batch (N, H, W, C); on a CPU of few images each, so that what is computed from them stays in the cache."""
+    """Slices of the batch (N, H, W, C); on a CPU, of a few images each, so that intermediate results stay in the cache."""
     n, h, w, _ = maps.shape
     step = max(1, SLICE_PIXELS // (h * w)) if maps.device.type == "cpu" else n
     return [slice(first, first + step) for first in range(0, n, step)]
@@ -312,14 +312,14 @@ def backward_second(grad, layer, tensors, weight=None):
     """From the gradient of the new maps to that of z; and the gradients of gamma2, beta2, W2, of which SingleLayer has none."""
     z, mean2, rstd2, mask1, mask2 = tensors
     if z is None:
-        return undo_dropout(grad, mask1, layer.dropout.p), []
+        return dropout_backward(grad, mask1, layer.dropout.p), []
     bn = layer.bn2
     b = activate(z, mean2, rstd2, bn)
-    grad_b, grad_w = convolution_backward(undo_dropout(grad, mask2, layer.dropout.p), b, weight)
+    grad_b, grad_w = convolution_backward(dropout_backward(grad, mask2, layer.dropout.p), b, weight)
     grad_b = nchw(aten.threshold_backward(grad_b, b, 0))  # through the ReLU
     arguments = bn.weight, None, None, mean2, rstd2, True, bn.eps, [True, True, True]
     grad_z, grad_gamma, grad_beta = aten.native_batch_norm_backward(grad_b, nchw(z), *arguments)
-    return undo_dropout(nhwc(grad_z), mask1, layer.dropout.p), [grad_gamma, grad_beta, grad_w]
+    return dropout_backward(nhwc(grad_z), mask1, layer.dropout.p), [grad_gamma, grad_beta, grad_w]
 
 
 def backward_first(grad_z, grads, maps, mean, rstd, corrections, bn, weight):
@@ -338,12 +338,12 @@ def backward_first(grad_z, grads, maps, mean, rstd, corrections, bn, weight):
 def accumulate(da, a, x, mean, rstd, gamma, grads):
     """Masks da by the relu, adds scale * da to grads in place; returns the gradients of beta and gamma (2, c).
 
-    The contents of a and da are lost.
+    Overwrites a and da.
     """
     aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
     grads.addcmul_(da, gamma * rstd)
     grad_beta = sum_of_pixels(da, mean.dtype)
-    # In the type of the mean: rounded products would lose the gradient against a large mean of x or of da.
+    # In the dtype of the mean: products rounded to 16 bits lose too much when the mean of x or of da is large.
     if a.dtype == mean.dtype:
         sum_da_centred = sum_of_pixels(torch.sub(x, mean, out=a).mul_(da), mean.dtype)
     else:  # in quarters, each of which takes half the memory of a
@@ -353,7 +353,7 @@ def accumulate(da, a, x, mean, rstd, gamma, grads):
 
 
 def sum_of_pixels(x, dtype):
-    """(C,) of (N, H, W, C), added up in this type."""
+    """The sum over pixels (C,) of x (N, H, W, C), accumulated in this dtype."""
     return x.sum(dim=(0, 1, 2), dtype=dtype)
 
 
@@ -367,7 +367,7 @@ def convolution_backward(grad, x, weight):
     return nhwc(grad_x), grad_w
 
 
-def undo_dropout(grad, mask, rate):
+def dropout_backward(grad, mask, rate):
     return grad if mask is None else grad * mask / (1 - float(rate))
 
 
@@ -384,7 +384,7 @@ def fitting_kernels(x, layers):
 
 @functools.cache
 def load_kernels():
-    """kernels.py beside this file, by its path: torch.hub takes the folder off sys.path, and others have that name."""
+    """kernels.py beside this file, by its path: torch.hub removes the folder from sys.path; others may share that name."""
     spec = importlib.util.spec_from_file_location("kernels", Path(__file__).with_name("kernels.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -393,11 +393,11 @@ def load_kernels():
 
 @functools.cache
 def triton_runs(device):
-    """Whether Triton is there and can compile for the device; on a CPU, whether it interprets kernels, as in tests."""
+    """Whether Triton is installed and can compile for the device; on a CPU, whether it interprets kernels, as in tests."""
     if device.type != "cuda":
         return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # of C: each kernel gets a small launcher
+    compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # a C compiler, for each kernel's launcher
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return capable and compiler and headers and importlib.util.find_spec("triton") is not None
 
@@ -429,7 +429,7 @@ def computable(x, layers):
     for layer in layers:
         if not (untouched(layer, type(layers[0]), training) and has_parts(layer, training)):
             return False
-        if layer.dropout.p == 1:  # all is dropped, and the scale is 1 / 0
+        if layer.dropout.p == 1:  # everything is dropped, and the scale is 1 / 0
             return False
         pairs = bn_convs(layer)
         kernel_sizes = (1, 3)[-len(pairs) :]
@@ -443,22 +443,22 @@ def computable(x, layers):
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
-    if torch.compiler.is_compiling():  # its guards do not notice all changes, such as another forward of one module
+    if torch.compiler.is_compiling():  # its guards miss some changes, such as a replaced forward of one module
         return computable_now(x, layers)
     return as_defined(type(layers[0]), Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
 
 
-computable_now = torch.compiler.disable(computable)  # asked in each pass, not when it is traced
+computable_now = torch.compiler.disable(computable)  # evaluated in each pass, not while tracing
 
 
 def observed(x, training):
     """Whether a tracer, functorch, forward-mode AD, a mode or a hook needs more of the block than its output and its gradient.
 
-    In evaluation mode kernels.py gives the output alone, so autograd, a compiler and a dispatch mode count, too.
+    In evaluation mode kernels.py computes only the output, so autograd, a compiler or a dispatch mode counts as well.
     """
     if torch.nn.modules.module._has_any_global_hook():
         return True
-    if type(x) not in (torch.Tensor, nn.Parameter, FakeTensor):  # a subclass may do other things, or do each twice
+    if type(x) not in (torch.Tensor, nn.Parameter, FakeTensor):  # a subclass may override operations, or run them twice
         return True
     if torch.compiler.is_compiling():  # in training, dense_block is a graph break, which torch.export does not take
         return not training or torch.compiler._is_exporting_flag  # is_exporting() is always true here with PyTorch 2.11
@@ -489,12 +489,12 @@ def has_parts(module, training):
 
 
 def plain(bn, conv, kernel_size, training):
-    """Whether the batch norm, and the convolution of this kernel size after it, compute what is computed here."""
+    """Whether the batch norm, and the convolution of this kernel size after it, are of the kind computed here."""
     return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, kernel_size, training)
 
 
 def plain_norm(bn, training):
-    """Whether it is a BatchNorm2d with parameters, and with running statistics that have a momentum, all of its size."""
+    """Whether bn is a BatchNorm2d with weight, bias, running statistics of its size, and a momentum."""
     if not untouched(bn, nn.BatchNorm2d, training) or bn.momentum is None or not bn.track_running_stats:
         return False
     own = type(bn.weight) is type(bn.bias) is nn.Parameter  # unlike in torch.func.functional_call
@@ -507,7 +507,7 @@ def plain_norm(bn, training):
 
 
 def plain_convolution(conv, channels, kernel_size, training):
-    """Whether it is a Conv2d of all channels, without bias, with a zero padding that keeps the size of the maps."""
+    """Whether conv is a Conv2d of stride 1 over all channels, without bias, with zero padding that preserves H and W."""
     if not untouched(conv, nn.Conv2d, training) or type(conv.weight) is not nn.Parameter:
         return False
     shape = conv.out_channels, channels, kernel_size, kernel_size
@@ -520,7 +520,7 @@ def plain_convolution(conv, channels, kernel_size, training):
 def joinable(x, block, transition):
     """Whether dense_block computes the transition together with its block: kernels.py can, if the transition is unchanged."""
     layers = list(block)
-    training = layers[0].training  # the mode in which all is computed, whatever the block's own
+    training = layers[0].training  # everything runs in this mode, whatever the block's own
     if not (has_parts(transition, training) and plain(transition.bn1, transition.conv1, 1, training)):
         return False
     kernels, bn = fitting_kernels(x, layers), transition.bn1
@@ -531,10 +531,10 @@ def joinable(x, block, transition):
 
 @torch.compiler.disable
 def as_defined(kind, definition):
-    """Whether the class's forward is this method of Definition and PyTorch's functions are its own. Warns if not."""
+    """Whether the class's forward is this method of Definition and PyTorch's functions are unpatched. Warns if not."""
     same = code_of(kind.forward) == code_of(definition) and kind.__call__ is nn.Module.__call__ and called() == AS_IMPORTED
     if not same:
-        warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition, so it runs as it is", stacklevel=1)
+        warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition: its plain modules run", stacklevel=1)
     return same
 
 

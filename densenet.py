@@ -1,7 +1,7 @@
 """DenseNet and DenseNet-BC for small images (CIFAR, SVHN).
 
 Huang, Liu, Weinberger, van der Maaten: Densely Connected Convolutional Networks, arXiv:1608.06993.
-It follows the paper and the authors' Lua Torch code; the one place where these differ is init_channels of DenseNet.
+The code follows the paper and the authors' Lua Torch code, which differ in one place: init_channels of DenseNet.
 
     >>> net = DenseNet(growth_rate=12, depth=100)            # DenseNet-BC, 769,162 parameters
     >>> net(torch.zeros(64, 3, 32, 32)).shape
@@ -82,17 +82,17 @@ class DenseNet(nn.Module):
     Args:
         growth_rate: k, the number of feature maps that each layer adds.
         depth: L, the number of layers with weights; depth - 4 is divisible by 6 (bottleneck) or by 3 (plain).
-        reduction: theta, the share of the channels that a transition keeps, in (0, 1]; None is 0.5, and 1.0 for the plain net.
+        reduction: theta, the fraction of channels that a transition keeps, in (0, 1]; None is 0.5, and 1.0 for the plain net.
         num_classes: the number of logits.
         bottleneck: DenseNet-BC's layer (True) or the plain one (False).
         drop_rate: dropout after every convolution but the first, in [0, 1).
         init_channels: output channels of the first convolution; None is 2 * growth_rate, and 16 for the plain net.
             (The official code has 2 * growth_rate for the plain net as well; the paper's 27.2M parameters need 16.)
-        efficient: train the dense blocks in linear memory; results differ by rounding only (dropout draws its masks as for
-            a net in channels_last memory). A block with a module that is changed, hooked or frozen in evaluation mode
-            runs as plain modules; so does evaluation, unless it is on a GPU and without gradients.
+        efficient: train the dense blocks in linear memory; results differ by rounding only (dropout masks are those of a
+            net in channels_last memory). A block with a module that is edited, hooked or frozen in evaluation mode runs
+            as plain modules; so does evaluation, except on a GPU without gradients.
 
-    Input (N, 3, H, W) with H, W >= 4 (unless multiples of 4, the poolings drop a border); output logits (N, num_classes).
+    Input (N, 3, H, W), H, W >= 4 (if not multiples of 4, pooling drops rows or columns); output logits (N, num_classes).
     A value out of its range raises ArgumentError, a ValueError.
     """
 
@@ -137,9 +137,9 @@ class DenseNet(nn.Module):
 class DenseBlock(nn.Sequential):
     """num_layers layers, each reading the concatenation of the block's input and all earlier outputs.
 
-    Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). The layers, called one after the other, are the
-    definition; with efficient, dense_block.py computes the same in less memory where no layer was changed. Its output is then
-    channels last in memory and must not be changed in place, not even by a hook.
+    Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W). Calling the layers in order defines the
+    result; with efficient, dense_block.py computes it in less memory if no layer was changed. The output is then channels_last
+    and must not be modified in place, not even by a hook.
     """
 
     def __init__(self, layer, num_layers, channels, growth_rate, drop_rate, efficient):
@@ -173,11 +173,11 @@ def block_and_transition(block, transition, x):
 
 
 def layers_per_block(depth, bottleneck):
-    """(depth - 4) / 6 with bottlenecks, else (depth - 4) / 3. ArgumentError, with depths that fit, if it is no whole number."""
+    """(depth - 4) / 6 with bottlenecks, else / 3. ArgumentError, naming depths that fit, if that is not a positive integer."""
     step = 6 if bottleneck else 3
-    num_layers, rest = divmod(depth - 4, step)
-    if rest or num_layers < 1:
-        below = max(depth - rest, 4 + step)
+    num_layers, remainder = divmod(depth - 4, step)
+    if remainder or num_layers < 1:
+        below = max(depth - remainder, 4 + step)
         nearest = f"the nearest are {below} and {below + step}"
         raise ArgumentError(f"depth {depth} does not fit: depth - 4 must be a multiple of {step}, {nearest}")
     return num_layers

@@ -1,22 +1,22 @@
 """The dense block of bottlenecks on a GPU, in Triton: what dense_block.py defines, in few passes over the maps.
 
-Tensors are rows of pixels. x and G of the derivation in dense_block.py are (P, S), S = 8 S8 the block's channels rounded up, so
-that rows are aligned; what follows a layer's channels is read, which keeps loads wide, but never used. z, and db, the gradient
-of bn2(z), are (P, K), K = 4k. A matrix product multiplies in the type of x, see products(), and adds in float32; batch norms,
-sums and what is made of them are float32. No atomics: each program writes its part of a sum, and the next kernel adds these in
-a fixed order, so the same input gives the same bits.
+Tensors have a row for each pixel. x and G of the derivation in dense_block.py are (P, S), S = 8 S8 the block's channels rounded
+up, so that rows are aligned; columns after a layer's channels are loaded, which keeps loads wide, but never used. z, and db,
+the gradient of bn2(z), are (P, K), K = 4k. Matrix products multiply in the dtype of x, see products(), and accumulate in
+float32; batch norms and sums are float32. No atomics: each program writes a partial sum, and the next kernel adds these in a
+fixed order, so that results are bitwise reproducible.
 
     forward     copy_maps             the block's input into x, and the statistics of each program's pixels
                 first_convolution     z = conv1(relu(bn1(x))), and their statistics
                 activation            b = relu(bn2(z))
                 second_convolution    new maps = conv2(b), written after x, and their statistics
-                join_statistics       after each that has statistics: mean and 1 / std
+                join_statistics       after each kernel with statistics: mean and 1 / std
     backward    new_gradient          g = G - offset - (x - mean) rstd slope of the new maps
-                second_backward       db through the ReLU after bn2; the parts of the gradients of W2, beta2, gamma2
-                first_backward        db through bn2; G += scale da; the parts of the gradients of W1, beta1, gamma1
-                join_sums             after each that leaves parts: these added up; offset and slope
+                second_backward       db through the ReLU after bn2; partial sums of the gradients of W2, beta2, gamma2
+                first_backward        db through bn2; G += scale da; partial sums of the gradients of W1, beta1, gamma1
+                join_sums             after each kernel with partial sums: their totals; offset and slope
     transition  pooled_activation     the mean of relu(bn(x)) over 2 x 2 pixels, before the 1x1 convolution; both are linear
-                pooled_backward       G, which begins with the transition's part; parts of the gradients of beta, gamma
+                pooled_backward       initialises G with the transition's part; partial sums of the gradients of beta, gamma
 """
 
 import math
@@ -61,7 +61,7 @@ def through_relu(grad, a):
 
 @triton.jit
 def operand(a, like, PRODUCTS: tl.constexpr):
-    """A tile in the type that matrices are multiplied in; rounded to TF32, since the Tensor Cores would truncate it."""
+    """A tile in the dtype of the matrix product; rounded to TF32 here, since the Tensor Cores would truncate it."""
     if PRODUCTS == "tf32" and like.dtype.element_ty == tl.float32:
         return tl.where(a == a, (a.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True), a)
     return a.to(like.dtype.element_ty)
@@ -77,7 +77,7 @@ def finite(a, rows, P, like):
 def store_statistics(part, tile, around, rows, P, columns, N):
     """Mean and sum of squared deviations of a tile's pixels before P, into this program's row of part (programs, 2, N).
 
-    `around` has been taken off the tile, so that a mean that is large against the deviations loses nothing.
+    `around` has been subtracted from the tile, so that deviations keep their precision when the mean is large.
     """
     inside = (rows < P)[:, None]
     mean = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.sum((rows < P).to(tl.float32), 0)
@@ -116,7 +116,7 @@ def first_convolution(x, mean, rstd, gamma, beta, w1, z, mean2, rstd2, gamma2, b
         wide = (rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :]
         x_tile = tl.load(x + rows[:, None] * (8 * S8) + c[None, :], mask=wide, other=0.0)
         _, a = activated(x_tile, channels_of(mean, rstd, gamma, beta, c, c < C))
-        a = tl.where((c < C)[None, :], a, 0.0)  # what follows may be NaN
+        a = tl.where((c < C)[None, :], a, 0.0)  # columns from C on may be NaN
         w = tl.load(w1 + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         z_tile = tl.dot(operand(a, z, PRODUCTS), w, z_tile, input_precision=PRODUCTS)
     if not TRAINING:
@@ -167,7 +167,7 @@ def join_statistics(part, mean, rstd, var, programs, pixels, P, first, eps, N, R
                     COLUMNS: tl.constexpr):  # fmt: skip
     """Mean, 1 / std and unbiased variance from part (programs, 2, N), of `pixels` pixels each, written from column `first` on.
 
-    Deviations are taken around the first program's mean, which is one of the data's: no large mean is subtracted from another.
+    Deviations are taken from the first program's mean, so that large means do not cancel.
     """
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     around = tl.load(part + n, mask=n < N, other=0.0)
@@ -211,23 +211,23 @@ def new_gradient(G, x, mean, rstd, corrections, g, P, S8, units, width, UNIT: tl
 
 @triton.jit
 def dither(x, rows, n, like):
-    """Within half an ulp of x (float32) in the 16-bit type of `like`, evenly spread over pixels; 0 for float32.
+    """Deterministic dither within half an ulp of x (float32) in the 16-bit dtype of `like`; 0 for float32.
 
-    G is rounded to that type: taking off an offset and rounding again would move all values of one size the same way.
+    G is rounded to that dtype: subtracting an offset and rounding again would move all values of one magnitude the same way.
     """
     if like.dtype.element_ty == tl.float32:
         return tl.zeros_like(x)
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    digit = power * 2.0**-7 if like.dtype.element_ty == tl.bfloat16 else tl.maximum(power * 2.0**-10, 2.0**-24)
+    ulp = power * 2.0**-7 if like.dtype.element_ty == tl.bfloat16 else tl.maximum(power * 2.0**-10, 2.0**-24)
     multiples = rows[:, None] * -1640531535 + n[None, :] * 40503  # of the golden ratio, as fractions of 2^32
-    return ((multiples >> 16 & 0xFFFF).to(tl.float32) * 2.0**-16 - 0.5) * digit
+    return ((multiples >> 16 & 0xFFFF).to(tl.float32) * 2.0**-16 - 0.5) * ulp
 
 
 @triton.jit(do_not_specialize=["turns"])
 def second_backward(g, z, mean, rstd, gamma, beta, w2, db, part, P, turns, H: tl.constexpr, W: tl.constexpr,
                     K: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr,
                     PRODUCTS: tl.constexpr):  # fmt: skip
-    """db (P, K) = the gradient of bn2(z) where its ReLU is open; this program's part of the gradients.
+    """db (P, K) = the gradient of bn2(z) where its ReLU is open; this program's partial sums of the gradients.
 
     Grid (groups of `turns` times BM pixels, chunks of BK channels). All taps are one matrix product, see nine_gradients. part
     (groups, 9 N K + 2 K): of W2 (N, 3, 3, K), beta2, gamma2.
@@ -258,7 +258,7 @@ def second_backward(g, z, mean, rstd, gamma, beta, w2, db, part, P, turns, H: tl
 
 @triton.jit
 def nine_gradients(g, rows, P, j, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
-    """The gradients g (P, N) of the nine pixels that a pixel of z takes part in, side by side: column j = tap N + n."""
+    """im2col of g (P, N): for each pixel of z, the gradients of the nine pixels that read it, in columns j = tap N + n."""
     tap, n = j // N, j % N
     dy, dx = tap // 3 - 1, tap % 3 - 1
     y, x = (rows // W % H)[:, None] - dy[None, :], (rows % W)[:, None] - dx[None, :]
@@ -268,7 +268,7 @@ def nine_gradients(g, rows, P, j, H: tl.constexpr, W: tl.constexpr, N: tl.conste
 
 @triton.jit
 def store_sums(part, grad_beta, sum_da_centred, rstd, c, C):
-    """The gradients of beta and gamma, from their tiles added up over pixels, into part (2, C)."""
+    """Sums tiles over pixels and stores the gradients of beta and gamma in part (2, C)."""
     tl.store(part + c, tl.sum(grad_beta, 0), mask=c < C)
     tl.store(part + C + c, tl.sum(sum_da_centred, 0) * tl.load(rstd + c, mask=c < C, other=0.0), mask=c < C)
 
@@ -277,7 +277,7 @@ def store_sums(part, grad_beta, sum_da_centred, rstd, c, C):
 def first_backward(db, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, beta, w1, G, part, P, S8, units, turns,
                    UNIT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    PRODUCTS: tl.constexpr):  # fmt: skip
-    """G[:, :C] += scale da, C = units UNIT; this program's part of the gradients. Columns from C on may have anything in them.
+    """G[:, :C] += scale da, C = units UNIT; this program's partial sums of the gradients. Columns from C on may hold anything.
 
     Grid (groups of `turns` times BM pixels, chunks of BC channels). part (groups, (K + 2) C): of W1 (K, C), beta1, gamma1.
     """
@@ -285,20 +285,20 @@ def first_backward(db, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
     k, c = tl.arange(0, KP), tl.program_id(1) * BC + tl.arange(0, BC)
     mask_w = (k < K)[:, None] & (c < C)[None, :]
     w = tl.load(w1 + k[:, None] * C + c[None, :], mask=mask_w, other=0.0)
-    norm2 = gradient_of(mean2, rstd2, gamma2, sums2, P, k, K)
+    norm2 = norm_coefficients(mean2, rstd2, gamma2, sums2, P, k, K)
     grad_w = tl.zeros((KP, BC), tl.float32)
     grad_beta, sum_da_centred = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)  # summed over pixels at the end
     rows, end = tl.program_id(0) * turns * BM + tl.arange(0, BM), tl.minimum((tl.program_id(0) + 1) * turns * BM, P)
-    ahead = load_tiles(db, z, x, G, rows, rows < end, k, c, S8, C, K)  # one turn ahead, to wait less for the memory
-    for _ in tl.range(turns, disable_licm=True):  # hoisted, what does not change takes too many registers
+    ahead = load_tiles(db, z, x, G, rows, rows < end, k, c, S8, C, K)  # prefetched one turn ahead
+    for _ in tl.range(turns, disable_licm=True):  # hoisting loop invariants takes too many registers
         db_tile, z_tile, x_tile, old = ahead
         ahead = load_tiles(db, z, x, G, rows + BM, rows + BM < end, k, c, S8, C, K)
-        norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # in each turn again, which takes fewer registers
+        norm = channels_of(mean, rstd, gamma, beta, c, c < C)  # loaded again in each turn, to save registers
         centred, a = activated(x_tile, norm)
         grad_z = operand(through_batch_norm(db_tile, z_tile, norm2, rows < P), db, PRODUCTS)
         grad_w, da = through_convolution(grad_z, a, w, grad_w, rows, P, db, PRODUCTS)
         grad_beta, sum_da_centred = grad_beta + da, sum_da_centred + da * centred
-        new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # from C on, what it was
+        new = (old.to(tl.float32) + norm[1] * da).to(G.dtype.element_ty)  # unchanged from C on
         tl.store(G + rows[:, None] * (8 * S8) + c[None, :], new, mask=(rows < P)[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :])
         rows += BM
     part += tl.program_id(0).to(tl.int64) * ((K + 2) * C)
@@ -308,7 +308,7 @@ def first_backward(db, z, mean2, rstd2, gamma2, sums2, x, mean, rstd, gamma, bet
 
 @triton.jit
 def through_convolution(grad_z, a, w, grad_w, rows, P, like, PRODUCTS: tl.constexpr):
-    """(grad_w and what these pixels add to it; da): gradients of a 1x1 convolution of a, the latter where the ReLU is open."""
+    """(grad_w plus these pixels' contribution, da): gradients of a 1x1 convolution of a; da passes where the ReLU is open."""
     a_tile = operand(finite(a, rows, P, like), like, PRODUCTS)
     grad_w = tl.dot(tl.trans(grad_z), a_tile, grad_w, input_precision=PRODUCTS)
     return grad_w, through_relu(tl.dot(grad_z, w, input_precision=PRODUCTS), a)
@@ -316,7 +316,7 @@ def through_convolution(grad_z, a, w, grad_w, rows, P, like, PRODUCTS: tl.conste
 
 @triton.jit
 def load_tiles(db, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
-    """Tiles of db and z (pixels, K), x and G (pixels, C); the latter two with all of the 8 channels that lie together."""
+    """Tiles of db and z (pixels, K), x and G (pixels, C); the latter two in whole groups of 8 channels."""
     mask, at = inside[:, None] & (k < K)[None, :], rows[:, None] * K + k[None, :]
     wide, at_x = inside[:, None] & (c < tl.cdiv(C, 8) * 8)[None, :], rows[:, None] * (8 * S8) + c[None, :]
     return (tl.load(db + at, mask=mask, other=0.0), tl.load(z + at, mask=mask, other=0.0),
@@ -324,10 +324,10 @@ def load_tiles(db, z, x, G, rows, inside, k, c, S8, C, K: tl.constexpr):
 
 
 @triton.jit
-def gradient_of(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
-    """What through_batch_norm needs of channels k: mean, scale, and scale times offset and slope, each (1, channels).
+def norm_coefficients(mean, rstd, gamma, sums, P, k, K: tl.constexpr):
+    """What through_batch_norm needs for channels k: mean, scale, scale dbeta / P, scale rstd dgamma / P, each (1, channels).
 
-    sums (2, K): the gradients of beta and gamma.
+    sums (2, K): dbeta and dgamma, the gradients of beta and gamma.
     """
     rstd = tl.load(rstd + k, mask=k < K, other=0.0)
     mean, scale = tl.load(mean + k, mask=k < K, other=0.0), tl.load(gamma + k, mask=k < K, other=0.0) * rstd
@@ -346,8 +346,8 @@ def through_batch_norm(db, z, norm, inside):
 @triton.jit(do_not_specialize=["groups", "width", "weights"])
 def join_sums(part, sums, gamma, rstd, corrections, groups, width, weights, P, S8, CORRECT: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr):  # fmt: skip
-    """sums (width,) of part (groups, width). With CORRECT, the columns after the weights are the gradients of beta1 (C,) and
-    gamma1 (C,), and corrections (2, S), offset and slope, get scale / P times these.
+    """sums (width,) = the sum of the rows of part (groups, width). With CORRECT, columns after the weights are the gradients of
+    beta1 (C,) and gamma1 (C,), and scale / P times these is added to corrections (2, S), offset and slope.
     """
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -385,7 +385,7 @@ def pooled_activation(x, mean, rstd, gamma, beta, a, Q, C, S8, H, W, BM: tl.cons
 
 @triton.jit
 def four_pixels(rows, i, H, W):
-    """Of pixels of the pooled maps the i-th of the four that each is the average of; a last odd row or column is left out."""
+    """The i-th of the four pixels that each pooled pixel averages; an odd last row or column is left out."""
     y, x = rows // (W // 2) % (H // 2), rows % (W // 2)
     return rows // (W // 2 * (H // 2)) * (H * W) + (2 * y + i // 2) * W + 2 * x + i % 2
 
@@ -393,7 +393,7 @@ def four_pixels(rows, i, H, W):
 @triton.jit(do_not_specialize=["C", "H", "W", "turns"])
 def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, turns, BM: tl.constexpr, BC: tl.constexpr,
                     PRODUCTS: tl.constexpr):  # fmt: skip
-    """G[:, :C] = scale da / 4 where the ReLU is open; a as pooled_activation makes it; this program's part of the gradients.
+    """G[:, :C] = scale da / 4 where the ReLU is open; a as in pooled_activation; this program's partial sums of the gradients.
 
     Grid (groups of `turns` times BM pixels of da (Q, S), chunks of BC channels). part (groups, 2 C): of beta, gamma.
     """
@@ -421,27 +421,27 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
 
 
 def fit(x, layers):
-    """Whether the kernels compute the layers, all of them Bottlenecks, for the input x (N, C, H, W)."""
+    """Whether the kernels can compute the layers, all of them Bottlenecks, for the input x (N, C, H, W)."""
     growth_rate = layers[0].conv2.out_channels
     norms = {bn.weight.dtype for layer in layers for bn in (layer.bn1, layer.bn2)}
     types = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and norms == {torch.float32}
     widths = {(layer.conv1.out_channels, layer.conv2.out_channels) for layer in layers} == {(4 * growth_rate, growth_rate)}
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     channels = layers[-1].bn1.num_features + growth_rate  # of the block's output
-    offsets = pixels * max(8 * cdiv(channels, 8), 4 * growth_rate) < 2**31  # they have 32 bits
+    offsets = pixels * max(8 * cdiv(channels, 8), 4 * growth_rate) < 2**31  # kernels index with 32 bits
     fits = types and widths and offsets and all(map(without_dropout, layers))
     return fits and growth_rate <= (14 if exact(x) else 56)  # beyond, registers spill
 
 
 def fit_transition(x, transition):
-    """Whether the kernels compute the transition after layers that they compute for the input x."""
+    """Whether the kernels can compute the transition after layers that they compute for the input x."""
     types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
     rounded = exact(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS
     return types and without_dropout(transition) and min(x.shape[2:]) >= 2 and not rounded
 
 
 def exact(x):
-    """Whether products are of float32, without rounding to TF32."""
+    """Whether matrix products are float32, not rounded to TF32."""
     return x.dtype == torch.float32 and products(x) == "tf32x3"
 
 
@@ -450,9 +450,9 @@ def without_dropout(module):
     return not module.training or module.dropout.p == 0
 
 
-# Of each kernel: pixels and channels of a tile, warps, pipeline stages and, in a backward kernel, turns (tiles of pixels that a
-# program takes one after the other). Columns: 2^16 pixels or more, 2^14 or more, fewer, each the fastest on an H200 of several
-# dozen that spill no registers, at L=100 with 48 channels in z; the last, for wider z or another GPU, was not timed.
+# For each kernel: pixels and channels of a tile, warps, pipeline stages and, in a backward kernel, turns (tiles of pixels that
+# a program processes in sequence). Columns: 2^16 pixels or more, 2^14 or more, fewer, each the fastest on an H200 of several
+# dozen without register spills, at L=100 with 48 channels in z; the last, for wider z or another GPU, was not timed.
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
@@ -477,15 +477,15 @@ TILES["tf32x3"] = {  # not timed
 
 
 class Sizes(NamedTuple):
-    """Of a block. Tiles depend on shapes, type and GPU alone, so that a run repeats its bits."""
+    """The sizes of a block. Tiles depend on shapes, dtype and GPU alone, so that runs are bitwise reproducible."""
 
     P: int  # pixels
-    S8: int  # from a pixel's row of maps to the next, in units of 8
+    S8: int  # stride from one pixel to the next, in units of 8
     H: int
     W: int
     N: int  # new maps of a layer
     K: int  # channels of z
-    UNIT: int  # divides all numbers of maps, so that the compiler knows what is aligned
+    UNIT: int  # divides all channel counts, so that the compiler knows what is aligned
 
     @classmethod
     def of(cls, maps, layers):
@@ -495,7 +495,7 @@ class Sizes(NamedTuple):
         return cls(n * h * w, maps.stride(2) // 8, h, w, growth_rate, 4 * growth_rate, unit)
 
     def tile(self, kernel, maps):
-        """The kernel's row of numbers in TILES."""
+        """The kernel's entry in TILES."""
         kind = "bits16" if maps.element_size() == 2 else products(maps)
         many, some, few, untimed = TILES[kind][kernel]
         if self.K > 48 or not hopper(maps):
@@ -504,19 +504,19 @@ class Sizes(NamedTuple):
 
 
 def hopper(maps):
-    """Whether the GPU is of the kind for which tiles were timed; others need more registers for them, or have less memory."""
+    """Whether tiles were timed for this kind of GPU; others need more registers for them, or have less memory."""
     return maps.device.type != "cuda" or torch.cuda.get_device_capability(maps.device)[0] == 9
 
 
 def products(maps):
-    """How float32 is multiplied: to TF32, as PyTorch's own convolutions may, or by three such products, as good as float32."""
+    """How float32 is multiplied: in TF32, if PyTorch's convolutions may, or as three TF32 products, as precise as float32."""
     if maps.device.type != "cuda":
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
 def cdiv(n, each):
-    """n / each, rounded up. On the host triton.cdiv takes some 100 times as long, before each of hundreds of launches."""
+    """n / each, rounded up. triton.cdiv takes 100 times as long on the host, and there are hundreds of launches."""
     return -(-n // each)
 
 
@@ -526,7 +526,7 @@ def padded(n):
 
 
 def cast(convolutions, maps):
-    """The weights in the type of the maps, input channels innermost in memory; TF32 as by operand(), but for ties."""
+    """The weights in the type of the maps, input channels innermost; rounded to TF32 as in operand(), except for ties."""
     weights = [conv.weight.detach().contiguous(memory_format=torch.channels_last) for conv in convolutions]
     if maps.dtype == torch.float32:
         if products(maps) != "tf32":
@@ -539,7 +539,7 @@ def cast(convolutions, maps):
 
 
 def write_maps(maps, mean, rstd, var, new, eps):
-    """Puts the block's input (N, H, W, C) into the maps, and its statistics where they belong."""
+    """Writes the block's input (N, H, W, C) to the front of maps, and its statistics to the front of mean, rstd and var."""
     P, N = new[..., 0].numel(), new.shape[-1]
     UNIT, pixels, channels = math.gcd(N, 4), 256, 32
     part = maps.new_empty(cdiv(P, pixels), 2, N, dtype=torch.float32)
@@ -607,13 +607,13 @@ def convolve_second(maps, statistics, layer, w2, b, size, training):
 def join(part, statistics, P, pixels, first, eps):
     """Writes mean, 1 / std and variance of P pixels, from column `first` on; part (programs, 2, N), of `pixels` pixels each."""
     programs, _, N = part.shape
-    rows, columns = (4, 64) if part.is_cpu else (256, 4)  # an interpreter wants few programs
+    rows, columns = (4, 64) if part.is_cpu else (256, 4)  # the interpreter takes long for each program
     grid = (cdiv(N, columns),)
     join_statistics[grid](part, *statistics, programs, pixels, P, first, eps, N, rows, columns)
 
 
 def infer(maps, layers, weights):
-    """As forward, by the running statistics, as in evaluation mode; nothing is kept."""
+    """Like forward, but with the running statistics, as in evaluation mode; stores nothing for a backward pass."""
     size = Sizes.of(maps, layers)
     b = maps.new_empty(*maps.shape[:3], size.K)
     rstds = [running_rstd([getattr(layer, name) for layer in layers]) for name in ("bn1", "bn2")]
@@ -629,7 +629,7 @@ def running_rstd(norms):
 
 
 def backward(grads, maps, mean, rstd, corrections, layers, weights, kept):
-    """Takes G (N, H, W, C) and corrections (2, S), offset and slope, to those of the block's input.
+    """Updates G (N, H, W, C) and corrections (2, S), offset and slope, in place, layer by layer, to those of the block's input.
 
     Returns the gradients of all layers' parameters: gamma1, beta1, W1, gamma2, beta2, W2 of each.
     """
@@ -641,7 +641,7 @@ def backward(grads, maps, mean, rstd, corrections, layers, weights, kept):
         g = through_statistics(grads, maps, mean, rstd, corrections, slice(c, c + size.N))
         grads2 = backward_second(g, layer, w2, tensors, db, size)
         grads1 = backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db, grads2, size)
-        parameter_grads = [*named_grads(grads1, layer.conv1), *named_grads(grads2, layer.conv2), *parameter_grads]
+        parameter_grads = [*split_grads(grads1, layer.conv1), *split_grads(grads2, layer.conv2), *parameter_grads]
     return parameter_grads
 
 
@@ -667,7 +667,7 @@ def backward_second(g, layer, w2, tensors, db, size):
         g, z, *statistics, bn.weight, bn.bias, w2, db, part, P, turns, H, W, K, channels, N, padded(9 * N), pixels, products(g),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return added_up(part, 0, bn, *statistics, P, S8, CORRECT=False)  # the statistics are not looked at
+    return added_up(part, 0, bn, *statistics, P, S8, CORRECT=False)  # the statistics are unused
 
 
 def backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db, grads2, size):
@@ -685,17 +685,17 @@ def backward_first(grads, maps, mean, rstd, corrections, layer, w1, tensors, db,
 
 
 def added_up(part, weights, bn, rstd, corrections, P, S8, CORRECT):
-    """The sum (width,) of the rows of part (groups, width); with CORRECT, what follows the weights goes to the corrections."""
+    """The sum (width,) of the rows of part (groups, width); with CORRECT, the corrections are updated, see join_sums."""
     groups, width = part.shape
     sums = part.new_empty(width)
-    rows, columns = (4, 2048) if part.is_cpu else (128, 16)  # an interpreter wants few programs
+    rows, columns = (4, 2048) if part.is_cpu else (128, 16)  # the interpreter takes long for each program
     grid = (cdiv(width, columns),)
     join_sums[grid](part, sums, bn.weight, rstd, corrections, groups, width, weights, P, S8, CORRECT, rows, columns)
     return sums
 
 
-def named_grads(sums, conv):
-    """(gamma's gradient, beta's, W's), which lie in sums as W's (out, height, width, in), beta's, gamma's."""
+def split_grads(sums, conv):
+    """The gradients of gamma, beta, W from sums, which holds those of W (out, height, width, in), beta, gamma."""
     out, into, height, width = conv.weight.shape
     grad_w = sums[: conv.weight.numel()].view(out, height, width, into).permute(0, 3, 1, 2)
     grad_beta, grad_gamma = sums[conv.weight.numel() :].chunk(2)
@@ -721,7 +721,7 @@ def transition_forward(maps, mean, rstd, transition):
 
 
 def transition_backward(grad, grads, maps, mean, rstd, corrections, transition):
-    """Fills G (N, H, W, C), and corrections (2, S), 0 before, from the gradient (N, H // 2, W // 2, K) of the output.
+    """Fills G (N, H, W, C) and corrections (2, S), which must be 0, from the gradient (N, H // 2, W // 2, K) of the output.
 
     Returns the gradients of gamma, beta, W. The products are cuBLAS's, in the type of the maps.
     """
@@ -729,7 +729,7 @@ def transition_backward(grad, grads, maps, mean, rstd, corrections, transition):
     bn, S = transition.bn1, maps.stride(2)
     (weight,) = cast([transition.conv1], maps)
     if h % 2 or w % 2:
-        grads.zero_()  # of the last row and column, which are left out
+        grads.zero_()  # pooling leaves out an odd last row or column
     grad = grad.reshape(-1, len(weight))
     a, da = maps.new_empty(2, len(grad), S)
     torch.mm(grad, weight.flatten(1), out=da[:, :C])

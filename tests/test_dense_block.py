@@ -279,7 +279,7 @@ def test_a_gradient_that_is_to_be_differentiated_is_an_error_at_once(name):
     net = random_net(BC)
     SECOND_DERIVATIVES[name](lambda images: F.cross_entropy(net(images), labels), images.clone())
     twin = efficient_twin(net)
-    with pytest.raises(RuntimeError, match=r"^an efficient block cannot be differentiated twice \(create_graph=True\): effi"):
+    with pytest.raises(RuntimeError, match=r"^an efficient block cannot be differentiated twice \(create_graph=True\): use e"):
         SECOND_DERIVATIVES[name](lambda images: F.cross_entropy(twin(images), labels), images.clone())
 
 
@@ -296,7 +296,7 @@ def test_a_batch_of_gradients_is_an_error(gradients):
     images, net = batch(2, 8)[0], random_net(BC)
     for each in (net, efficient_twin(net)):
         logits = each(images)
-        told = pytest.raises(RuntimeError, match=r"^an efficient block takes no batch of gradients \(is_grads_batched, vmap\)")
+        told = pytest.raises(RuntimeError, match=r"^an efficient block takes no batched gradients \(is_grads_batched, vmap\)")
         with contextlib.nullcontext() if each is net else told:
             gradients(logits, each.conv1.weight, torch.ones(2, *logits.shape).double())
 
@@ -440,7 +440,7 @@ def test_other_parameters_for_a_call():
         plain, ours = (torch.autograd.grad(F.cross_entropy(each, labels), list(tensors.values())) for each in logits)
         assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, plain, strict=True)), part
     loss = F.cross_entropy(torch.func.functional_call(efficient_twin(net), others, images), labels)
-    with pytest.raises(RuntimeError, match="were changed before its backward pass: efficient=False"):
+    with pytest.raises(RuntimeError, match="were changed before its backward pass: use efficient=False"):
         loss.backward()
 
 
@@ -630,7 +630,7 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
     images, labels = batch(2, 8)
     assert_equal_training(net, images, labels)  # what it was before is not remembered
     monkeypatch.setattr(kind, "forward", EDITS[name](kind.forward))
-    told = f"^{kind.__name__}.forward is not as in dense_block.Definition, so it runs as it is$"
+    told = f"^{kind.__name__}.forward is not as in dense_block.Definition: its plain modules run$"
     with pytest.warns(UserWarning, match=told):
         assert_equal_training(net, images, labels)
 
@@ -688,7 +688,7 @@ def test_where_what_a_layer_calls_is_replaced_the_plain_modules_call_it(monkeypa
     images, labels = batch(2, 8)
     assert_equal_training(net, images, labels)
     monkeypatch.setattr(*REPLACED[name])
-    with pytest.warns(UserWarning, match=r"^Bottleneck.forward is not as in dense_block.Definition, so it runs as it is$"):
+    with pytest.warns(UserWarning, match=r"^Bottleneck.forward is not as in dense_block.Definition: its plain modules run$"):
         assert_equal_training(net, images, labels)
 
 
