@@ -67,7 +67,7 @@ class Block(NamedTuple):
 
     layers: list
     transition: nn.Module | None
-    passes: object  # kernels.py, or this module: write_maps, forward, backward and what they share have the same names in both
+    backend: object  # kernels.py, or this module: both have write_maps, forward, backward and so on, by these names
 
     @property
     def modules(self):
@@ -104,11 +104,11 @@ class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block, *parameters):
         with no_autocast(x.device), torch.cuda.device_of(x):  # where Triton launches its kernels
-            weights = weights_of(block.layers, x, block.passes)
+            weights = weights_of(block.layers, x, block.backend)
             buffer, mean, rstd, kept = forward_block(x, block, weights)
             maps = buffer[..., : out_channels(block.layers)]
             transition = block.transition
-            out = nchw(block.passes.transition_forward(maps, mean, rstd, transition) if transition else maps)
+            out = nchw(block.backend.transition_forward(maps, mean, rstd, transition) if transition else maps)
         ctx.block, ctx.weights, ctx.parameters, ctx.state = block, weights, parameters, block.state()
         # The whole buffer: hooks that pack saved tensors may lose the strides of its slice.
         ctx.save_for_backward(*parameters, buffer, mean, rstd, *(tensor for tensors in kept for tensor in tensors))
@@ -142,10 +142,10 @@ def check_unchanged(block, parameters, state):
         raise RuntimeError(f"{what} were changed before its backward pass: use efficient=False")
 
 
-def weights_of(layers, x, passes):
-    """For each layer the weights of its convolutions, in the type and layout that the passes need for maps like x."""
+def weights_of(layers, x, backend):
+    """For each layer the weights of its convolutions, in the type and layout that the backend needs for maps like x."""
     by_layer = [[conv for _, conv in bn_convs(layer)] for layer in layers]
-    by_place = [passes.cast(convolutions, x) for convolutions in zip(*by_layer, strict=True)]  # all first ones, all second ones
+    by_place = [backend.cast(convolutions, x) for convolutions in zip(*by_layer, strict=True)]  # all conv1, all conv2
     return [*zip(*by_place, strict=True)]
 
 
@@ -165,14 +165,14 @@ def no_autocast(device):
 
 def forward_block(x, block, weights):
     """(buffer (N, H, W, C or more) of all maps, mean and 1 / std of each map, what else each layer's backward pass needs)."""
-    layers, passes = block.layers, block.passes
+    layers, backend = block.layers, block.backend
     torch._foreach_add_([bn.num_batches_tracked for module in block.modules for bn, _ in bn_convs(module)], 1)
-    buffer = empty_maps(x, out_channels(layers), passes.ALIGNMENT)
+    buffer = empty_maps(x, out_channels(layers), backend.ALIGNMENT)
     maps = buffer[..., : out_channels(layers)]
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, rstd, var = torch.zeros(3, buffer.shape[-1], dtype=dtype, device=x.device)
-    passes.write_maps(maps, mean, rstd, var, nhwc(x), layers[0].bn1.eps)
-    kept = passes.forward(maps, mean, rstd, var, layers, weights)
+    backend.write_maps(maps, mean, rstd, var, nhwc(x), layers[0].bn1.eps)
+    kept = backend.forward(maps, mean, rstd, var, layers, weights)
     update_running_statistics([module.bn1 for module in block.modules], mean, var)
     return buffer, mean, rstd, kept
 
@@ -275,17 +275,17 @@ def nhwc(x):
 
 def backward_block(grad, buffer, statistics, block, weights, kept):
     """The gradient of the block's input (N, C, H, W), and those of block.parameters()."""
-    passes, maps = block.passes, buffer[..., : out_channels(block.layers)]
+    backend, maps = block.backend, buffer[..., : out_channels(block.layers)]
     corrections = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope
     grads = torch.empty_like(buffer)[..., : maps.shape[-1]]  # G of the derivation
     grads_of_transition = []
     if block.transition:
-        grads_of_transition = passes.transition_backward(grad, grads, maps, *statistics, corrections, block.transition)
+        grads_of_transition = backend.transition_backward(grad, grads, maps, *statistics, corrections, block.transition)
     else:
         grads.copy_(grad)
-    parameter_grads = passes.backward(grads, maps, *statistics, corrections, block.layers, weights, kept)
+    parameter_grads = backend.backward(grads, maps, *statistics, corrections, block.layers, weights, kept)
     old = slice(0, block.layers[0].bn1.num_features)
-    grad_x = nchw(passes.through_statistics(grads, maps, *statistics, corrections, old))
+    grad_x = nchw(backend.through_statistics(grads, maps, *statistics, corrections, old))
     return grad_x, [*parameter_grads, *grads_of_transition]
 
 
