@@ -54,7 +54,7 @@ def fits(state, net):
 
 
 def digest(state):
-    """A hash of the names and values of a state dict; as long as a commit, so that tables shorten it likewise."""
+    """A hash of the names and values of a state dict; as long as a commit, so that tables shorten it the same way."""
     content = hashlib.blake2b(digest_size=20)
     for name, value in state.items():
         content.update(name.encode())
@@ -74,7 +74,7 @@ def build_net(checkpoint):
     if not of_kinds(model, MODEL):
         raise Refused("the checkpoint does not describe a DenseNet: name the latest.pth of train.py")
     if unknown := ", ".join(sorted(model.keys() - signature(DenseNet).parameters.keys())):
-        raise Refused(f"the checkpoint's net has {unknown}, which this one cannot have: use the densenet.py of its run")
+        raise Refused(f"the checkpoint's net has {unknown}, which this densenet.py does not know: use that of its run")
     try:
         net = DenseNet(**model | {"efficient": False})
     except ArgumentError as error:
@@ -105,9 +105,9 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {remedy}")
-    path.open("rb").close()  # what may not be read is not damaged
+    path.open("rb").close()  # PermissionError: such a file is not damaged
     if path.suffix == ".json":
-        raise Refused(f"{path} may describe a net and does not hold one: name the .pth file beside it")
+        raise Refused(f"{path} is JSON and holds no weights: name the .pth file beside it")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load ignores checksums
@@ -123,10 +123,10 @@ def load_checkpoint(path, remedy="name a run, or its latest.pth"):
 
 
 def is_card(values):
-    """Whether it is a dictionary with the entries of CARD, which describe a net."""
+    """Whether values is a dictionary with the entries of CARD, which describe a net."""
     return (
         isinstance(values, dict)
-        and of_kinds(values, CARD | {"image_size": int | None})  # older ones do not say it
+        and of_kinds(values, CARD | {"image_size": int | None})  # older ones lack it
         and of_kinds(values["args"], ARGS)
         and 4 <= image_size_of(values) <= MAX_VALUE[int]
         and all([type(value) for value in values[name]] == [float] * 3 for name in ("mean", "std"))
@@ -145,7 +145,7 @@ def is_state_dict(values):
 
 
 def read_card(path):
-    """What --export wrote beside the weights. Refused if it is not there or something else."""
+    """The card that --export wrote beside the weights. Refused if it is missing or something else."""
     remedy = "put it there, or name the latest.pth of the run"
     if not path.exists():
         raise Refused(f"bare weights need {path}, which evaluate.py --export writes beside them: {remedy}")

@@ -90,7 +90,7 @@ def hold_out(labels, val, limit=None):
     class_lost = val and len(labels[rest].unique()) < len(labels.unique())
     if class_lost or len(rest) < (limit or 1):
         asked = " and ".join(f"--{flag} {number}" for flag, number in [("val", val), ("limit", limit)] if number)
-        raise Refused(f"{len(labels):,} training images are too few for {asked}, or a class would have none left: choose less")
+        raise Refused(f"{len(labels):,} training images are too few for {asked}, or a class would have none left: choose fewer")
     return rest[:limit], held_out
 
 

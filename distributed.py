@@ -1,6 +1,6 @@
-"""Data-parallel training under torchrun; with a single process, everything here does nothing.
+"""Data-parallel training under torchrun; with a single process, everything here is a no-op.
 
-torchrun says in the environment who is who. Every rank holds the whole data set and takes its share of each batch, gradients
+torchrun sets the rank in the environment. Every rank holds the whole data set and takes its share of each batch, gradients
 are averaged by DistributedDataParallel, and rank 0 alone writes the run's folder. NCCL connects GPUs, gloo CPUs.
 """
 
@@ -33,7 +33,7 @@ class World(NamedTuple):
 
 def read_world(environment):
     """The world that torchrun describes in the environment; World() without torchrun."""
-    if not environment.get("WORLD_SIZE"):  # empty is as if unset
+    if not environment.get("WORLD_SIZE"):  # empty counts as unset
         return World()
     values = {name: environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     values |= {name: environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")}
@@ -46,15 +46,15 @@ def read_world(environment):
 
 @contextlib.contextmanager
 def process_group(world, device, ending):
-    """Connects the ranks inside a `with`; yields this rank's device. Refused if they cannot meet, or a rank has no GPU.
+    """Connects the ranks inside a `with`; yields this rank's device. Refused if they cannot connect, or a rank has no GPU.
 
-    ending: what endings.handle_errors yields; it has the exit status when the program ends.
+    ending: what endings.handle_errors yields; it holds the exit status when the program ends.
     """
     if world.size == 1:
         yield device
         return
     device = own_device(world, device)
-    meet(world, device)
+    connect(world, device)
     atexit.register(free, dist.group.WORLD)
     try:
         yield device
@@ -68,7 +68,7 @@ def process_group(world, device, ending):
 
 
 def own_device(world, device):
-    """The rank's own GPU, or the CPU."""
+    """The rank's own GPU, or the CPU. Refused if it has no GPU of its own, or --device names one for all ranks."""
     if device.index is not None:
         raise Refused(f"all processes would share --device {device}: choose --device {device.type}, and each gets its own")
     if device.type == "cuda":
@@ -80,23 +80,23 @@ def own_device(world, device):
     return device
 
 
-def meet(world, device):
-    """Connects this rank with the others."""
+def connect(world, device):
+    """Connects this rank to the others. Refused if that fails."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"attempt {world.attempt}", store)  # after a restart the old keys hold dead addresses
+        store = dist.PrefixStore(f"attempt {world.attempt}", store)  # after a restart the old keys hold stale addresses
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
         reason = str(error).splitlines()[0]
-        raise Refused(f"rank {world.rank} cannot meet the others ({reason}): check --master-addr and --master-port") from error
+        raise Refused(f"rank {world.rank} cannot reach the others ({reason}): check --master-addr and --master-port") from error
 
 
 def free(group):
     """At exit, frees what else refers to the group, such as DistributedDataParallel, which is in a reference cycle.
 
-    atexit lets go of its argument, the group, next: freed, it ends gloo's threads. A thread that is left may ask for the GIL
-    during Python's shutdown, to free the tensor of its last task: that aborts the process, and the others wait for it in vain.
+    atexit drops its argument next, the last reference to the group, whose destructor ends gloo's threads. A thread that is left
+    may ask for the GIL during Python's shutdown, to free its last task's tensor: the process aborts, and the others hang.
     """
     gc.collect()
 

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns by the last two
-FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # the disk is full or fails: no user error
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns with the last two
+FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # the disk is full or failing: not a user error
 LARGER = "a machine with more memory"
 KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
 
@@ -50,11 +50,11 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def handle_errors(parser, needs, remedy):
-    """Wraps a whole program: an error inside ends it by a sentence and an exit status, as said at the top of this file.
+    """Wraps a whole program: an error inside ends it with a sentence and an exit status, as described at the top of this file.
 
-    Where memory runs out, the sentence says what `needs` it, and the `remedy`. Yields a namespace; set its `resume` to the
-    command that resumes, once the run has begun, and `silent` where another process says why all of them end. After an error
-    it has the exit `status`.
+    If memory runs out, the sentence says what `needs` it, and the `remedy`. Yields a namespace; set its `resume` to the
+    command that resumes, once the run has begun, and `silent` if another process says why all of them end. After an error
+    it holds the exit `status`.
     """
     settle_streams()
     ending = argparse.Namespace(needs=needs, remedy=remedy, resume=None, silent=False, status=1)
@@ -65,7 +65,7 @@ def handle_errors(parser, needs, remedy):
         ending.status = error.code if isinstance(error.code, int) else 1
         raise
     except (Exception, KeyboardInterrupt) as error:
-        status, sentence = last_words(error, ending)
+        status, sentence = status_and_message(error, ending)
         ending.status = status or 1
         if status is None:
             error.add_note(f"{parser.prog}: {sentence}")
@@ -79,7 +79,7 @@ def handle_errors(parser, needs, remedy):
         silence_broken_streams()
 
 
-def last_words(error, ending):
+def status_and_message(error, ending):
     """(exit status, message) of an exception; the status of a bug is None."""
     go_on = f"; this continues the run: {ending.resume}" if ending.resume else ""
     kept = f"; {KEPT}" if ending.resume else ""
@@ -101,18 +101,18 @@ def last_words(error, ending):
         return 128 + signal.SIGPIPE, f"its output was closed{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
         status = 1 if ending.resume or error.errno in FAILED_LATER else 2
-        return status, f"{error.filename}: {error.strerror}{way_out(error.errno, ending.resume)}{go_on}"
+        return status, f"{error.filename}: {error.strerror}{remedy_for(error.errno, ending.resume)}{go_on}"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve() before Python 3.13
         return 2, f"{error}, a link to itself: name another place"
     return None, f"this is a bug{go_on}"
 
 
-def way_out(number, resume):
-    """The remedy for this error of the system, to follow its message."""
+def remedy_for(number, resume):
+    """The remedy for the system error of this number, to be appended to its message."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room there" + ", or name another place" * (not resume)
     if number == errno.EFBIG:
-        return ": raise the limit of a file's size (ulimit -f)"
+        return ": raise the file size limit (ulimit -f)"
     if resume:
         return {errno.ENOENT: ": put back what is missing", errno.EACCES: ": make it writable"}.get(number, "")
     return ": fix this, or name another place" * (number not in FAILED_LATER)
@@ -131,7 +131,7 @@ def out_of_memory(error):
 
 
 def memory_is_full():
-    """Whether the system gives this process no further 16 MB."""
+    """Whether this process cannot get another 16 MB from the system."""
     try:
         mmap.mmap(-1, 2**24).close()
     except OSError:
@@ -153,7 +153,7 @@ def failed_compiler(error):
 
 @contextlib.contextmanager
 def memory_for(needs, remedy):
-    """If memory runs out inside, the message has this `needs` and `remedy` in place of the program's."""
+    """If memory runs out inside, the message has this `needs` and `remedy` instead of the program's."""
     try:
         yield
     except Exception as error:
@@ -182,7 +182,7 @@ def memory_advice(args, device, fresh):
     return memory_needs(args), " or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
-# Types of argparse: not in flags.py, which imports torch, because plot.py and compare.py do without it.
+# Argparse types: not in flags.py, which imports torch, because plot.py and compare.py do not need it.
 
 
 def at_least(low, kind=int, high=None):
@@ -196,7 +196,7 @@ def at_least(low, kind=int, high=None):
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    parse.__name__ = kind.__name__  # argparse names it if the text is not a number
     return parse
 
 
@@ -212,7 +212,7 @@ def nonempty(kind):
 
 
 def new_file(text):
-    """An argparse type: the path of a file to write, which the name of a folder is not."""
+    """An argparse type: the path of a file to write; the name of a folder is refused."""
     path = nonempty(Path)(text)
     if text.endswith("/") or path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it")
@@ -221,7 +221,7 @@ def new_file(text):
 
 @contextlib.contextmanager
 def naming(path):
-    """Adds the file's name to an OSError from inside: errors of writing have none."""
+    """Adds the file's name to an OSError from inside: write errors lack it."""
     try:
         yield
     except OSError as error:

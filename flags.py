@@ -79,7 +79,7 @@ def add_device_flag(group):
 def add_run_flags(group):
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--save", metavar="DIR", type=nonempty(Path), help="the run's folder (work/<dataset>.base)")
-    either("--resume", action="store_true", help="continue the run in the folder, by its args.json; begin it if there is none")
+    either("--resume", action="store_true", help="continue the run in the folder, with its args.json, or start one there")
     either("--force", action="store_true", help="replace the run that the folder holds")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw figures after each epoch")
 
@@ -118,7 +118,7 @@ def parse_args(parser, argv=None, defaults=None, source=None, remedy=None):
 
 
 def words_taken_over(parser, defaults, source, remedy):
-    """What `defaults` holds of the parser's arguments, as a command line. Refused if the parser does not accept it."""
+    """The parser's arguments that `defaults` holds, as a command line. Refused if the parser does not accept it."""
     names = {action.dest for action in parser._actions} - NOT_TAKEN_OVER
     words = words_of({name: defaults[name] for name in sorted(names & defaults.keys()) if defaults[name] is not None}, parser)
     parser.exit_on_error = False
@@ -127,14 +127,14 @@ def words_taken_over(parser, defaults, source, remedy):
         if unknown:
             raise argparse.ArgumentError(None, f"no flag is {unknown[0]}")
     except argparse.ArgumentError as error:
-        raise Refused(f"{source} is damaged, or of another version of this program ({error}): {remedy}") from error
+        raise Refused(f"{source} is damaged, or from another version of this program ({error}): {remedy}") from error
     parser.exit_on_error = True
     return words
 
 
 def words_of(arguments, parser):
     """{argument: value} as the words of a command line."""
-    actions = {action.dest: action for action in reversed(parser._actions)}  # of flags of the same argument the first
+    actions = {action.dest: action for action in reversed(parser._actions)}  # of several flags for one argument, the first
     return [word for name, value in arguments.items() for word in words_for(actions[name], value)]
 
 
@@ -186,12 +186,12 @@ def fill_in(args, device, processes=1, old_args=None):
 def refuse_contradictions(args, device, processes=1):
     """Refused if the arguments, filled in, contradict each other or the machine; before anything is downloaded or written."""
     if args.image_size != IMAGE_SIZE and args.dataset != "folder":
-        raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} keep their own, leave it out")
+        raise Refused(f"--image-size is for --dataset folder: the images of {args.dataset} have a fixed size, leave it out")
     if args.depth is not None:  # the control experiment has a net of its own
         with torch.device("meta"):
             make_net(args)
     if args.sync_bn and args.efficient:
-        raise Refused("--sync-bn does not go with --efficient, whose statistics are of one process: choose one of them")
+        raise Refused("--sync-bn cannot be combined with --efficient, whose statistics are of one process: choose one of them")
     if args.precision == "fp16" and device.type == "cpu":
         raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
     if args.capture and (device.type != "cuda" or processes > 1 or args.compile):

@@ -1,4 +1,4 @@
-"""The machine that a net runs on: its devices by name, precision and repeatability of its kernels, memory that is kept."""
+"""The machine that a net runs on: device, precision, determinism, reuse of freed memory."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ def choose_device(name):
     names += ["mps", "mps:0"] * torch.backends.mps.is_available() + ["cpu", "cpu:0"]
     if name == "auto":
         name = names[0]
-    if name not in names:  # not asked of torch.device, which takes cuda:256 for cuda:0
+    if name not in names:  # torch.device would take cuda:256 for cuda:0
         raise Refused(f"--device {name!r} is not a device that PyTorch can use here: choose auto, {', '.join(names)}")
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
@@ -52,14 +52,14 @@ def set_determinism(deterministic):
     """Deterministic kernels only, or the fastest that cuDNN finds."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(deterministic)
 
 
 def keep_freed_memory(device):
-    """On a CPU, makes glibc keep freed memory for the next step, unless the environment tunes glibc's malloc itself.
+    """On a CPU, makes glibc keep freed memory for the next step, unless environment variables already tune its malloc.
 
-    By default large tensors are mapped anew, page by page, in every step.
+    By default large tensors are mapped again, page by page, in every step.
     """
     own = any(name.startswith(("MALLOC_TRIM", "MALLOC_MMAP", "MALLOC_TOP_PAD")) for name in os.environ)
     own = own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
@@ -70,5 +70,5 @@ def keep_freed_memory(device):
 
 
 def num_cpus():
-    """The CPUs that this process may use; a cluster gives it fewer than the machine has."""
+    """The number of CPUs that this process may use; on a cluster, often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

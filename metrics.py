@@ -19,7 +19,7 @@ def predict(net, images, mean, std, title=None):
 
 
 def batch_size(net, images):
-    """How many of the images (M, 3, H, W) the net gets at a time; not by free memory, so that runs are repeatable."""
+    """How many of the images (M, 3, H, W) to run at a time; independent of free memory, so that runs are repeatable."""
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":
         return max(1, CPU_PIXELS // pixels)

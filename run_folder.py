@@ -24,7 +24,7 @@ from endings import FAILED_LATER, Refused, naming, say
 from files import PICTURE, THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
 
 HERE = Path(__file__).resolve().parent
-# What plot.py and evaluate.py make of a run, and what is in each such file: one that a person has put there is not replaced.
+# Files that plot.py and evaluate.py write for a run, and a pattern that each contains: files without it are not replaced.
 RESULTS = dict.fromkeys(["loss.png", "error.png", "loss-error.png", "confusion.png", "confusion-val.png"], PICTURE)
 RESULTS |= dict.fromkeys(["confusion.csv", "confusion-val.csv"], rb"\Atrue,")
 FILES = ["args.json", "train.csv", "test.csv", "latest.pth", "latest.pth.tmp", *RESULTS]
@@ -82,7 +82,7 @@ def locked(save):
 
 @contextlib.contextmanager
 def unmoved(save, number):
-    """Refused if the folder is no longer the one that was locked: on entry, and where what is inside misses a file."""
+    """Refused if the folder is no longer the one that was locked: checked on entry, and if a file is missing inside."""
     refuse_moved(save, number)
     try:
         yield
@@ -94,7 +94,7 @@ def unmoved(save, number):
 def refuse_moved(save, number):
     """Refused if the folder's lock is not the file with this number: the folder was moved, and may be another run's now."""
     if file_number(save / ".lock") != number:
-        remedy = "resume the run where it is now, or begin it anew"
+        remedy = "resume the run where it is now, or start it again"
         raise Refused(f"{save} was moved or removed while the run was writing there: {remedy}", status=1)
 
 
@@ -129,7 +129,7 @@ def begin(save, facts):
     for path in (save / name for name in FILES):
         if path.is_dir():
             raise Refused(f"{path} is a folder where a file is expected: remove it, or choose another --save")
-    for name in reversed(FILES):  # args.json last: nothing of a run is ever without it, or beside another run's
+    for name in reversed(FILES):  # args.json last: files of a run are never without it, or with another run's
         (save / name).unlink(missing_ok=True)
     replace_file(save / "args.json", as_json(facts))
     for name, header in headers(facts).items():
@@ -158,7 +158,7 @@ def resume(save, old_args, facts, net, optimizer, rates):
     compare_arguments(checkpoint["args"], facts)
     whole = {"optimizer", "scaler"} <= checkpoint.keys()
     if not (whole and fits(checkpoint["net"], net) and same_groups(checkpoint["optimizer"], optimizer)):
-        raise Refused(f"{path} is not of this run, or of another version of this program: put back its own, or the code")
+        raise Refused(f"{path} is from another run or version of this program: put back its own, or the code")
     steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
     files = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
     compare_rates(column(files["test.csv"], "lr"), rates, old_args.get("epochs", len(rates)))
@@ -178,7 +178,7 @@ def history(save, old_args, facts):
         so_far, new = values[name] or "unknown", facts[name] or "unknown"
         last = so_far.split(THEN)[-1]
         if last != new:
-            say(f"{save} goes on with {name} {new}, not {last}; args.json keeps both")
+            say(f"{save} continues with {name} {new}, not {last}; args.json keeps both")
             values[name] = f"{so_far}{THEN}{new}"
     return values
 
@@ -209,7 +209,7 @@ def compare_arguments(old, new):
     if "digests" in changed and {*changed} <= {"digests", "train_images", "classes"}:
         parts = " and ".join(part for part, digest in new["digests"].items() if (old["digests"] or {}).get(part) != digest)
         change = f"the images or labels of {parts} in {new['data']} are not those that the run was begun with"
-        raise Refused(f"{change}, or another version reads them otherwise: put those back, or choose another --save")
+        raise Refused(f"{change}, or another version reads them differently: put those back, or choose another --save")
     if changed == ["init_digest"]:
         change = f"the net in --init {new['init']} is not the one that the run was begun with"
         raise Refused(f"{change}: put that back, or choose another --save")
@@ -220,7 +220,7 @@ def compare_arguments(old, new):
 
 def compare_rates(done, rates, begun_epochs):
     """Refused if the finished epochs had other learning rates, in the texts `done`, or are more than --epochs."""
-    go_on = "go on from its net by --init, in another --save"
+    go_on = "continue from its net with --init, in another --save"
     remedy = f"resume it with --epochs {begun_epochs}, or {go_on}"
     if len(done) > len(rates):
         raise Refused(f"--epochs {len(rates)} is less than the {len(done)} that are done: {remedy}")
@@ -240,7 +240,7 @@ def rows_until(path, facts, epochs_done, steps):
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
     if lines[:1] != [header]:
-        version = "damaged or of another version of this program"
+        version = "damaged or from another version of this program"
         raise Refused(f"{path} is {version}, it does not begin with {header.strip()}: {REMEDY}")
     row = re.compile(NUMBER + f",{NUMBER}" * header.count(",") + "\n")
     for number, (line, epoch) in enumerate(itertools.zip_longest(lines[1:], expected, fillvalue=""), start=2):
@@ -250,12 +250,12 @@ def rows_until(path, facts, epochs_done, steps):
 
 
 def append_rows(path, rows):
-    """Adds rows, the epoch first, to a CSV. ValueError if they have not the columns of its header: none could be read back."""
+    """Adds rows, the epoch first, to a CSV. ValueError if their columns are not those of its header."""
     lines = [",".join([epoch_text(epoch), *(f"{value:.6g}" for value in values)]) + "\n" for epoch, *values in rows]
-    with naming(path), path.open("r+") as file:  # not "a", which would make a file that was removed anew
+    with naming(path), path.open("r+") as file:  # not "a", which would recreate a removed file
         header = file.readline().rstrip("\n")
         if any(line.count(",") != header.count(",") for line in lines):
-            raise ValueError(f"a row of {path.name} has other columns than its header {header}: see headers()")
+            raise ValueError(f"a row of {path.name} does not have the columns {header}: see headers()")
         file.seek(0, os.SEEK_END)
         file.writelines(lines)
 
@@ -290,9 +290,9 @@ class Plots:
         if self.enabled and (self.process is None or self.process.poll() is not None):
             self.wait()
             options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-            try:  # in a session of its own, because Ctrl-C is not meant for it
+            try:  # in its own session, so that Ctrl-C does not reach it
                 self.process = subprocess.Popen(self.command, **options, start_new_session=True)
-            except OSError as error:  # such as no memory or no process left
+            except OSError as error:  # no memory or process left, for instance
                 self.report(error.strerror)
 
     def finish(self):

@@ -1,4 +1,4 @@
-"""One training step: optimiser, learning-rate schedule, precision, compilation, capture. It knows no folders and no CSVs.
+"""One training step: optimiser, learning-rate schedule, precision, compilation, capture. It reads and writes no files.
 
 step = TrainingStep(net, args, device, world)
 for rate in schedule(args):
@@ -38,7 +38,7 @@ class TrainingStep:
         self.optimizer = make_optimizer(net, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         dtype, self.autocast = DTYPES[args.precision], contextlib.nullcontext()
-        if dtype is not torch.float32:  # without a cache: a captured step has to cast the weights anew
+        if dtype is not torch.float32:  # no cache: a captured step must cast the weights again
             self.autocast = torch.autocast(device.type, dtype, cache_enabled=False)
         self.forward_backward = self.eager_forward_backward
         if args.capture:
@@ -77,7 +77,7 @@ class CapturedForwardBackward:
 
     The first steps run eagerly, on the stream used for the capture. A graph reads and writes fixed addresses, those of its
     batch, result and gradients. A smaller batch runs eagerly, with its own gradients; the next replay puts the fixed ones back.
-    What Python computes, such as a loss weight that changes, stays as it was at the capture.
+    Values computed in Python, such as a changing loss weight, are frozen at the capture.
     """
 
     def __init__(self, eager, parameters, batch_size):
@@ -105,7 +105,7 @@ class CapturedForwardBackward:
         return self.result.clone()
 
     def warm_up(self, images, labels, share):
-        """An eager step; the last one is watched: what waits for the device, or draws on the host, cannot be captured."""
+        """An eager step; the last one checks for what a graph cannot repeat: waits for the device, host random numbers."""
         self.warm_ups_left -= 1
         watched = contextlib.nullcontext([]) if self.warm_ups_left else noted_obstacles()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -114,7 +114,7 @@ class CapturedForwardBackward:
         torch.cuda.current_stream().wait_stream(self.stream)
         if obstacles:
             self.capturable = False
-            say(f"steps are taken eagerly, not captured: this net {' and '.join(obstacles)} in each", write=tqdm.write)
+            say(f"steps run eagerly, not captured: each {' and '.join(obstacles)}", write=tqdm.write)
         return result
 
     def capture(self, images, labels):
@@ -132,7 +132,7 @@ class CapturedForwardBackward:
 
 @contextlib.contextmanager
 def noted_obstacles():
-    """Yields a list; at the end it says what a graph could not repeat: waits for the device, random numbers of the host."""
+    """Yields a list, filled at exit with what a CUDA graph cannot repeat: waits for the device, host random numbers."""
     obstacles, state = [], random_state()
     with warnings.catch_warnings(record=True, action="always") as noted:
         before = torch.cuda.get_sync_debug_mode()
@@ -153,7 +153,7 @@ def random_state():
 
 
 def make_optimizer(net, args):
-    """The paper's SGD, or Adam or RMSprop as PyTorch sets them; weight decay on all parameters."""
+    """The paper's SGD, or Adam or RMSprop with PyTorch's defaults; weight decay on all parameters."""
     options = {"weight_decay": args.weight_decay} | ({} if args.lr is None else {"lr": args.lr})
     if args.opt == "rmsprop":
         return torch.optim.RMSprop(net.parameters(), **options)
@@ -161,10 +161,10 @@ def make_optimizer(net, args):
     if args.opt == "adam":
         return torch.optim.Adam(net.parameters(), fused=fused, **options)
     if args.opt != "sgd":
-        raise ValueError(f"make_optimizer knows no --opt {args.opt}")
+        raise ValueError(f"make_optimizer does not know --opt {args.opt}")
     nesterov = args.nesterov and args.momentum > 0
     optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, nesterov=nesterov, fused=fused, **options)
-    if args.precision == "fp16" and args.momentum:  # the fused one leaves these uninitialised where the first step overflows
+    if args.precision == "fp16" and args.momentum:  # fused SGD leaves these uninitialised if the first step overflows
         for parameter in net.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -178,7 +178,7 @@ def schedule(args):
 
 
 def compiled(model, mode, device):
-    """The model by torch.compile in this mode; None leaves it as it is."""
+    """The model, compiled in this mode unless it is None."""
     if mode == "auto":
         mode = "reduce-overhead" if device.type == "cuda" else "default"
     return torch.compile(model, mode=mode) if mode else model

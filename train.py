@@ -5,7 +5,7 @@
     ./train.py --no-bottleneck --depth 40 --no-augment          the plain DenseNet, L=40, k=12, without augmentation
     ./train.py --dataset digits --depth 22 --drop-rate 0        a small net on a data set that needs no download
     ./train.py --init net.pth --lr 0.01 --epochs 10             fine-tune a trained net, also for other classes
-    ./train.py --save work/run --resume                         continue a run, by the arguments in its args.json
+    ./train.py --save work/run --resume                         continue a run, with the arguments in its args.json
 
 work/<dataset>.base, or --save DIR, then holds: args.json (arguments, versions, device), train.csv (a row for each step),
 test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error.png, loss-error.png.
@@ -83,11 +83,11 @@ def build_parser():
 def resumed_arguments(parser, args, world):
     """(args, the run's args.json or {}); with --resume, arguments that are not given are taken from it.
 
-    Flags newer than the run are added to it with their defaults, so that another value counts as a change.
+    Flags that the run's version did not have are added with their defaults, so that another value counts as a change.
     """
     if args.force and world.max_restarts:
         ways = "remove the old run and choose --resume, or leave out --max-restarts"
-        raise Refused(f"--force would begin the run anew after each restart by torchrun: {ways}")
+        raise Refused(f"--force would start the run over after each restart by torchrun: {ways}")
     run_folder.refuse_to_replace(args.save, args.resume, args.force)
     old_args = run_folder.read_arguments(args.save) if args.resume else {}
     args = flags.parse_args(parser, defaults=old_args, source=args.save / "args.json", remedy=run_folder.REMEDY)
@@ -100,19 +100,19 @@ def resumed_arguments(parser, args, world):
 def starting_point(parser, args, old_args, fresh):
     """(args, old_args, the net of --init or None); a run that continues, not fresh, needs no --init.
 
-    Refused, before any data are read, if a fresh run's folder cannot be written to, or its figures would become pictures.
+    Refused, before any data are read, if a fresh run's folder is not writable, or its figures would be read as data.
     """
     if fresh and not writable(args.save):
-        raise Refused(f"--save {args.save} is not a folder that can be written to: choose another")
+        raise Refused(f"--save {args.save} is not a writable folder: choose another")
     if fresh and args.dataset == "folder":
         refuse_among_pictures(args.save, args.data)
     if args.resume and not old_args:
         say(f"{args.save} holds no run yet: starting one")
     args, init = read_init(parser, args, old_args) if args.init and fresh else (args, None)
-    if init:  # another net may come to lie at the path
+    if init:  # the file may be replaced by another net
         args.init_digest = digest(init["net"])
-    elif old_args.get("init_digest") and args.init != old_args["init"]:  # the net may have come to lie at another path
-        known = load_checkpoint(checkpoint_in(Path(args.init)), "leave out --init, which the run needs no more")
+    elif old_args.get("init_digest") and args.init != old_args["init"]:  # the net may have been moved
+        known = load_checkpoint(checkpoint_in(Path(args.init)), "leave out --init, which the run no longer needs")
         args.init_digest = digest(build_net(known).state_dict())
     elif "init_digest" in old_args:
         args.init_digest = old_args["init_digest"]
@@ -120,19 +120,19 @@ def starting_point(parser, args, old_args, fresh):
 
 
 def read_init(parser, args, old_args):
-    """(args, the net of --init). The net sets model flags that are not given, but --drop-rate; and a folder's --image-size."""
+    """(args, the net of --init), which sets the model flags not given, except --drop-rate, and --image-size for a folder."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
-        raise Refused(f"--force would delete --init {args.init}, which is of the run in {args.save}: choose another --save")
+        raise Refused(f"--force would delete --init {args.init}, a file of the run in {args.save}: choose another --save")
     needed = "put it back, --init needs it until the run has a checkpoint"
     init = load_checkpoint(path, needed if old_args else "name a run, or a file of evaluate.py --export")
     net = build_net(init)
     known = {name: value for name, value in init["model"].items() if name != "drop_rate"}
     if args.dataset == "folder":
-        known["image_size"] = max(8, image_size_of(init) // 4 * 4)  # as the flag wants it; other data may have any size
+        known["image_size"] = max(8, image_size_of(init) // 4 * 4)  # as the flag requires; other data may have any size
     args = flags.parse_args(parser, defaults=known | old_args, source=f"--init {args.init}", remedy="name another")
     refuse_another_net(args, net.architecture)
-    return args, {"net": net.state_dict(), "classes": init["classes"]}  # in float32, however the file has it
+    return args, {"net": net.state_dict(), "classes": init["classes"]}  # in float32, whatever the file's dtype
 
 
 def refuse_another_net(args, trained):
@@ -154,7 +154,7 @@ def load_data(args, device, world):
 
 
 def initial_net(args, classes, init, quiet=False):
-    """The net that the run begins with: made from --seed, or that of --init, with a new classifier if the classes differ.
+    """The net that the run begins with: initialised from --seed, or that of --init, with a new classifier if classes differ.
 
     A run that continues has no init here, and loads its own net later: code that freezes layers must look at args.init.
     """
@@ -203,7 +203,7 @@ def open_run(net, dataset, args, world, fresh):
 
 
 def opening_lines(net, dataset, args, checkpoint):
-    """Lines on the net, its data, device and folder; on the classes and leaks of pictures; on where a resumed run goes on."""
+    """Lines on the net, its data, device and folder; on the classes and leaks of pictures; on where a resumed run continues."""
     name = ("DenseNet-BC" if args.bottleneck else "DenseNet") + f", L={args.depth}, k={args.growth_rate}"
     name += f", dropout {args.drop_rate:g}" if args.drop_rate else ""
     yield f"{name if args.depth else type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters"
@@ -238,7 +238,7 @@ def fit(net, dataset, args, world, checkpoint, unmoved):
     first_epoch = restore(checkpoint, net, step.optimizer, step.scaler)
     rates = schedule(args)
     card = make_card(flags.model_arguments(args), flags.plain_arguments(args), dataset)
-    if args.init and not checkpoint and world.rank == 0:  # from here on, the file of --init may go
+    if args.init and not checkpoint and world.rank == 0:  # from here on, the file of --init may be deleted
         with unmoved():
             run_folder.write_checkpoint(args.save, make_checkpoint(net, step.optimizer, step.scaler, 0, card))
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
@@ -266,7 +266,7 @@ def fit(net, dataset, args, world, checkpoint, unmoved):
 
 
 def epoch_batches(dataset, epoch, args, world):
-    """One epoch's batches, which follow from --seed and the epoch; what a step draws (dropout) is seeded by rank, too."""
+    """One epoch's batches, determined by --seed and the epoch; a step's random numbers (dropout) also differ by rank."""
     data_seed, *rank_seeds = np.random.SeedSequence([args.seed, epoch]).generate_state(1 + world.size, np.uint64).tolist()
     seed = rank_seeds[world.rank]
     torch.manual_seed(seed)  # dropout's

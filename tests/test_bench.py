@@ -138,11 +138,11 @@ def test_a_bug_in_a_worker_is_a_bug_and_a_killed_one_is_named():
         with pytest.raises(ZeroDivisionError, match="of the step") as bug:
             bench.take_steps([worker], 3)
         ending = argparse.Namespace(needs="batches", remedy="fewer", resume=None)
-        assert endings.last_words(bug.value, ending) == (None, "this is a bug")
+        assert endings.status_and_message(bug.value, ending) == (None, "this is a bug")
         assert "in step\n" in bug.value.__notes__[0]  # the traceback of the worker
         with pytest.raises(torch.OutOfMemoryError) as full:
             bench.take_steps([worker], 1)
-        assert endings.last_words(full.value, ending) == (1, "memory ran out for batches: choose fewer")
+        assert endings.status_and_message(full.value, ending) == (1, "memory ran out for batches: choose fewer")
         os.kill(process.pid, signal.SIGINT)  # Ctrl-C reaches all processes, and is the parent's
         [(ms, gigabytes)] = bench.take_steps([worker], 1)
         assert ms > 0 < gigabytes

@@ -189,7 +189,7 @@ def test_bare_weights_without_their_card_are_refused_and_it_is_named(call_main, 
 def test_a_card_is_refused_in_place_of_its_weights_and_with_impossible_images(call_main, tiny_run, tmp_path):
     card = export(load_checkpoint(tiny_run / "latest.pth"), tmp_path / "net.pth")
     status, _, errors = call_main(evaluate, card)
-    assert (status, f"{card} may describe a net and does not hold one: name the .pth file beside it" in errors) == (2, True)
+    assert (status, f"{card} is JSON and holds no weights: name the .pth file beside it" in errors) == (2, True)
     facts = json.loads(card.read_text())
     for size in (2, -8, 2**63):
         card.write_text(json.dumps(facts | {"image_size": size}))

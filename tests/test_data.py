@@ -131,10 +131,10 @@ def test_val_and_limit_are_disjoint_and_val_is_the_same_for_every_limit():
     rows = {image.numpy().tobytes() for image in torch.cat([whole.train.images, whole.val.images])}
     assert rows == {image.numpy().tobytes() for image in data.load("digits", ".").train.images}
     with pytest.raises(
-        Refused, match="1,437 training images are too few for --val 1437, or a class would have none left: choose less"
+        Refused, match="1,437 training images are too few for --val 1437, or a class would have none left: choose fewer"
     ):
         data.load("digits", ".", val=1437)
-    with pytest.raises(Refused, match="too few for --val 1000 and --limit 438, or a class would have none left: choose less"):
+    with pytest.raises(Refused, match="too few for --val 1000 and --limit 438, or a class would have none left: choose fewer"):
         data.load("digits", ".", val=1000, limit=438)
 
 
@@ -320,7 +320,7 @@ def test_a_class_that_would_be_held_out_whole_is_refused(pictures):
     last = folder.fixed_permutation(7).tolist().index(red)  # as many may be held out
     assert len(data.load("folder", pictures, last).train) == 7 - last
     with pytest.raises(
-        Refused, match=f"^7 training images are too few for --val {last + 1}, or a class would have none left: choose less$"
+        Refused, match=f"^7 training images are too few for --val {last + 1}, or a class would have none left: choose fewer$"
     ):
         data.load("folder", pictures, last + 1)
 

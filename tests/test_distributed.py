@@ -269,7 +269,7 @@ def test_a_port_that_is_taken_is_a_sentence(call_main, monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
     assert status == 2
-    assert "train.py: error: rank 0 cannot meet the others" in errors
+    assert "train.py: error: rank 0 cannot reach the others" in errors
     assert "check --master-addr and --master-port" in errors
 
 
@@ -285,14 +285,14 @@ def test_ranks_that_do_not_come_are_a_sentence_after_the_time_out(call_main, mon
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
-    assert (status, "rank 0 cannot meet the others" in errors) == (2, True)
+    assert (status, "rank 0 cannot reach the others" in errors) == (2, True)
 
 
 def test_a_run_that_torchrun_may_restart_is_not_begun_anew_each_time(call_main, monkeypatch, tmp_path):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
         monkeypatch.setenv(name, value)
     status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run", "--force")
-    told = "--force would begin the run anew after each restart by torchrun: remove the old run and choose --resume"
+    told = "--force would start the run over after each restart by torchrun: remove the old run and choose --resume"
     assert (status, told in errors) == (2, True), errors
 
 
@@ -368,7 +368,7 @@ def test_statistics_of_maps_in_bf16_are_float32(monkeypatch):
 ON_GPUS = """
 import argparse, torch, distributed, endings
 distributed.own_device = lambda world, device: torch.device("cuda")
-distributed.meet = lambda world, device: None
+distributed.connect = lambda world, device: None
 distributed.free = lambda group: print("freed")
 distributed.dist.destroy_process_group = lambda: print("destroyed")
 parser = argparse.ArgumentParser(prog="program", usage="of it")
@@ -456,7 +456,7 @@ def test_after_a_restart_the_ranks_meet_by_new_keys(monkeypatch):
 
     monkeypatch.setattr(distributed.dist, "init_process_group", init_process_group)
     for attempt in (0, 1, 1):
-        distributed.meet(World(0, 0, 2, attempt), torch.device("cpu"))
+        distributed.connect(World(0, 0, 2, attempt), torch.device("cpu"))
     stores[1].set("address", "of this attempt")
     assert [store.check(["address"]) for store in stores] == [False, True, True]
     assert waits == {timedelta(minutes=30)}  # a rank may be downloading

@@ -146,7 +146,7 @@ def test_all_ways_to_say_that_memory_ran_out(error):
     wrapped = Refused("the file is damaged")
     wrapped.__cause__ = error
     for each in (error, wrapped):
-        assert endings.last_words(each, ENDING) == (1, "memory ran out for x: choose y")
+        assert endings.status_and_message(each, ENDING) == (1, "memory ran out for x: choose y")
     for other in ("shape mismatch", "could not create a primitive"):
         assert not endings.out_of_memory(RuntimeError(other))
     assert not endings.out_of_memory(OSError(28, "No space left on device"))
@@ -509,7 +509,7 @@ def test_a_compiler_that_is_not_there(run, call_main, tiny_run, tmp_path):
 
 def test_a_cache_of_another():
     error = InductorError(PermissionError(13, "Permission denied", "/sys/x"), None)
-    status, sentence = endings.last_words(error, ENDING)
+    status, sentence = endings.status_and_message(error, ENDING)
     assert (status, sentence.startswith("torch.compile does not work here (")) == (1, True)
     assert "PermissionError: [Errno 13] Permission denied: '/sys/x'): install what is missing" in sentence
 
@@ -530,7 +530,7 @@ def test_training_that_diverges_ends(call_main, tmp_path):
     [
         ("ENOSPC", 1, ": make room there, or name another place", ": make room there"),
         ("EDQUOT", 1, ": make room there, or name another place", ": make room there"),
-        ("EFBIG", 1, ": raise the limit of a file's size (ulimit -f)", ": raise the limit of a file's size (ulimit -f)"),
+        ("EFBIG", 1, ": raise the file size limit (ulimit -f)", ": raise the file size limit (ulimit -f)"),
         ("EIO", 1, "", ""),
         ("EACCES", 2, ": fix this, or name another place", ": make it writable"),
         ("ENOENT", 2, ": fix this, or name another place", ": put back what is missing"),
@@ -540,9 +540,9 @@ def test_a_disk_that_is_full_or_fails_is_no_error_of_the_user(number, status, wa
     """Also where the run has not begun; a quota that is used up is a full disk."""
     error = OSError(getattr(errno, number), "why", "file")
     ending = argparse.Namespace(needs="", remedy="", resume=None)
-    assert endings.last_words(error, ending) == (status, f"file: why{way_out}")
+    assert endings.status_and_message(error, ending) == (status, f"file: why{way_out}")
     ending.resume = "it"
-    assert endings.last_words(error, ending) == (1, f"file: why{way_out_of_a_run}; this continues the run: it")
+    assert endings.status_and_message(error, ending) == (1, f"file: why{way_out_of_a_run}; this continues the run: it")
 
 
 @pytest.mark.parametrize("flag", ["--force", "--resume"])
@@ -563,4 +563,4 @@ def test_what_needed_the_memory_is_told_whatever_the_error():
     for full in (MemoryError(), RuntimeError("out of memory"), OSError(errno.ENOMEM, "Cannot allocate memory")):
         with pytest.raises(type(full)), endings.memory_for("the test", "a smaller net"):
             raise full
-        assert endings.last_words(full, ENDING) == (1, "memory ran out for the test: choose a smaller net")
+        assert endings.status_and_message(full, ENDING) == (1, "memory ran out for the test: choose a smaller net")

@@ -127,7 +127,7 @@ def test_what_is_fast_on_other_machines_is_not_the_default_on_this_one(monkeypat
 
 
 def test_statistics_of_all_processes_and_of_one_are_refused_together():
-    with pytest.raises(Refused, match="--sync-bn does not go with --efficient, whose statistics are of one process"):
+    with pytest.raises(Refused, match="--sync-bn cannot be combined with --efficient, whose statistics are of one process"):
         refuse_contradictions(parse("--sync-bn", "--efficient"), torch.device("cpu"), 2)
     for way in ("--sync-bn", "--efficient"):
         refuse_contradictions(parse(way), torch.device("cpu"), 2)
@@ -280,7 +280,7 @@ def test_a_run_takes_over_flags_of_kinds_that_somebody_adds(tmp_path):
     values = args.mixup, args.shuffle, args.betas, args.label_smoothing, args.anneal, args.epochs, args.device
     assert values == (True, False, [0.5, -0.25], 0.1, False, 7, "cpu")
     for damage in ({"mixup": "yes"}, {"betas": [1]}, {"betas": 1}, {"anneal": 3}, {"label_smoothing": True}):
-        with pytest.raises(Refused, match=r"^args.json is damaged, or of another version of this program \(.+\): put back"):
+        with pytest.raises(Refused, match=r"^args.json is damaged, or from another version of this program \(.+\): put back"):
             parse_args(parser, [], begun | damage, "args.json", "put back a whole one")
 
 

@@ -96,7 +96,7 @@ def test_another_size_is_another_run(run, tmp_path):
         (["--image-size", "large"], "--image-size: invalid"),
         (
             ["--image-size", 64, "--dataset", "digits"],
-            "--image-size is for --dataset folder: the images of digits keep their own, leave it out",
+            "--image-size is for --dataset folder: the images of digits have a fixed size, leave it out",
         ),
         (["--image-size", 28, "--dataset", "cifar10"], "--image-size is for --dataset folder"),
         (["--image-size", 40_000], "GB are free: choose a smaller --image-size"),

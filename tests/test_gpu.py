@@ -261,7 +261,7 @@ def test_a_net_that_waits_for_the_device_is_trained_eagerly_and_says_so_once(dev
     assert torch.stack(results).isfinite().all()
     assert torch.equal(before, step.model.conv1.weight) == (change is with_frozen_stem)
     assert step.model.bn1.num_batches_tracked == 8
-    told = capsys.readouterr().out.count("steps are taken eagerly, not captured: this net waits for the device")
+    told = capsys.readouterr().out.count("steps run eagerly, not captured: each waits for the device")
     assert (told, step.forward_backward.graph is None) == ((1, True) if change is with_exact_means else (0, False))
 
 

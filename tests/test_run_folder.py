@@ -217,7 +217,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
         (["--precision", "tf32"], "precision fp32, not tf32"),
         (
             ["--epochs", 8],
-            "with --epochs 8 the epochs that are done would have had other learning rates: resume it with --epochs 2, or go on",
+            "with --epochs 8 the epochs that are done would have had other learning rates: resume it with --epochs 2, or con",
         ),
         (["--epochs", 1], "--epochs 1 is less than the 2 that are done"),
     ],
@@ -267,7 +267,7 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path, more):
 def test_rows_under_another_header_may_be_of_another_version(tmp_path):
     """As after somebody has added a column: nothing is damaged."""
     (tmp_path / "train.csv").write_text("epoch,loss,error,norm\n1,2,3,4\n")
-    with pytest.raises(Refused, match=r"train.csv is damaged or of another version .*, it does not begin with epoch,"):
+    with pytest.raises(Refused, match=r"train.csv is damaged or from another version .*, it does not begin with epoch,"):
         run_folder.rows_until(tmp_path / "train.csv", {"val": 0}, epochs_done=1, steps=1)
 
 
@@ -314,7 +314,7 @@ def test_other_groups_of_parameters_in_the_code_are_refused(call_main, monkeypat
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", 2)
-    assert (status, "is not of this run, or of another version of this program" in errors) == (2, True), errors
+    assert (status, "is from another run or version of this program" in errors) == (2, True), errors
     assert contents(tmp_path) == before
 
 
@@ -348,7 +348,7 @@ def test_other_code_and_other_versions_of_a_run_are_said_and_kept(call_main, mon
         status, out, errors = call_main(train, *FLAGS, "--epochs", epochs, "--save", tmp_path, "--no-plot", "--resume")
         assert status == 0, errors
         facts.append({name: json.loads((tmp_path / "args.json").read_text())[name] for name in ("commit", "torch")})
-        told = re.findall(r" goes on with (\w+) \S+, not \S+; args.json keeps both$", out, re.MULTILINE)
+        told = re.findall(r" continues with (\w+) \S+, not \S+; args.json keeps both$", out, re.MULTILINE)
         assert told == [[], ["commit"], ["torch"], []][len(facts) - 1]
     assert facts[1] == {"commit": f"{a}, then {b}", "torch": "2.11.0"}
     assert facts[2] == facts[3] == {"commit": f"{a}, then {b}", "torch": "2.11.0, then 2.14.1"}  # it was complete the last time
@@ -364,7 +364,7 @@ def test_a_commit_may_be_unknown_before_or_after_a_run_was_resumed(capsys, tmp_p
     unknown = known | {"commit": None}
     pairs = [(known, unknown), (unknown, known), (unknown, unknown)]
     assert [run_folder.history(tmp_path, *pair)["commit"] for pair in pairs] == ["a, then unknown", "unknown, then a", None]
-    assert capsys.readouterr().out.count("goes on with commit") == 2
+    assert capsys.readouterr().out.count("continues with commit") == 2
 
 
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
@@ -403,7 +403,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(call_main, forke
     assert len(before) > 20_480
     done = forked(["-c", FULL, *flags, "--epochs", "2", "--resume"]).wait()
     assert done.returncode == 1
-    assert "latest.pth: File too large: raise the limit of a file's size (ulimit -f); this continues the run: " in done.stderr
+    assert "latest.pth: File too large: raise the file size limit (ulimit -f); this continues the run: " in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "latest.pth").read_bytes() == before
     assert not (tmp_path / "latest.pth.tmp").exists()
@@ -427,7 +427,7 @@ def test_a_row_with_other_columns_than_the_header_is_not_written(tmp_path):
     """As of a column that headers() lacks: the run would end well, and nothing could read or resume it."""
     (tmp_path / "train.csv").write_text("epoch,loss,error\n")
     for row in [(1, 2), (1, 2, 3, 4)]:
-        with pytest.raises(ValueError, match=r"a row of train.csv has other columns than its header epoch,loss,error: "):
+        with pytest.raises(ValueError, match=r"a row of train.csv does not have the columns epoch,loss,error: "):
             run_folder.append_rows(tmp_path / "train.csv", [row])
     assert contents(tmp_path) == {"train.csv": b"epoch,loss,error\n"}
 
@@ -667,9 +667,9 @@ def of_another_run(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (of_another_net, "latest.pth is not of this run"),
-        (of_a_larger_net, "latest.pth is not of this run"),
-        (without_optimizer, "latest.pth is not of this run, or of another version"),
+        (of_another_net, "latest.pth is from another run"),
+        (of_a_larger_net, "latest.pth is from another run"),
+        (without_optimizer, "latest.pth is from another run or version"),
         (of_another_run, "the run was begun with opt adam, not sgd"),
     ],
 )

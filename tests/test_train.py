@@ -229,7 +229,7 @@ def test_a_step_that_waits_for_the_device_is_not_captured_and_says_so_once(strea
     for stream in (take.forward_backward.stream, torch.cuda.current_stream()):  # each waits for the other, around each warm-up
         assert stream.wait_stream.call_count == step.WARM_UP_STEPS
     assert torch.stack(results).isfinite().all()
-    assert capsys.readouterr().out == "steps are taken eagerly, not captured: this net waits for the device in each\n"
+    assert capsys.readouterr().out == "steps run eagerly, not captured: each waits for the device\n"
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, partial(torch.rand, 1)])
@@ -237,7 +237,7 @@ def test_a_step_that_draws_on_the_host_is_not_captured_and_says_so_once(streams_
     """A graph would repeat one number in all steps: one depth of a net of stochastic depth, one share of mixup."""
     take, _ = take_captured_steps(lambda *_: draw() and None)
     assert take.forward_backward.graph is None
-    told = "steps are taken eagerly, not captured: this net draws random numbers on the host in each\n"
+    told = "steps run eagerly, not captured: each draws random numbers on the host\n"
     assert capsys.readouterr().out == told
 
 
@@ -267,7 +267,7 @@ def test_a_capture_that_fails_ends_the_run_with_a_sentence(streams_of_nothing, m
     with pytest.raises(endings.Refused) as refused:
         take_captured_steps(fail)
     ending = SimpleNamespace(needs="batches", remedy="--no-capture", resume=None)
-    assert endings.last_words(refused.value, ending) == (status, message)
+    assert endings.status_and_message(refused.value, ending) == (status, message)
 
 
 # ------------------------------------------------------------------------------------------------------------ an epoch
@@ -689,7 +689,7 @@ def test_an_argument_that_is_added_to_the_net_needs_a_flag_of_its_name_and_no_mo
         assert losses["a"] == losses["b"] == pytest.approx(math.log(10), abs=1e-5) != losses["c"]
         assert "test loss 2.30 " in call_main(evaluate, tmp_path / "b", "--out", tmp_path)[1]
         assert build_net(load_checkpoint(tiny_run / "latest.pth")).scale == 1  # which is older than the argument
-    told = "the checkpoint's net has scale, which this one cannot have: use the densenet.py of its run"
+    told = "the checkpoint's net has scale, which this densenet.py does not know: use that of its run"
     assert told in call_main(evaluate, tmp_path / "b")[2]
 
 
@@ -776,7 +776,7 @@ def test_a_run_goes_on_with_the_net_of_init_at_another_path(call_main, tiny_run,
     if not checkpoint:
         (run / "latest.pth").unlink()
     before = contents(run)
-    missing = "leave out --init, which the run needs no more" if checkpoint else "put it back, --init needs it until"
+    missing = "leave out --init, which the run no longer needs" if checkpoint else "put it back, --init needs it until"
     weights = {"net": DenseNet(depth=10, growth_rate=2).state_dict()}
     torch.save(torch.load(tiny_run / "latest.pth") | weights, tmp_path / "other")
     other = f"the net in --init {tmp_path / 'other'} is not the one that the run was begun with"
@@ -874,11 +874,11 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--lr", "nan"], "nan is out of range"),
         (
             ["--limit", 2000],
-            "1,437 training images are too few for --limit 2000, or a class would have none left: choose less",
+            "1,437 training images are too few for --limit 2000, or a class would have none left: choose fewer",
         ),
         (
             ["--val", 1437, "--limit", 1],
-            "1,437 training images are too few for --val 1437 and --limit 1, or a class would have none left: choose less",
+            "1,437 training images are too few for --val 1437 and --limit 1, or a class would have none left: choose fewer",
         ),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--dataset", "cifar100"], "put cifar-100-python.tar.gz there"),
@@ -886,7 +886,7 @@ def test_three_epochs_of_cifar(cifar, call_main, tmp_path):
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
         (["--init", "missing.pth"], "missing.pth does not exist"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
-        (["--save", f"{__file__}/run", "--dataset", "cifar100"], "run is not a folder that can be written to: choose another"),
+        (["--save", f"{__file__}/run", "--dataset", "cifar100"], "run is not a writable folder: choose another"),
         (["--save", __file__], f"--save {__file__} is not a folder: name that of a run, or a new one"),
         (["--save", __file__, "--resume"], f"--save {__file__} is not a folder"),
     ],
@@ -1102,7 +1102,7 @@ def test_no_weight_is_kept_rounded_for_the_next_step(precision):
 
 def test_an_optimiser_that_is_a_choice_only_is_not_sgd():
     args = SimpleNamespace(opt="adamw", lr=None, weight_decay=0.0001, momentum=0.9, nesterov=True, precision="fp32")
-    with pytest.raises(ValueError, match="knows no --opt adamw"):
+    with pytest.raises(ValueError, match="does not know --opt adamw"):
         step.make_optimizer(torch.nn.Linear(1, 1), args)
 
 
