@@ -1,4 +1,4 @@
-"""CIFAR and SVHN: the archives of their authors, downloaded if they are missing, and read by torchvision.
+"""CIFAR and SVHN: the archives of their authors, downloaded if missing, and read by torchvision.
 
 Several processes may want the same archive, and each may be killed: one downloads, the others wait, and a file gets its name
 only when it is whole.
@@ -62,7 +62,7 @@ def fetch(title, root, url, archive, md5, files):
     try:
         root.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(root):
-            missing = [path for path in files if not path.exists()]  # another process may have left them all
+            missing = [path for path in files if not path.exists()]  # another process may have extracted them
             if missing:
                 refuse_damaged({root / archive: md5})
                 download_whole(root, url, archive, md5, missing)
@@ -71,11 +71,11 @@ def fetch(title, root, url, archive, md5, files):
             for path in new:  # a mistyped name leaves no folder behind
                 (path / f"{UNFINISHED}.lock").unlink(missing_ok=True)
                 path.rmdir()
-        if isinstance(error, BrokenPipeError):  # of this program's output
+        if isinstance(error, BrokenPipeError):  # this program's output was closed
             raise
         status = 1 if getattr(error, "errno", None) in FAILED_LATER else 2
         if (root / archive).exists():
-            ways = "make room, or put it into a folder that can be written to"
+            ways = "make room, or put it into a writable folder"
             raise Refused(f"{root / archive} cannot be extracted there ({error}): {ways}", status) from error
         lacks = f"{root} lacks files of {title}, and downloads fail ({error})"
         raise Refused(f"{lacks}: put {archive} there or name another --data", status) from error

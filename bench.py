@@ -2,7 +2,7 @@
 """Images per second and memory of train.py's own training step, plain, --efficient, captured and compiled, as a Markdown table.
 
     ./bench.py                                         DenseNet-BC, L=100, k=12, batches of 64
-    ./bench.py --no-bottleneck --depth 40 --opt adam   the flags of train.py that make a step are taken
+    ./bench.py --no-bottleneck --depth 40 --opt adam   takes the flags of train.py that affect a step
 
 Each variant is a process of its own. They take turns, round by round, on augmented batches of random images. A number is the
 median, with quartiles in brackets. Memory is the most that PyTorch had allocated on the GPU, or the largest resident memory.
@@ -48,7 +48,7 @@ def main():
 
 
 def build_parser(text, variants):
-    """The flags of a measurement, and those of train.py that make a step."""
+    """The flags of a measurement, and those of train.py that affect a step."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, usage=flags.USAGE)
     flags.add_model_flags(parser.add_argument_group("model"))
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
@@ -70,7 +70,7 @@ def check_measurement(args):
     if args.efficient or args.capture:
         raise endings.Refused("--efficient and --capture are what variants differ in: choose them with --only")
     if device.type != "cuda" and any("captured" in name for name in args.only or []):
-        raise endings.Refused("what is captured is a CUDA graph: leave it out of --only, or choose --device cuda")
+        raise endings.Refused("captured variants need a CUDA GPU: leave them out of --only, or choose --device cuda")
     flags.fill_in(args, device)
     flags.refuse_contradictions(args, device)
     if args.json:
@@ -121,7 +121,7 @@ def measure(factories, args, device):
         compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]
         others = [[each] for each in workers if each not in compiling]
         for group in [compiling, *others]:  # compiling takes long: these do it at the same time, the others one by one
-            take_steps(group, 5)  # in them graphs are captured, and kernels compiled and, by their speed, chosen
+            take_steps(group, 5)  # warm-up, in which graphs are captured, and kernels compiled and tuned
         rounds = [[take_steps([each], args.steps)[0] for each in workers] for _ in tqdm(range(args.rounds), disable=None)]
     by_variant = zip(factories, zip(*rounds, strict=True), strict=True)
     return {name: {"ms_per_step": [ms for ms, _ in answers], "memory_gb": answers[-1][1]} for name, answers in by_variant}
@@ -139,10 +139,10 @@ def worker(name, factory, device):
     theirs.close()
     try:
         yield process, connection
-        connection.close()  # it ends by itself, and cleans up what torch.compile has left
+        connection.close()  # it ends by itself, and cleans up after torch.compile
         process.join(timeout=30)
     finally:
-        process.terminate()  # it may be compiling, and would not hear otherwise
+        process.terminate()  # it may be compiling, and not read the connection
         process.join()
 
 
@@ -155,7 +155,7 @@ def take_steps(workers, steps):
 
 
 def receive(process, connection):
-    """(ms/step, GB). Refused if the process was killed; an error that it met is raised."""
+    """(ms/step, GB). Refused if the process was killed; an error in it is raised here."""
     try:
         answer = connection.recv()
     except (EOFError, OSError) as error:

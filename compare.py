@@ -67,7 +67,7 @@ def summary(differences, arguments, runs):
         row |= {f"{name}_{statistic}": last.agg(statistic) for statistic in STATISTICS if len(last)}
     if mixed(runs.values()) - {"commit"}:
         return row
-    counts = (run.get("train_images") for run in runs.values())  # which older runs do not say
+    counts = (run.get("train_images") for run in runs.values())  # which older runs lack
     return row | images_per_second(next(filter(None, counts), None), complete)
 
 

@@ -1,4 +1,4 @@
-"""What all figures share: no setting of the machine changes them; names are plain text, in fonts that have their letters."""
+"""What all figures share: no Matplotlib setting changes them; names are plain text, in fonts that have their letters."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import re
 import textwrap
 import warnings
 
-os.environ["MPLBACKEND"] = "agg"  # figures are only written, and Matplotlib does not start with a backend that is gone
+os.environ["MPLBACKEND"] = "agg"  # figures are only saved; Matplotlib does not start with a missing backend
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from endings import Refused
 from files import PICTURE, refuse_foreign, replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
-warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has is a box
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has becomes a box
 FORMATS = ("png", "pdf", "svg")
 OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
 
@@ -92,7 +92,7 @@ def add_legend(figure, entries, style):
 
 
 def save(figure, path):
-    """Writes the figure. Refused if it would replace a picture that Matplotlib has not made."""
+    """Writes the figure. Refused if it would replace a picture that Matplotlib did not make."""
     refuse_foreign(path, PICTURE)
     content = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType, which journals accept

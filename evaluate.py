@@ -88,7 +88,7 @@ def check_matrix_place(args):
         return
     table = confusion_table(args)
     if not writable(table.parent):
-        raise Refused(f"{table.parent} is not a folder that can be written to: name another by --out")
+        raise Refused(f"{table.parent} is not a writable folder: name another with --out")
     for path in (table, table.with_suffix(".png")):
         refuse_foreign(path, RESULTS[path.name])
         pair = [path.resolve(), args.predictions.resolve()] if args.predictions else []
@@ -115,7 +115,7 @@ def evaluate(net, checkpoint, args, device):
     confusion = confusion_matrix(logits.argmax(dim=1), split.labels, len(classes))
     say(f"{part} loss {loss:.2f}   {part} error {100 * error:.2f} %")
     say(*other_error(args.checkpoint.parent / "test.csv", checkpoint["epoch"], part, 100 * error, len(split)))
-    say(f"mean of the classes' errors {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
+    say(f"mean per-class error {100 * mean_class_error(confusion):.2f} %", *class_lines(confusion, classes))
     path = confusion_table(args)
     write_text(path, pd.DataFrame(confusion, index=pd.Index(classes, name="true"), columns=classes).to_csv())
     if args.predictions:
@@ -146,7 +146,7 @@ def read_split(checkpoint, root, part):
     split, classes = data.read_part(run["dataset"], root, source, image_size_of(checkpoint))
     if classes != checkpoint["classes"]:
         differing = ", ".join(sorted({*classes} ^ {*checkpoint["classes"]})[:5]) or "their order"
-        raise Refused(f"the classes in {root} differ from those of the net ({differing}): name its data by --data")
+        raise Refused(f"the classes in {root} differ from those of the net ({differing}): name its data with --data")
     if part == "val":
         _, held_out = data.hold_out(split.labels, run["val"])
         split = split.take(held_out)
@@ -159,11 +159,11 @@ def read_split(checkpoint, root, part):
 
 
 def other_error(path, epoch, part, error, num_images):
-    """A line if test.csv has another error after this epoch than rounding explains: weights also load into edited code."""
+    """A line if test.csv has an error for this epoch that rounding does not explain: weights also load into edited code."""
     with contextlib.suppress(Refused, KeyError, OSError):  # it is no part of a checkpoint
         recorded = read_csv(path).set_index("epoch")[{"test": "error", "val": "val_error"}[part]][epoch]
         if abs(recorded - error) > 0.1 + 100 / num_images:
-            yield f"{path} has {recorded:.2f} %: the run had other code or other images than these"
+            yield f"{path} has {recorded:.2f} %: the run used other code or other images"
 
 
 def files_of(run, root, part):
@@ -213,7 +213,7 @@ def draw(confusion, classes, what, path):
     axes = figure.add_subplot()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for draw_lines in (axes.hlines, axes.vlines):  # without them full cells side by side are one
+    for draw_lines in (axes.hlines, axes.vlines):  # without them adjacent dark cells merge
         draw_lines(np.arange(0.5, len(classes) - 1), -0.5, len(classes) - 0.5, "white", linewidth=min(0.5, 10 / len(classes)))
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
     names, style = drawing.as_text(map(shortened, classes))

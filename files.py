@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed and renamed. JSON that is read, or refused."""
+"""Files written atomically: to a temporary file, flushed and renamed. JSON that is read, or refused."""
 
 import contextlib
 import functools
@@ -37,23 +37,23 @@ def refuse_existing(*paths):
 
 
 def refuse_foreign(path, pattern):
-    """Refused if the path is a folder, or a file that is not empty and lacks the pattern, which all that we write there has."""
+    """Refused if the path is a folder, or a file that is not empty and lacks the pattern, which all files we write contain."""
     if path.is_dir():
         raise Refused(f"{path} is a folder where a file is expected: remove it, or name another place")
     content = path.read_bytes() if path.is_file() else b""
     if content and not re.search(pattern, content):
-        raise Refused(f"{path} exists already and is not of this program: name another place, or remove it")
+        raise Refused(f"{path} exists already and is not from this program: name another place, or remove it")
 
 
 def refuse_unwritable(path):
-    """Refused if there is no folder for the file that can be written to; a device, such as /dev/stdout, needs none."""
+    """Refused if the folder for the file is not writable; a device, such as /dev/stdout, needs none."""
     folder = path.resolve().parent  # replace_file follows links, too
     if (path.is_file() or not path.exists()) and not writable(folder):
-        raise Refused(f"{folder} is not a folder that can be written to: name another for {path.name}")
+        raise Refused(f"{folder} is not a writable folder: name another for {path.name}")
 
 
 def writable(folder):
-    """Whether the folder can be written to or, if it is new, be made."""
+    """Whether the folder is writable or, if it is new, can be created."""
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
     return nearest.is_dir() and os.access(nearest, os.W_OK)
 
@@ -68,7 +68,7 @@ def write_text(path, text):
 def replace_file(path, content, alone=True):
     """Writes a file atomically. A device or a pipe, such as /dev/stdout, is written to and stays what it is.
 
-    alone=False: other processes may write the same file at the same time, so the temporary one has a name of its own.
+    alone=False: other processes may write the same file at the same time, so the temporary one gets a unique name.
     """
     if path.exists() and not path.is_file():
         with naming(path):

@@ -21,8 +21,8 @@ MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
 def read_part(root, part, image_size, quiet=False, val=0):
     """(images (M, 3, S, S) uint8, labels (M,) int64, names of the classes) of the part "train" or "test" of a folder.
 
-    Training images are shuffled, always alike, so that --limit keeps all classes; test images come class by class.
-    Refused, before any picture is read, if the folders are no data set or need more memory than is free; holding out `val`
+    Training images are in a fixed random order, so that --limit keeps all classes; test images come class by class.
+    Refused, before any picture is read, if the folders are not a data set or need more memory than is free; holding out `val`
     images needs more.
     """
     classes = list_classes(root / part)
@@ -40,11 +40,11 @@ def read_part(root, part, image_size, quiet=False, val=0):
 
 
 def refuse_among_pictures(folder, root):
-    """Refused if the folder is or lies in root/train or root/test, and not in a hidden folder there: figures would be read."""
+    """Refused if the folder is or lies in root/train or root/test, outside hidden folders: figures there would be read."""
     place = folder.resolve()
     for pictures in (Path(root, part).resolve() for part in ("train", "test")):
         if place.is_relative_to(pictures) and not any(name[0] == "." for name in place.relative_to(pictures).parts):
-            raise Refused(f"{folder} lies among the pictures of {root}, and figures there would become some: choose another")
+            raise Refused(f"{folder} is among the pictures of {root}, where figures would be read as pictures: choose another")
 
 
 def in_order(classes, part):
@@ -70,7 +70,7 @@ def check_classes(root, train, test):
             raise Refused(f"{lacking} lacks the class {name!a}, and {twin!a} there differs in spelling only: rename one")
         raise Refused(f"{lacking} lacks the class {name!r}: give it a folder in both train and test")
     if len(train) < 2:
-        raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each further one")
+        raise Refused(f"{root / 'train'} has only one class ({next(iter(train))}): add a folder for each other class")
 
 
 def check_memory(root, train, test, image_size, val):
@@ -80,17 +80,17 @@ def check_memory(root, train, test, image_size, val):
     needed, free = 3 * (number + copied) * image_size**2, free_memory()
     if needed > free:
         images = f"{number:,} pictures of {image_size} x {image_size} need {needed / 1e9:.1f} GB{' with --val' * (val > 0)}"
-        raise Refused(f"{root}: {images}, {free / 1e9:.1f} GB are free: choose a smaller --image-size, or put fewer there")
+        raise Refused(f"{root}: {images}, {free / 1e9:.1f} GB are free: choose a smaller --image-size, or fewer pictures")
 
 
 def spelling(name):
-    """What is left of a name without case, spaces, invisible letters and the ways to write an accent."""
+    """A name without its case, spaces, invisible characters and Unicode variants, such as those of an accent."""
     plain = unicodedata.normalize("NFKC", name).casefold()
     return "".join(letter for letter in plain if letter.isprintable() and letter != " ")
 
 
 def free_memory():
-    """Free memory in bytes, as Linux tells it; infinity on other systems."""
+    """Free memory in bytes, as Linux reports it; infinity on other systems."""
     path = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.exists() else None
     return 1024 * int(found[1]) if found else math.inf
@@ -144,7 +144,7 @@ def left_out(root, parts=()):
 
 
 def describe_classes(names, train_labels, test_labels):
-    """Image counts of each class, or their range; warnings of names that look alike and of counts that differ by ten times."""
+    """Image counts of each class, or their range; warnings of similar names and of counts that differ more than tenfold."""
     width = max(map(len, names))
     train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
     if len(names) <= MANY_CLASSES:

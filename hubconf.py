@@ -39,8 +39,8 @@ def densenet_bc_40_12_adam(pretrained=False, **arguments):
 def preprocess(size=None):
     """A function that turns a Pillow picture, or a list of them, into a batch (N, 3, size, size) for the nets.
 
-    As evaluate.py --image reads a file: upright RGB, white where transparent, its shorter side resized to `size` and the middle
-    cut out; then normalised as CIFAR-10 was. Without a size, 32, which is CIFAR-10's.
+    As evaluate.py --image reads a file: upright RGB, white where transparent, shorter side resized to `size`, centre-cropped;
+    then normalised as CIFAR-10 was. size is 32 by default, as in CIFAR-10.
     """
     to_tensor = _import_ours("pictures", "endings", "machine", "progress").to_tensor
     card = json.loads((HERE / "work" / "bc-40-12" / "net.json").read_text())
@@ -55,7 +55,7 @@ def preprocess(size=None):
 
 
 def _import_ours(name, *needed):
-    """Imports a module of this folder, and leaves its name and those of what it needs free for the caller's own modules."""
+    """Imports a module of this folder; leaves its name, and those of the modules it needs, to the caller's own modules."""
     names = (name, *needed)
     with vars(densenet).setdefault("_importing", threading.Lock()):  # torch.hub runs this file anew in each thread
         theirs = {each: sys.modules.pop(each) for each in names if each in sys.modules}
@@ -81,7 +81,7 @@ def _make(run, pretrained, arguments):
 
 
 def _refuse_another_net(net, model, arguments):
-    """ValueError where an argument makes other shapes than those of the trained net."""
+    """ValueError if an argument gives shapes other than those of the trained net."""
     with torch.device("meta"):
         trained = densenet.DenseNet(**model).architecture
     for name, value in arguments.items():

@@ -37,10 +37,10 @@ def read_pictures(paths, size, title=None):
     With a title, a bar is shown, or the title alone where there is no terminal.
     """
     images, readable, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], {}
-    pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow decodes without the interpreter's lock
+    pool = ThreadPoolExecutor(min(num_cpus(), MAX_THREADS))  # Pillow releases the GIL while it decodes
     if title and not on_terminal():
         say(title)
-    with warnings.catch_warnings(action="ignore"):  # what Pillow warns of is harmless, or an error as well
+    with warnings.catch_warnings(action="ignore"):  # Pillow's warnings are harmless, or an error follows
         try:
             read = pool.map(partial(read_picture, size=size), paths)
             for path, picture in zip(paths, progress(read, bool(title), desc=title, total=len(paths), unit=""), strict=True):
@@ -63,7 +63,7 @@ def refuse_unreadable(reasons):
 
 
 class Unreadable(ValueError):
-    """A picture that Pillow cannot read, or whose values cannot be brought to 8 bits with certainty."""
+    """A picture that Pillow cannot read, or whose values cannot be converted to 8 bits with certainty."""
 
 
 def read_picture(path, size):
@@ -75,8 +75,8 @@ def read_picture(path, size):
 
 
 def to_tensor(picture, size):
-    """A Pillow picture as a (3, size, size) uint8 tensor: upright, its shorter side resized to `size`, the middle cut out."""
-    decode(picture)  # of torch.hub's preprocess it may not be loaded yet
+    """A Pillow picture as a (3, size, size) uint8 tensor: upright, its shorter side resized to `size`, centre-cropped."""
+    decode(picture)  # with torch.hub's preprocess it may not be loaded yet
     rgb = to_rgb(picture)
     with contextlib.suppress(Exception):  # unreadable EXIF data is ignored
         rgb.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -86,7 +86,7 @@ def to_tensor(picture, size):
 
 def open_picture(path, size):
     """The picture, decoded. Unreadable if Pillow cannot do that."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # opening a pipe would block
         raise Unreadable("it is not a file" if os.path.exists(path) else "there is no such file")
     try:
         with Image.open(path) as picture:
@@ -124,12 +124,12 @@ def to_rgb(picture):
     try:
         transparent = picture.has_transparency_data
         picture = picture.convert("RGBA" if transparent else "RGB")
-    except (AssertionError, TypeError, ValueError) as error:  # of a palette that is missing, of a text in the colour's place
-        raise Unreadable("its palette or its transparent colour makes no sense") from error
+    except (AssertionError, TypeError, ValueError) as error:  # a missing palette, text in place of the colour
+        raise Unreadable("its palette or its transparent colour is invalid") from error
     if not transparent:
         return picture
     white = Image.new("RGB", picture.size, "white")
-    white.paste(picture, mask=picture)  # before it is resized, which would mix in the colour of what is transparent
+    white.paste(picture, mask=picture)  # before resizing, which would mix in the colour of transparent pixels
     return white
 
 

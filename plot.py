@@ -25,7 +25,7 @@ from endings import Refused, at_least, nonempty, say
 from files import PICTURE, refuse_foreign
 from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
-MANY_CHANGES = 10  # more changes of the learning rate are no steps but a curve, such as a cosine, and are not marked
+MANY_CHANGES = 10  # more changes of the learning rate are a curve, such as a cosine, and are not marked
 STRETCHES = 1500  # of a long curve; the lowest and the highest point of each are drawn
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
@@ -185,7 +185,7 @@ def check_since(curves, since):
     """Refused if --since is after the last epoch."""
     last = max(curve.last for curve in curves.values())
     if since > last:
-        raise Refused(f"--since {since:g} is after the last epoch, {last:g}: choose less")
+        raise Refused(f"--since {since:g} is after the last epoch, {last:g}: choose an earlier one")
 
 
 def draw(curves, columns, path, args):

@@ -1,4 +1,4 @@
-"""How far a program is: a bar on a terminal; elsewhere, as in a log file, a line every few minutes.
+"""Progress: a bar on a terminal; elsewhere, as in a log file, a line every few minutes.
 
 for batch in progress(batches, desc="test images"):
 """
@@ -28,13 +28,13 @@ def on_terminal():
 
 
 class Bar(tqdm):
-    """Looks at the clock in each update, so that no thread has to."""
+    """Checks the clock in each update, so that tqdm needs no monitor thread."""
 
     monitor_interval = 0
 
 
 def progress(iterable=None, shown=True, **options):
-    """tqdm with its options; what it shows on a terminal is gone in the end."""
+    """tqdm with its options; on a terminal, the bar disappears at the end."""
     if not on_terminal():
         options |= {"file": Log(), "bar_format": LOG_LINE, "position": 0, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
     return Bar(iterable, disable=not shown, miniters=1, leave=False, dynamic_ncols=True, **options)

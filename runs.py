@@ -12,9 +12,9 @@ from endings import Refused, say
 from files import THEN, read_json
 
 COLUMNS = ["epoch", "loss", "error"]
-# Entries of args.json that are no setting.
+# Entries of args.json that are not settings.
 STARTED = {"data", "save", "resume", "force", "plot", "classes", "digests"}  # where a run lies and how it was started
-STARTED |= {"train_images"}  # it follows from others, and older runs do not say it
+STARTED |= {"train_images"}  # it follows from others, and older runs lack it
 CHECKED = (None, "cifar10", "cifar100", "svhn", "digits")  # the data sets that are always the same; older runs name none
 PLACES = {"digests": "data", "init_digest": "init"}  # a digest, and the argument that says where its content lies
 MACHINE = {"device", "compile", "capture", "efficient", "deterministic", "torch", "hardware", "commit"}  # what it ran on
@@ -38,7 +38,7 @@ def name_runs(folders):
 
 
 def read_csv(path):
-    """The rows of a CSV, but for a last one that is only half written. Refused if it is missing or not from train.py."""
+    """The rows of a CSV, without a half-written last one. Refused if it is missing or not from train.py."""
     refuse_missing(path)
     header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")[:-1] or [",".join(COLUMNS)]
     columns = header.split(",")
@@ -85,14 +85,14 @@ def arguments_of(folder):
     kinds = {"epochs": (int,), "seed": (int,), "train_images": count, "batch_size": count, "dataset": (str, type(None))}
     if not isinstance(arguments, dict) or any(type(arguments.get(name)) not in kinds[name] for name in kinds):
         raise Refused(f"{path} is damaged or not from train.py: {remedy}")
-    return {"processes": 1} | arguments  # older runs do not say it
+    return {"processes": 1} | arguments  # older runs lack it
 
 
 def settings(folders):
     """For each setting (what tells it from the others, its arguments, {folder: the run's arguments}); its runs are seeds of it.
 
-    Machines and versions belong to a setting only where it would otherwise have two runs of one seed; elsewhere it is reported
-    that they differ. Refused if two runs are alike even so.
+    Machine and versions are part of a setting only if it would otherwise have two runs with one seed; elsewhere differences are
+    reported. Refused if two runs are still alike.
     """
     runs = {folder: arguments_of(folder) for folder in folders}
     groups = []

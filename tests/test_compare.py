@@ -352,7 +352,7 @@ def test_a_table_that_cannot_be_written(call_main, tmp_path):
         status, _, errors = call_main(compare, run, kind, run / "test.csv")
         assert (status, f"{run / 'test.csv'} exists already: name another file, or remove it" in errors) == (2, True)
     status, _, errors = call_main(compare, run, "--csv", run / "test.csv" / "table.csv")
-    told = f"{run / 'test.csv'} is not a folder that can be written to: name another for table.csv"
+    told = f"{run / 'test.csv'} is not a writable folder: name another for table.csv"
     assert (status, told in errors) == (2, True)
     status, _, errors = call_main(compare, run, "--csv", tmp_path / "x", "--latex", run / "test.csv" / "table.tex")
     assert (status, "name another for table.tex" in errors) == (2, True)

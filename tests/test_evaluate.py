@@ -39,7 +39,7 @@ def test_evaluation_gives_the_figures_of_test_csv(run_script, tiny_run, tmp_path
     wrong = 360 - np.diag(counts).sum()
     assert 100 * wrong / 360 == pytest.approx(last["error"], abs=1e-3)
     mean = 100 - 100 * np.mean(np.diag(counts) / counts.sum(axis=1))
-    assert f"mean of the classes' errors {mean:.2f} %" in done.stdout
+    assert f"mean per-class error {mean:.2f} %" in done.stdout
     rows = re.findall(r"(\d+)\s+([\d.]+) %  \((\d+) of (\d+) wrong\)", done.stdout)
     assert len(rows) == 10
     for name, error, errors, total in rows:
@@ -55,7 +55,7 @@ def test_another_error_than_that_of_test_csv_is_told(tmp_path, part, recorded):
     path.write_text("epoch,loss,error,val_loss,val_error\n1,1,90,1,90\n2,1,20,1,40\n")
     for difference, told in [(0, False), (0.15, False), (-0.15, False), (0.25, True), (-0.25, True)]:  # of 1,000 images
         lines = [*evaluate.other_error(path, 2, part, recorded + difference, 1000)]
-        assert lines == [f"{path} has {recorded:.2f} %: the run had other code or other images than these"] * told
+        assert lines == [f"{path} has {recorded:.2f} %: the run used other code or other images"] * told
     assert not [*evaluate.other_error(path, 3, part, 0, 1000)]
 
 
@@ -110,7 +110,7 @@ def test_data_with_other_classes_are_refused(call_main, tiny_run, tmp_path):
     for classes, told in [([*digits[:-1], "ten"], "9, ten"), (digits[::-1], "their order"), ([*"abcdefghij"], "0, 1, 2, 3, 4")]:
         torch.save({**checkpoint, "classes": classes}, tmp_path / "latest.pth")
         status, _, errors = call_main(evaluate, tmp_path / "latest.pth")
-        assert (status, f" differ from those of the net ({told}): name its data by --data" in errors) == (2, True)
+        assert (status, f" differ from those of the net ({told}): name its data with --data" in errors) == (2, True)
         assert not (tmp_path / "confusion.csv").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_file_that_is_no_confusion_matrix_is_not_replaced(call_main, tiny_run,
     mine = tmp_path / name
     mine.write_text("of another study, true,")
     status, _, errors = call_main(evaluate, tiny_run, "--out", tmp_path)
-    told = f"{mine} exists already and is not of this program: name another place, or remove it"
+    told = f"{mine} exists already and is not from this program: name another place, or remove it"
     assert (status, told in errors, mine.read_text()) == (2, True, "of another study, true,")
     assert os.listdir(tmp_path) == [name]
 
@@ -203,8 +203,8 @@ def test_predictions_do_not_go_where_the_confusion_matrix_goes(call_main, tiny_r
 @pytest.mark.parametrize(
     ("flag", "place", "folder", "what"),
     [
-        ("--out", "file", "file", "by --out"),
-        ("--out", "file/new", "file/new", "by --out"),
+        ("--out", "file", "file", "with --out"),
+        ("--out", "file/new", "file/new", "with --out"),
         ("--predictions", "file/new/p.csv", "file/new", "for p.csv"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_evaluat
 ):
     (tmp_path / "file").write_text("mine")
     status, out, errors = call_main(evaluate, tiny_run / "latest.pth", flag, tmp_path / place)
-    told = f"{tmp_path / folder} is not a folder that can be written to: name another {what}"
+    told = f"{tmp_path / folder} is not a writable folder: name another {what}"
     assert (status, out, told in errors, (tmp_path / "file").read_text()) == (2, "", True, "mine")
 
 
@@ -395,7 +395,7 @@ def test_only_the_folders_that_are_written_to_have_to_be_writable(monkeypatch, t
     with pytest.raises(Refused, match=r"name another for new\.csv"):
         evaluate.refuse_contradictions(args)
     args = SimpleNamespace(image=None, predictions=None, out=None, val=False, checkpoint=tmp_path / "net.pth")
-    with pytest.raises(Refused, match=f"{tmp_path} is not a folder that can be written to: name another by --out"):
+    with pytest.raises(Refused, match=f"{tmp_path} is not a writable folder: name another with --out"):
         evaluate.check_matrix_place(args)
 
 

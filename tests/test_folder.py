@@ -65,7 +65,7 @@ def test_the_checkpoint_knows_the_size(call_main, run, pictures, monkeypatch, tm
         assert f"test loss {last['loss']:.2f}   test error {last['error']:.2f} %" in out, errors
     shares = [[int(number) for number in row] for row in re.findall(r"\((\d+) of (\d+) wrong\)", out)]
     mean = 100 * np.mean([wrong / total for wrong, total in shares])
-    assert f"mean of the classes' errors {mean:.2f} %\n" in out
+    assert f"mean per-class error {mean:.2f} %\n" in out
     sizes, read_pictures = [], evaluate.read_pictures
     monkeypatch.setattr(evaluate, "read_pictures", lambda paths, size: [sizes.append(size), read_pictures(paths, size)][1])
     status, out, errors = call_main(evaluate, net, "--image", pictures / "test" / "dark" / "0.jpg")
@@ -219,7 +219,7 @@ def test_ctrl_c_while_pictures_are_read(forked, tmp_path):
 def test_nothing_is_drawn_among_the_pictures(call_main, run, pictures, tmp_path, place):
     """It would be taken for some of them, the next time; beside train and test it is not."""
     root = shutil.copytree(pictures, tmp_path / "pets")
-    told = f"{root / place} lies among the pictures of {root}, and figures there would become some: choose another"
+    told = f"{root / place} is among the pictures of {root}, where figures would be read as pictures: choose another"
     before = sorted(root.rglob("*"))
     status, _, errors = run(root / place, "--data", root)
     assert (status, told in errors, sorted(root.rglob("*"))) == (2, True, before), errors

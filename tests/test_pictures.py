@@ -366,7 +366,7 @@ REFUSED = {  # how to make the file, why it is refused
     ),
     "text for a colour": (
         lambda p: png_with_text(p, "transparency", "none"),
-        "its palette or its transparent colour makes no sense",
+        "its palette or its transparent colour is invalid",
     ),
     "two colours in 8 bits": (lambda p: bmp(p, 8, 2), "its two colours have more than one bit"),
     "two colours in 4 bits": (lambda p: bmp(p, 4, 2), "its two colours have more than one bit"),

@@ -109,7 +109,7 @@ def test_a_picture_of_another_program_is_not_replaced(call_main, tmp_path, name)
     mine.parent.mkdir()
     mine.write_bytes(b"a photograph")
     status, _, errors = call_main(plot, run, "--out", mine.parent if name == "loss.png" else mine)
-    told = f"{mine} exists already and is not of this program: name another place, or remove it"
+    told = f"{mine} exists already and is not from this program: name another place, or remove it"
     assert (status, told in errors, mine.read_bytes()) == (2, True, b"a photograph")
     mine.write_bytes(b"")
     for _ in range(2):  # an empty one, and its own
@@ -398,7 +398,7 @@ def test_an_installed_font_that_has_the_letters_is_used(chinese_font, call_main,
 def test_since_an_epoch_that_is_not_there_yet(call_main, tmp_path, since):
     run = write_run(tmp_path / "run")
     status, _, errors = call_main(plot, run, "--since", since)
-    assert (status, f"--since {since} is after the last epoch, 4: choose less" in errors) == (2, True)
+    assert (status, f"--since {since} is after the last epoch, 4: choose an earlier one" in errors) == (2, True)
     assert not list(run.glob("*.png"))
     assert call_main(plot, run, "--since", 4)[0] == 0
 

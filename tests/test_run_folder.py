@@ -110,7 +110,7 @@ def test_arguments_of_another_program_are_kept_and_what_lies_beside_them(call_ma
     for name, content in before.items():
         (tmp_path / name).write_bytes(content)
     status, _, errors = call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, *options)
-    assert (status, "args.json exists already and is not of this program" in errors) == (2, True), errors
+    assert (status, "args.json exists already and is not from this program" in errors) == (2, True), errors
     assert contents(tmp_path) == before
 
 
@@ -120,7 +120,7 @@ def test_a_csv_beside_arguments_that_could_be_a_runs_is_kept_by_resume(call_main
     (tmp_path / name).write_text("id,label\n1,cat\n")
     before = contents(tmp_path)
     status, _, errors = call_main(train, "--save", tmp_path, "--resume")
-    assert (status, f"{name} exists already and is not of this program" in errors) == (2, True), errors
+    assert (status, f"{name} exists already and is not from this program" in errors) == (2, True), errors
     assert contents(tmp_path) == before | {".lock": b""}
 
 
@@ -1115,7 +1115,7 @@ def test_a_file_of_the_users_is_not_deleted_with_a_run(call_main, tiny_run, tmp_
             (save / file).unlink()
         before = contents(save)
         status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, *more)
-        told = f"{save / name} exists already and is not of this program: name another place, or remove it"
+        told = f"{save / name} exists already and is not from this program: name another place, or remove it"
         assert (status, told in errors) == (2, True), errors
         assert contents(save) == before
 
