@@ -5,7 +5,7 @@
     attic/check-kernels.py --device cpu --no-bottleneck --depth 40 --no-compile
 
 When a net that is known to converge does not, the framework may be at fault. In February 2017 it was (pytorch/pytorch#708), and
-to switch cuDNN off would have shown it. Exit status 1 if a row is wrong. The flags of the model are those of train.py.
+switching cuDNN off would have shown it. Exit status 1 if a row is wrong. The flags of the model are those of train.py.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from flags import USAGE, add_device_flag, add_model_flags, make_net
 from machine import choose_device, device_name
 
 # How far rounding may move a tensor, relative to its largest value. With the sides of the ReLUs fixed (see measure), nets of 7
-# to 100 layers, BC and plain, come to 7e-5 in fp32 and to 9e-2 in bf16 on a CPU; tf32 rounds eight times more finely than bf16.
+# to 100 layers, BC and plain, reach 7e-5 in fp32 and 9e-2 in bf16 on a CPU; tf32 rounds eight times more finely than bf16.
 # A kernel that reads the wrong memory is off by 1 or more. The bf16 row cannot see a fault of a few percent; the fp32 rows can.
 BOUNDS = {"fp32": 1e-3, "tf32": 5e-2, "bf16": 2e-1}
 
-BARELY_OPEN = 1e-12  # what the reference gives a ReLU that is to let its input pass
+BARELY_OPEN = 1e-12  # the reference's input to a ReLU that must be open
 
 
 class Row(NamedTuple):
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    args.drop_rate = 0.0  # what dropout drops would differ from device to device
+    args.drop_rate = 0.0  # dropout masks would differ between devices
     with handle_errors(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         if args.efficient:
             raise Refused("--efficient computes its ReLUs where this check cannot see them: leave it out")
@@ -76,7 +76,7 @@ def build_parser():
 
 
 def rows(device, with_compile):
-    """The table's rows. But for what a row switches, kernels run as train.py has them, TF32 aside."""
+    """The table's rows. Apart from what a row switches, and TF32, kernels run as in train.py."""
     gpu, cpu = device.type == "cuda", device.type == "cpu"
     cudnn, tf32 = gpu and torch.backends.cudnn.is_available(), gpu and torch.cuda.is_tf32_supported()
     onednn = cpu and torch.backends.mkldnn.is_available()
@@ -96,7 +96,7 @@ def rows(device, with_compile):
 
 
 def can_compile(device):
-    """Whether there is what torch.compile makes its kernels with: a C++ compiler for a CPU, Triton for a GPU."""
+    """Whether torch.compile has its compiler: a C++ compiler for a CPU, Triton for a GPU."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -114,7 +114,7 @@ def switched(owner, name, value):
 
 @contextmanager
 def kernels(row):
-    """Within it PyTorch computes with the kernels of the row; cuDNN chooses its own by trial, as it does for train.py."""
+    """Inside, PyTorch uses the kernels of the row; cuDNN benchmarks its own, as it does for train.py."""
     with (
         switched(torch.backends.cudnn, "enabled", row.cudnn),
         switched(torch.backends.cudnn, "benchmark", True),
@@ -144,10 +144,10 @@ def check(row, net, images, labels, device):
 def measure(row, net, images, labels, device):
     """The relative error of each tensor of a training pass, and the number of ReLUs that rounding moved to the other side.
 
-    Where the input of a ReLU is within rounding of zero, one precision lets it pass and another does not. Such a step of a
-    single unit, one or two in a million in fp32, moves some gradients by percents, and no bound tells that from a bug. So the
-    float64 reference takes, unit by unit, the side that the device took; what remains is smooth and small. A kernel that took
-    wrong sides does not get away with it: the logits, which are compared as well, would then be wrong.
+    Where the input of a ReLU is within rounding of zero, it passes in one precision and not in another. Such a flip of a
+    single unit, one or two in a million in fp32, changes some gradients by percents, and no bound tells that from a bug. So the
+    float64 reference takes, unit by unit, the side that the device took; the remaining error is smooth and small. A kernel that
+    takes wrong sides is still caught: the logits, which are compared as well, would then be wrong.
     """
     ours, sides = device_pass(row, copy.deepcopy(net), images, labels, device)
     reference, moved = reference_pass(copy.deepcopy(net), images, labels, sides)
@@ -168,7 +168,7 @@ def device_pass(row, net, images, labels, device):
 
 
 def reference_pass(net, images, labels, sides):
-    """The pass in float64 on the CPU with the ReLUs on the given sides, and the number of those that took another by itself."""
+    """The pass in float64 on the CPU with the ReLUs on the given sides, and how many it would have put on the other."""
     moved = []
     remaining = iter(sides)
 

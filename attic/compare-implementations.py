@@ -3,8 +3,8 @@
 
     attic/compare-implementations.py
 
-The first is torchvision's DenseNet: written by others, but on the kernels that ours runs on. The second is the paper written
-down in JAX, below: it shares no kernel with PyTorch. Both compute logits, loss and the gradient of every parameter, for a
+The first is torchvision's DenseNet: written by others, but running on the same kernels as ours. The second is the paper written
+in JAX, below: it shares no kernel with PyTorch. Both compute logits, loss and the gradient of every parameter, for a
 DenseNet-BC and for a plain net; torchvision's also the running statistics. Exit status 1 if anything differs by more than 1e-9.
 """
 
@@ -39,7 +39,7 @@ def main():
 
 
 def compare(title, net, images, labels):
-    """Prints how far the others are from our net, with weights drawn anew. Returns whether all errors are below the bound."""
+    """Prints how far the others are from our net, with newly drawn weights. Returns whether all errors are below the bound."""
     net = randomize(net.double(), seed=0)
     images = images.double()
     others = {"torchvision": torchvision_pass(net, images, labels), "JAX": jax_pass(net, images, labels)}
@@ -100,7 +100,7 @@ def jax_loss(weights, images, labels):
 
 
 def jax_densenet(weights, images):
-    """The logits in training mode of the DenseNet, BC or plain, whose layers the names of the weights tell."""
+    """The logits in training mode of a DenseNet, BC or plain, whose layers follow from the names of the weights."""
     maps = jax_convolve(images, weights["conv1.weight"])
     for block in (1, 2, 3):
         layer = 0

@@ -5,9 +5,9 @@
     attic/compare-speed.py --depths 40 100 160 250 --only plain efficient --json report.json     one table for each depth
     attic/compare-speed.py --data data            batches of the real CIFAR-10, by data.py and by torchvision's DataLoader
 
-torchvision is their net as PyTorch makes it and anyone would train it who sets nothing; with torchvision-our-settings it is
-trained by train.py's step, and torchvision-checkpointed computes concatenations and activations again in the backward pass. The
-report of --json holds the counted peak bytes of each net, too, if it is trained in fp32 or tf32.
+torchvision is their net trained with PyTorch's defaults; torchvision-our-settings is the same net trained by train.py's step;
+torchvision-checkpointed recomputes concatenations and activations in the backward pass. The report of --json also holds the
+counted peak bytes of each net, if it is trained in fp32 or tf32.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def build_parser():
 def measure_depths(args, device):
     """Prints a table for each depth; returns the report."""
     of_depth = {depth: argparse.Namespace(**vars(args) | {"depth": depth}) for depth in args.depths or [args.depth]}
-    for settings in of_depth.values():  # before anything is measured, that takes long
+    for settings in of_depth.values():  # before anything is measured, which takes long
         bench.check_measurement(settings)
     report = {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
     report |= {"conditions": bench.conditions(args, device), "depths": {}}
@@ -95,7 +95,7 @@ def make_step(name, args, device):
 
 
 def step_of_pytorch(net, args, device):
-    """As anyone writes it who sets nothing but the precision."""
+    """A training step with PyTorch's defaults, apart from the precision."""
     set_precision(args.precision)
     dtype = DTYPES[args.precision]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)

@@ -21,7 +21,7 @@ from attic.comparison import relative_errors, training_pass, worst
 from densenet import DenseNet
 
 REFERENCE = Path(__file__).with_name("official-bc40.npz")
-BOUND = 1e-9  # a right implementation comes to 1e-13; batch norm's epsilon off by a tenth already shows as 3e-6
+BOUND = 1e-9  # a correct implementation reaches 1e-13; an epsilon of batch norm off by a tenth already gives 3e-6
 
 # What is compared, and what the names of its numbers in the file begin with.
 GROUPS = {
@@ -78,9 +78,9 @@ def same_pass(net, reference):
 
 
 def watch(net, names):
-    """A dictionary that a pass fills with what the modules of these names put out, and with the logits under "fc".
+    """A dictionary that a pass fills with the outputs of the modules of these names, and with the logits under "fc".
 
-    The name "pool" stands for what fc reads, for no module puts it out.
+    The name "pool" stands for the input of fc, which is no module's output.
     """
     states = {}
 

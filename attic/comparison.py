@@ -1,6 +1,6 @@
-"""One pass of a net forward and backward as a dictionary of tensors, and how far two such passes are apart.
+"""One pass of a net forward and backward as a dictionary of tensors, and how far apart two such passes are.
 
-What the scripts of this folder have in common; it is imported, not run.
+Shared by the scripts of this folder; imported, not run.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def relative_error(ours, theirs):
     if ours.shape != theirs.shape:
         raise ValueError(f"the shapes {tuple(ours.shape)} and {tuple(theirs.shape)} differ")
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    return error if error < float("inf") else float("inf")  # nan is not below either
+    return error if error < float("inf") else float("inf")  # NaN is not below it, either
 
 
 def relative_errors(ours, theirs):
@@ -47,7 +47,7 @@ def worst(errors, prefix):
 
 
 def randomize(net, seed):
-    """Draws what initialisation leaves at 0 or 1: with BN weights 0.5 to 1.5 and biases -1 to 1 every gradient is exercised."""
+    """Randomises what is initialised to 0 or 1: with BN weights 0.5 to 1.5 and biases -1 to 1 every gradient is exercised."""
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Compiles kernels.py for GPUs that need not be there, and shows what became of each kernel; needs Triton, and no GPU.
+"""Compiles kernels.py for GPUs that this machine may lack, and shows the result for each kernel; needs Triton, but no GPU.
 
     attic/compile-kernels.py                             all launches of DenseNet-BC, L=100, k=12, 16, 24, 40, batches of 64
     attic/compile-kernels.py --growth-rate 12 --capability 90 --types bf16
 
-For each launch: registers of a thread, shared memory of a program, bytes of a thread's values that spill from its registers to
-memory, instructions that multiply matrices, and the loads from global memory by their bits. Exit status 1 if one is wrong: it
-needs more shared memory than the GPU has, it spills (which it may below capability 9.0 with k > 12), or it multiplies matrices
-without such instructions.
+For each launch: registers per thread, shared memory per program, bytes per thread that spill from registers to memory, matrix
+instructions, and loads from global memory by width in bits. Exit status 1 if a launch is wrong: it needs more shared memory
+than the GPU has, it spills (which is allowed below capability 9.0 with k > 12), or it multiplies matrices without matrix
+instructions.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main():
     args = parser.parse_args()
     with handle_errors(parser, f"{args.processes or 'all'} processes", "fewer --processes"):
         if triton is None:
-            raise Refused("Triton is not there, or not for Nvidia's GPUs: pip install triton")
+            raise Refused("Triton is missing, or lacks its Nvidia backend: pip install triton")
         cases = compile_all(args)
         wrong = sum(faults(growth_rate, *case) != "" for growth_rate, _, *case in cases)
         print(f"\n{f'{wrong} of {len(cases)} launches are WRONG' if wrong else 'every launch is right'}")
@@ -202,7 +202,7 @@ def is_aligned(parameter, value):
 
 
 class Code(NamedTuple):
-    """What became of a launch."""
+    """The compiled code of a launch."""
 
     registers: int  # of a thread
     spilled: int  # bytes of a thread

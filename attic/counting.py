@@ -1,9 +1,9 @@
 """Counts what a training step needs instead of measuring it: bytes kept and alive at once, bytes moved, kernel launches.
 
-What the scripts of this folder have in common; it is imported, not run. On the meta device, whose tensors have a shape and no
+Shared by the scripts of this folder; imported, not run. On the meta device, whose tensors have a shape and no
 data, a net of any size is counted in seconds, the whole batch at once: on a CPU --efficient works slice by slice, and has to
 take real steps to be counted. Counted are PyTorch's own operations: --efficient as dense_block.py computes it, not the kernels
-of kernels.py. The meta device knows no autocast: what is counted is a step in fp32.
+of kernels.py. The meta device has no autocast: what is counted is a step in fp32.
 """
 
 import argparse

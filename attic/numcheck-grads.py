@@ -3,8 +3,8 @@
 
     attic/numcheck-grads.py
 
-Concatenation is checked with fully connected layers and with convolutions, for the gradient of a concatenated slice goes into
-other kernels then: to have checked the former only once hid a bug of the framework (pytorch/pytorch#708). For the same reason
+Concatenation is checked with fully connected layers and with convolutions, because different kernels read the gradient of a
+concatenated slice: checking only the former once hid a bug of the framework (pytorch/pytorch#708). For the same reason
 every batch here has two images: the slices of a batch of one have no gaps in memory. Exit status 1 if a check fails.
 """
 
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import randomize, relative_error
 from densenet import Bottleneck, DenseNet, SingleLayer, Transition
 
-BOUND = 1e-8  # of the relative error against numdifftools, which extrapolates and comes to 1e-12
-TOLERANCE = dict(eps=1e-6, atol=1e-6, rtol=1e-5)  # of gradcheck, whose one central difference comes to 1e-8
+BOUND = 1e-8  # of the relative error against numdifftools, which extrapolates and reaches 1e-12
+TOLERANCE = dict(eps=1e-6, atol=1e-6, rtol=1e-5)  # of gradcheck, whose single central difference reaches 1e-8
 
 
 def main():
@@ -84,7 +84,7 @@ def chain(make_layer):
 
 
 def against_numdifftools(module, images):
-    """The gradient by all parameters of the mean squared distance to a random target. Returns method, verdict and remark."""
+    """The gradient of the mean squared distance to a random target, by all parameters. Returns method, verdict and remark."""
     with torch.no_grad():
         target = torch.randn_like(module(images))
     start = parameters_to_vector(module.parameters()).detach().numpy()
@@ -100,7 +100,7 @@ def against_numdifftools(module, images):
 
 
 def against_gradcheck(module, images):
-    """All outputs by the images and by all parameters, in training mode. Returns method, verdict and remark."""
+    """Gradients of all outputs by the images and all parameters, in training mode. Returns method, verdict and remark."""
     names = [name for name, _ in module.named_parameters()]
     inputs = [images, *module.parameters()]
 

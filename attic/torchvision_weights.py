@@ -5,7 +5,7 @@
     net.load_state_dict(from_torchvision(twin.state_dict()))
 
 torchvision makes DenseNets for ImageNet. Weights fit ours if their net has three blocks and begins with one 3x3 convolution.
-Its layers are bottlenecks; the layer of a plain net is there the second half of one, norm2 and conv2.
+Its layers are bottlenecks; a plain net's layer is the second half of one, norm2 and conv2.
 """
 
 import re
@@ -31,7 +31,7 @@ def to_torchvision(state):
 
 
 def from_torchvision(state):
-    """A state dict of torchvision's DenseNet with our names. ValueError if it has a layer that ours has not."""
+    """A state dict of torchvision's DenseNet with our names. ValueError if it has a layer that ours lacks."""
     layer = BOTTLENECK if any(".denselayer1.norm1." in name for name in state) else SINGLE_LAYER
     return {our_name(name, layer): values for name, values in state.items()}
 
@@ -67,7 +67,7 @@ def key_of(table, value, name):
 def torchvision_net(net, memory_efficient=False):
     """torchvision's DenseNet, newly initialised, with as many layers and channels as our `net`, after a 3x3 convolution.
 
-    With memory_efficient, it computes concatenations and activations again in the backward pass.
+    With memory_efficient, it recomputes concatenations and activations in the backward pass.
     """
     features = OrderedDict(conv0=nn.Conv2d(3, net.conv1.out_channels, kernel_size=3, padding=1, bias=False))
     features["denseblock1"] = torchvision_block(net.dense1, memory_efficient)

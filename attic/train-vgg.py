@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The control experiment: a VGG-style net with batch norm, trained by the very functions that train.py trains DenseNet with.
+"""The control experiment: a VGG-style net with batch norm, trained by the same functions as DenseNet in train.py.
 
     attic/train-vgg.py                            CIFAR-10 with augmentation, downloaded to data/, into work/vgg
     attic/train-vgg.py --dataset digits --epochs 3
@@ -51,7 +51,7 @@ def main():
 
 
 def build_parser():
-    """The flags of train.py, but for the model's, with defaults for a run that ends within an hour on two cores."""
+    """The flags of train.py, except the model's, with defaults for a run that ends within an hour on two cores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=flags.USAGE
     )
@@ -71,7 +71,7 @@ def no_model_flags():
 
 
 def print_verdict(args):
-    """The exit status: 1 if the whole of CIFAR-10 was learned, and not well enough."""
+    """Prints the verdict; returns the exit status: 1 if the whole of CIFAR-10 was used, and not learned well enough."""
     error = float(run_folder.last_row(args.save / "test.csv")["error"])
     if args.dataset != "cifar10" or args.limit:
         print(f"test error {error:.2f} %; the verdict is for the whole of cifar10 only")
