@@ -1,7 +1,7 @@
 """CIFAR and SVHN: the archives of their authors, downloaded if missing, and read by torchvision.
 
 Several processes may want the same archive, and each may be killed: one downloads, the others wait, and a file gets its name
-only when it is whole.
+only when it is complete.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 from torchvision.datasets import SVHN
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from endings import FAILED_LATER, Refused, say
+from endings import DISK_ERRORS, Refused, say
 
-UNFINISHED = ".download"  # a folder for what is not whole yet
+UNFINISHED = ".download"  # folder for incomplete files
 
 
 def read_cifar(dataset_class, root, part):
@@ -73,7 +73,7 @@ def fetch(title, root, url, archive, md5, files):
                 path.rmdir()
         if isinstance(error, BrokenPipeError):  # this program's output was closed
             raise
-        status = 1 if getattr(error, "errno", None) in FAILED_LATER else 2
+        status = 1 if getattr(error, "errno", None) in DISK_ERRORS else 2
         if (root / archive).exists():
             ways = "make room, or put it into a writable folder"
             raise Refused(f"{root / archive} cannot be extracted there ({error}): {ways}", status) from error

@@ -4,7 +4,7 @@
     ./bench.py                                         DenseNet-BC, L=100, k=12, batches of 64
     ./bench.py --no-bottleneck --depth 40 --opt adam   takes the flags of train.py that affect a step
 
-Each variant is a process of its own. They take turns, round by round, on augmented batches of random images. A number is the
+Each variant runs in its own process. They take turns, round by round, on augmented batches of random images. A number is the
 median, with quartiles in brackets. Memory is the most that PyTorch had allocated on the GPU, or the largest resident memory.
 """
 
@@ -115,7 +115,7 @@ def random_batches(args, device):
 
 
 def measure(factories, args, device):
-    """{name: its numbers}; each factory is called in a process of its own, and makes a step: a function without arguments."""
+    """{name: its numbers}; each factory runs in its own process and returns a step, a function without arguments."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(name, factory, device)) for name, factory in factories.items()]
         compiling = [each for each in workers if device.type == "cuda" and each[0].name.endswith("-compiled")]

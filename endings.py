@@ -20,9 +20,9 @@ from pathlib import Path
 
 MAX_VALUE = {int: 10**7, float: 3.4e38}  # largest allowed values
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # a cluster warns with the last two
-FAILED_LATER = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # the disk is full or failing: not a user error
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # the disk is full or failing: not a user error
 LARGER = "a machine with more memory"
-KEPT = "what was done up to the last checkpoint is kept, and --resume goes on from there"
+KEPT = "everything up to the last checkpoint is kept, and --resume continues from there"
 
 # Out-of-memory messages of libraries that raise a plain RuntimeError.
 OUT_OF_MEMORY = re.compile(
@@ -100,7 +100,7 @@ def status_and_message(error, ending):
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, f"its output was closed{go_on}"
     if isinstance(error, OSError) and error.filename is not None:
-        status = 1 if ending.resume or error.errno in FAILED_LATER else 2
+        status = 1 if ending.resume or error.errno in DISK_ERRORS else 2
         return status, f"{error.filename}: {error.strerror}{remedy_for(error.errno, ending.resume)}{go_on}"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve() before Python 3.13
         return 2, f"{error}, a link to itself: name another place"
@@ -115,7 +115,7 @@ def remedy_for(number, resume):
         return ": raise the file size limit (ulimit -f)"
     if resume:
         return {errno.ENOENT: ": put back what is missing", errno.EACCES: ": make it writable"}.get(number, "")
-    return ": fix this, or name another place" * (number not in FAILED_LATER)
+    return ": fix this, or name another place" * (number not in DISK_ERRORS)
 
 
 def out_of_memory(error):

@@ -6,7 +6,7 @@ import json
 import os
 import re
 
-from endings import FAILED_LATER, Refused, naming, say
+from endings import DISK_ERRORS, Refused, naming, say
 
 PICTURE = rb"Matplotlib"  # is in each picture that Matplotlib makes
 THEN = ", then "  # in args.json, between the commits, versions or machines that a run had one after the other
@@ -95,7 +95,7 @@ def flush_to_disk(path):
         with naming(path):
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno in FAILED_LATER:
+        if error.errno in DISK_ERRORS:
             raise
         say_unsafe(path if path.is_dir() else path.parent, error.strerror)
     finally:

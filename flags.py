@@ -143,7 +143,7 @@ def words_for(action, value):
     flag = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
         switch = flag if value else f"--no-{flag.removeprefix('--')}"
-        return [switch] if isinstance(value, bool) else [f"{flag}={value}"]  # the parser refuses what is no bool
+        return [switch] if isinstance(value, bool) else [f"{flag}={value}"]  # the parser refuses what is not a bool
     if action.nargs == 0 and value in (action.const, action.default):  # store_true, say
         return [flag] * (value == action.const)
     if action.nargs and isinstance(value, list):
@@ -152,7 +152,7 @@ def words_for(action, value):
 
 
 def model_arguments(args):
-    """The keyword arguments of DenseNet, but for num_classes: each has the value of the flag of its name."""
+    """The keyword arguments of DenseNet, except num_classes: each has the value of the flag of its name."""
     return {name: getattr(args, name) for name in signature(DenseNet).parameters if name != "num_classes"}
 
 

@@ -57,7 +57,7 @@ def preprocess(size=None):
 def _import_ours(name, *needed):
     """Imports a module of this folder; leaves its name, and those of the modules it needs, to the caller's own modules."""
     names = (name, *needed)
-    with vars(densenet).setdefault("_importing", threading.Lock()):  # torch.hub runs this file anew in each thread
+    with vars(densenet).setdefault("_importing", threading.Lock()):  # torch.hub runs this file again in each thread
         theirs = {each: sys.modules.pop(each) for each in names if each in sys.modules}
         try:
             return importlib.import_module(name)

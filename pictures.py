@@ -103,7 +103,7 @@ def open_picture(path, size):
 def decode(picture):
     """Loads the pixels; scales a PNG's transparent grey as Pillow scales them. Unreadable if Pillow would get them wrong."""
     if picture.mode in ("LA", "PA") and getattr(picture, "tag_v2", {}).get(ExifTags.Base.PlanarConfiguration) == 2:
-        raise Unreadable("its transparency lies in a plane of its own")
+        raise Unreadable("its transparency is in a separate plane")
     key = picture.info.get("transparency")
     layout = picture.tile[0].args if getattr(picture, "tile", None) else None  # of what is not loaded yet
     if key is not None and layout == "RGB;16B":

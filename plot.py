@@ -29,7 +29,7 @@ MANY_CHANGES = 10  # more changes of the learning rate are a curve, such as a co
 STRETCHES = 1500  # of a long curve; the lowest and the highest point of each are drawn
 LABELS = {"loss": "cross-entropy loss", "error": "error, %"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # of Okabe and Ito
-MARKERS = "os^Dv<>pP*X"  # more of these than colours, so that a colour comes back with another one
+MARKERS = "os^Dv<>pP*X"  # more of these than colours, so that a repeated colour gets another marker
 PARTS = {
     "train": {"linewidth": 0.7, "alpha": 0.7},
     "val": {"linewidth": 1.2, "linestyle": "--"},
@@ -99,7 +99,7 @@ def run_curves(folders, smooth):
 
 
 def average_curves(folders, smooth):
-    """{label: curve} of the settings; a label is what tells one from the others, and the number of runs that have rows."""
+    """{label: curve} of the settings; a label is what distinguishes a setting, and its number of runs that have rows."""
     curves = {}
     for differences, _, members in settings(folders.values()):
         if curve := read_curve(members, smooth):

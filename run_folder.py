@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import encoded, fits, load_checkpoint, of_kinds, same_groups
-from endings import FAILED_LATER, Refused, naming, say
+from endings import DISK_ERRORS, Refused, naming, say
 from files import PICTURE, THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +71,7 @@ def locked(save):
         raise Refused(f"another process is training in {save}: wait for it, or choose another --save") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            status = 1 if error.errno in FAILED_LATER else 2
+            status = 1 if error.errno in DISK_ERRORS else 2
             raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save", status) from error
         say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:
@@ -319,7 +319,7 @@ class Plots:
 
 
 def git_commit():
-    """The commit of this code, then "-dirty-" and a digest of what was changed since; None without a repository of its own."""
+    """The commit of this code, then "-dirty-" and a digest of uncommitted changes; None outside its own repository."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks of another one set
     run = functools.partial(subprocess.run, env=own, capture_output=True, check=True)
     git = ["git", "-C", str(HERE), "-c", f"safe.directory={HERE}"]  # also where it is another user's

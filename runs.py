@@ -89,7 +89,7 @@ def arguments_of(folder):
 
 
 def settings(folders):
-    """For each setting (what tells it from the others, its arguments, {folder: the run's arguments}); its runs are seeds of it.
+    """[(what distinguishes a setting, its arguments, {folder: the run's arguments})]; the runs of a setting differ by seed.
 
     Machine and versions are part of a setting only if it would otherwise have two runs with one seed; elsewhere differences are
     reported. Refused if two runs are still alike.

@@ -65,7 +65,7 @@ class TrainingStep:
     def begin_epoch(self, rate):
         """Switches to training mode and sets the learning rate of all parameters (None keeps it); returns the current one."""
         if rate is not None and len({group["lr"] for group in self.optimizer.param_groups}) > 1:
-            raise ValueError("begin_epoch sets one learning rate, and groups of parameters have rates of their own")
+            raise ValueError("begin_epoch sets one learning rate, but the parameter groups have different ones")
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate

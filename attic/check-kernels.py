@@ -176,7 +176,7 @@ def reference_pass(net, images, labels, sides):
         opened = next(remaining).cpu()
         moved.append((opened != (output > 0)).sum().item())
         value = torch.where(opened, output.clamp(min=BARELY_OPEN), output.clamp(max=0))
-        return output + (value - output).detach()  # the gradient of the output goes on as if it had been this value
+        return output + (value - output).detach()  # straight-through: the gradient passes to the output
 
     for module in batch_norms(net):
         module.register_forward_hook(take_side)

@@ -23,7 +23,7 @@ from densenet import DenseNet
 REFERENCE = Path(__file__).with_name("official-bc40.npz")
 BOUND = 1e-9  # a correct implementation reaches 1e-13; an epsilon of batch norm off by a tenth already gives 3e-6
 
-# What is compared, and what the names of its numbers in the file begin with.
+# What is compared, and the prefix of its names in the file.
 GROUPS = {
     "hidden states": "hidden_",
     "logits": "logits",

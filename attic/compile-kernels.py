@@ -115,7 +115,7 @@ def faults(growth_rate, capability, launch, code):
 
 
 class Launch(NamedTuple):
-    """What the compiler is told of a kernel."""
+    """A kernel launch as the compiler sees it."""
 
     name: str
     types: tuple  # (argument, type) of all

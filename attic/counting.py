@@ -152,6 +152,6 @@ def bytes_moved(function, args, kwargs, result):
 
 
 def size_of(structure):
-    """Bytes of all tensors in a structure; what is expanded counts once."""
+    """Bytes of all tensors in a structure; expanded dimensions count once."""
     shapes = [(t, zip(t.shape, t.stride(), strict=True)) for t in tensors_in(structure)]
     return sum(t.element_size() * math.prod(n for n, stride in sides if stride) for t, sides in shapes)

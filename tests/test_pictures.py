@@ -362,7 +362,7 @@ REFUSED = {  # how to make the file, why it is refused
     "transparent colour": (lambda p: png(p, 16, 2, bytes(6), 4863), "its transparent colour has 16 bits"),
     "plane of transparency": (
         lambda p: planes(p, np.full((2, 8, 8), 9, np.uint8), "<", {262: [1], 258: [8, 8], 338: [2]}),
-        "its transparency lies in a plane of its own",
+        "its transparency is in a separate plane",
     ),
     "text for a colour": (
         lambda p: png_with_text(p, "transparency", "none"),

@@ -1112,7 +1112,7 @@ def test_rates_of_groups_of_parameters_are_not_replaced_by_one(monkeypatch):
     monkeypatch.setattr(step, "make_optimizer", lambda net, args: torch.optim.SGD(groups, lr=0.1))
     take = TrainingStep(net, parse("--precision", "fp32"), torch.device("cpu"), World())
     assert take.begin_epoch(None) == 0.1
-    with pytest.raises(ValueError, match="rates of their own"):
+    with pytest.raises(ValueError, match="the parameter groups have different ones"):
         take.begin_epoch(0.1)
     assert [group["lr"] for group in take.optimizer.param_groups] == [0.1, 0.01]
 
