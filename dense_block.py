@@ -534,7 +534,8 @@ def as_defined(kind, definition):
     """Whether the class's forward is this method of Definition and PyTorch's functions are unpatched. Warns if not."""
     same = code_of(kind.forward) == code_of(definition) and kind.__call__ is nn.Module.__call__ and called() == AS_IMPORTED
     if not same:
-        warnings.warn(f"{kind.__name__}.forward is not as in dense_block.Definition: its plain modules run", stacklevel=1)
+        told = f"{kind.__name__}.forward, or what it calls, differs from dense_block.Definition: plain modules run"
+        warnings.warn(told, stacklevel=1)
     return same
 
 

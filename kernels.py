@@ -211,7 +211,7 @@ def new_gradient(G, x, mean, rstd, corrections, g, P, S8, units, width, UNIT: tl
 
 @triton.jit
 def dither(x, rows, n, like):
-    """Deterministic dither within half an ulp of x (float32) in the 16-bit dtype of `like`; 0 for float32.
+    """Deterministic dither within half an ulp of x (float32) in the 16-bit dtype of `like`, evenly over pixels; 0 for float32.
 
     G is rounded to that dtype: subtracting an offset and rounding again would move all values of one magnitude the same way.
     """

@@ -525,7 +525,7 @@ def check_edited(name):
     as_made = kind.forward
     with mock.patch.object(kind, "forward", lambda self, x: 2 * as_made(self, x)):
         plain = block(images)
-        with pytest.warns(UserWarning, match=f"^{name}.forward is not as in dense_block.Definition"):
+        with pytest.warns(UserWarning, match=f"^{name}.forward, or what it calls, differs from dense_block.Definition"):
             assert relative_error(efficient_twin(block)(images), plain) < 1e-4
 
 

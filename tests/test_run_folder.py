@@ -217,7 +217,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
         (["--precision", "tf32"], "precision fp32, not tf32"),
         (
             ["--epochs", 8],
-            "with --epochs 8 the epochs that are done would have had other learning rates: resume it with --epochs 2, or con",
+            "with --epochs 8 the epochs that are done would have had other learning rates: resume it with --epochs 2, or",
         ),
         (["--epochs", 1], "--epochs 1 is less than the 2 that are done"),
     ],
