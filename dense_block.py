@@ -516,11 +516,13 @@ def plain_convolution(conv, channels, kernel_size, training):
     return conv.weight.shape == shape and padded and others == ((1, 1), (1, 1), 1, None)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # evaluated in each pass: the compiler's guards miss some changes
 def joinable(x, block, transition):
     """Whether dense_block computes the transition together with its block: kernels.py can, if the transition is unchanged."""
     layers = list(block)
     training = layers[0].training  # everything runs in this mode, whatever the block's own
+    if not all(untouched(module, type(module), module.training) for module in (block, transition)):
+        return False
     if not (has_parts(transition, training) and plain(transition.bn1, transition.conv1, 1, training)):
         return False
     kernels, bn = fitting_kernels(x, layers), transition.bn1
