@@ -7,6 +7,7 @@ only when it is complete.
 import contextlib
 import os
 import shutil
+from http.client import HTTPException
 
 import torch
 from filelock import FileLock, Timeout
@@ -66,7 +67,7 @@ def fetch(title, root, url, archive, md5, files):
             if missing:
                 refuse_damaged({root / archive: md5})
                 download_whole(root, url, archive, md5, missing)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         with contextlib.suppress(OSError):
             for path in new:  # a mistyped name leaves no folder behind
                 (path / f"{UNFINISHED}.lock").unlink(missing_ok=True)
@@ -74,10 +75,11 @@ def fetch(title, root, url, archive, md5, files):
         if isinstance(error, BrokenPipeError):  # this program's output was closed
             raise
         status = 1 if getattr(error, "errno", None) in DISK_ERRORS else 2
+        reason = " ".join(str(error).split())  # some have several lines
         if (root / archive).exists():
             ways = "make room, or put it into a writable folder"
-            raise Refused(f"{root / archive} cannot be extracted there ({error}): {ways}", status) from error
-        lacks = f"{root} lacks files of {title}, and downloads fail ({error})"
+            raise Refused(f"{root / archive} cannot be extracted there ({reason}): {ways}", status) from error
+        lacks = f"{root} lacks files of {title}, and downloads fail ({reason})"
         raise Refused(f"{lacks}: put {archive} there or name another --data", status) from error
 
 

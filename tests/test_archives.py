@@ -6,7 +6,10 @@ import io
 import signal
 import tarfile
 import threading
+from http.client import BadStatusLine, IncompleteRead, InvalidURL
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import Mock
+from urllib.error import HTTPError
 
 import pytest
 from conftest import contents
@@ -127,6 +130,23 @@ def test_another_file_than_expected_leaves_nothing(server, tmp_path):
     root = tmp_path / "new" / "data"
     with pytest.raises(Refused, match=r"lacks files of a set, and downloads fail \(File not found or corrupted"):
         archives.fetch("a set", root, server.url, "batches.tar", "0" * 32, {root / "batches" / "one": None})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (IncompleteRead(b"a half", 9), r"IncompleteRead\(6 bytes read, 9 more expected\)"),
+        (BadStatusLine("SSH-2.0-OpenSSH\r\n"), "SSH-2.0-OpenSSH"),
+        (InvalidURL("nonnumeric port: 'port'"), "nonnumeric port: 'port'"),
+        (HTTPError("", 302, "it leads back.\nThe last:\nFound", None, None), "HTTP Error 302: it leads back. The last: Found"),
+    ],
+)
+def test_what_a_server_or_proxy_does_wrong_is_one_sentence(error, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(archives, "download_url", Mock(side_effect=error))
+    with pytest.raises(Refused, match=rf"^.* lacks files of a set, and downloads fail \({reason}\): put .*$") as refused:
+        fetch(tmp_path / "new", "http://127.0.0.1:9/")
+    assert refused.value.status == 2
     assert not list(tmp_path.iterdir())
 
 
