@@ -104,6 +104,8 @@ def test_initialisation_is_that_of_the_official_code():
             standard_error = std / math.sqrt(w.numel())
             assert abs(w.mean()) < 5 * standard_error
             assert abs(w.std() - std) < 5 * standard_error / math.sqrt(2)
+            normal = math.erf(1 / math.sqrt(2))  # of all numbers are within one std; of uniform ones fewer
+            assert abs((w.abs() < std).double().mean() - normal) < 5 * math.sqrt(normal * (1 - normal) / w.numel())
         elif isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all()
             assert (module.bias == 0).all()
