@@ -249,8 +249,10 @@ def classify(net, checkpoint, args, device):
 
 def named_pictures(path):
     """The picture of --image, or those in the folder, with a line on what else is there."""
-    if not os.path.lexists(path):  # a link to nothing is one of the pictures that cannot be read
-        raise Refused(f"--image {path} does not exist: name a picture, or a folder with pictures")
+    try:
+        path.lstat()  # a link to nothing is one of the pictures that cannot be read
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Refused(f"--image {path} does not exist: name a picture, or a folder with pictures") from error
     if not path.is_dir():
         return [path]
     say(*left_out(path))

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -482,3 +483,11 @@ def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch
     assert image.get_clim() == (0, 100)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class (number of images)")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (5)", "c (0)"]
+
+
+def test_a_picture_in_a_folder_that_may_not_be_searched_is_not_called_missing(monkeypatch):
+    """As to a user who may not search it, which root always may."""
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "secret/a.png")
+    monkeypatch.setattr(Path, "lstat", Mock(side_effect=error))
+    with pytest.raises(PermissionError):
+        evaluate.named_pictures(Path("secret/a.png"))
