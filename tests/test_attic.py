@@ -516,6 +516,12 @@ def test_no_verdict_on_less(more, tmp_path):
     assert vgg.print_verdict(args) == 0
 
 
+def test_one_number_of_many_is_not_averaged_away():
+    right, wrong = torch.full((10**6,), 2.0), torch.full((10**6,), 2.0)
+    wrong[7] += 1
+    assert relative_error(wrong, right) == 0.5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_infinitely_wrong(value):
     finite, other = torch.ones(2), torch.tensor([1.0, value])
