@@ -486,7 +486,7 @@ def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch
 
 
 def test_a_picture_in_a_folder_that_may_not_be_searched_is_not_called_missing(monkeypatch):
-    """As to a user who may not search it, which root always may."""
+    """As to a user who may not search it; root always may."""
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "secret/a.png")
     monkeypatch.setattr(Path, "lstat", Mock(side_effect=error))
     with pytest.raises(PermissionError):
