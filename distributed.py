@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from endings import Refused
+from machine import use_device
 
 TIMEOUT = timedelta(minutes=30)  # for the rendezvous, and while one rank downloads the data
 
@@ -76,7 +77,7 @@ def own_device(world, device):
         if world.local_rank >= gpus:
             raise Refused(f"no GPU is left for process {world.local_rank}: --nproc-per-node {gpus} at most")
         device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+        use_device(device)
     return device
 
 

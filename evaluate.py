@@ -38,7 +38,7 @@ from runs import read_csv
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.is_available()) + endings.LARGER
+    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.device_count() > 0) + endings.LARGER
     with endings.handle_errors(parser, "the net and its images", remedy):
         refuse_contradictions(args)
         args.checkpoint = checkpoint_in(args.checkpoint)

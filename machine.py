@@ -13,8 +13,11 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 
 
-def choose_device(name):
-    """The torch.device of --device; auto is the GPU if there is one. Refused if this machine has no such device."""
+def choose_device(name, processes=1):
+    """The torch.device of --device; auto is the GPU if there is one. Refused if this machine has no such device, or it fails.
+
+    With several processes, each uses the GPU that distributed.own_device gives it.
+    """
     gpus = torch.cuda.device_count()
     names = ["cuda", *(f"cuda:{number}" for number in range(gpus))] if gpus else []
     names += ["mps", "mps:0"] * torch.backends.mps.is_available() + ["cpu", "cpu:0"]
@@ -23,9 +26,21 @@ def choose_device(name):
     if name not in names:  # torch.device would take cuda:256 for cuda:0
         raise Refused(f"--device {name!r} is not a device that PyTorch can use here: choose auto, {', '.join(names)}")
     device = torch.device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # so that "cuda" without a number means this one
+    if processes == 1:
+        use_device(device)
     return device
+
+
+def use_device(device):
+    """Computes a first number on the device. Refused if PyTorch cannot: a GPU or its driver is too old for it, or taken."""
+    try:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # so that "cuda" without a number means this one
+        torch.ones((), device=device).item()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        ways = "choose --device cpu, or install a driver and a PyTorch that fit"
+        raise Refused(f"PyTorch finds {device} but cannot compute on it ({reason}): {ways}") from error
 
 
 def device_name(device):

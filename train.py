@@ -50,7 +50,7 @@ def main():
     with endings.handle_errors(parser, "the net and its images", endings.LARGER) as ending:
         world = distributed.read_world(os.environ)
         args, old_args = resumed_arguments(parser, args, world)
-        with distributed.process_group(world, choose_device(args.device), ending) as device:
+        with distributed.process_group(world, choose_device(args.device, world.size), ending) as device:
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, old_args, fresh) if world.rank == 0 else None
             args, old_args, init = distributed.broadcast_object(start, world)  # another machine may lack the files

@@ -79,6 +79,7 @@ def four_gpus(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
     return chosen
 
 
@@ -95,6 +96,21 @@ def test_a_number_that_is_there_is_what_cuda_means_from_then_on(four_gpus):
     assert four_gpus == [torch.device("cuda", 3)]
     assert choose_device("cuda") == choose_device("auto") == torch.device("cuda")
     assert len(four_gpus) == 1
+
+
+@pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs PyTorch with CUDA, and no GPU")
+def test_a_gpu_without_a_driver_that_fits_is_refused_in_one_sentence(monkeypatch):
+    """PyTorch counts GPUs without their driver; that it cannot compute on them is an error of its own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    told = r"^PyTorch finds cuda but cannot compute on it \([^\n]+\): choose --device cpu, or install"
+    with pytest.raises(Refused, match=told) as refused:
+        choose_device("auto")
+    assert refused.value.status == 2
+    with pytest.raises(Refused, match=told.replace("cuda", "cuda:0")):
+        choose_device("cuda:0")
+    assert choose_device("auto", processes=2) == torch.device("cuda")  # each has a GPU of its own, which it tries
+    with pytest.raises(Refused, match=told.replace("cuda", "cuda:0")):
+        distributed.own_device(World(rank=0, size=2), torch.device("cuda"))
 
 
 def test_one_cpu_has_the_number_0(call_main, tmp_path):
