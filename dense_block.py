@@ -399,7 +399,20 @@ def triton_runs(device):
     capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
     compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # a C compiler, for each kernel's launcher
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return capable and compiler and headers and importlib.util.find_spec("triton") is not None
+    return capable and compiler and headers and importlib.util.find_spec("triton") is not None and triton_starts()
+
+
+def triton_starts():
+    """Whether Triton finds the driver's library, and a folder for its cache. Warns if not."""
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()  # as each launch does
+    except Exception as error:  # Triton raises nearly anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"Triton does not start ({reason}), so kernels.py is not used", stacklevel=1)
+        return False
+    return True
 
 
 def infer(x, layers, transition, kernels):

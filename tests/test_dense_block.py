@@ -7,6 +7,7 @@ import inspect
 import textwrap
 import types
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -867,3 +868,14 @@ def test_sums_over_pixels_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = block_pass(block, images, target)
     assert relative_error(rounded[3], exact[3]) < 5e-4
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_whether_triton_starts(monkeypatch, starts):
+    """It needs the library of the driver, and a folder for its cache."""
+    target = Mock(side_effect=None if starts else AssertionError("libcuda.so cannot found!\nPossible files are located at []."))
+    driver = pytest.importorskip("triton").runtime.driver
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=target))
+    told = r"^Triton does not start \(AssertionError: libcuda.so cannot found!\), so kernels.py is not used$"
+    with contextlib.nullcontext() if starts else pytest.warns(UserWarning, match=told):
+        assert dense_block.triton_starts() == starts
