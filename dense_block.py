@@ -531,7 +531,7 @@ def plain_convolution(conv, channels, kernel_size, training):
 
 @torch.compiler.disable  # evaluated in each pass: the compiler's guards miss some changes
 def joinable(x, block, transition):
-    """Whether dense_block computes the transition together with its block: kernels.py can, if the transition is unchanged."""
+    """Whether dense_block computes the transition together with its block: kernels.py can, if both are unchanged."""
     layers = list(block)
     training = layers[0].training  # everything runs in this mode, whatever the block's own
     if not all(untouched(module, type(module), module.training) for module in (block, transition)):
@@ -549,7 +549,7 @@ def as_defined(kind, definition):
     """Whether the class's forward is this method of Definition and PyTorch's functions are unpatched. Warns if not."""
     same = code_of(kind.forward) == code_of(definition) and kind.__call__ is nn.Module.__call__ and called() == AS_IMPORTED
     if not same:
-        told = f"{kind.__name__}.forward, or what it calls, differs from dense_block.Definition: plain modules run"
+        told = f"{kind.__name__}.forward, or what it calls, differs from dense_block.Definition: it is called as it is"
         warnings.warn(told, stacklevel=1)
     return same
 

@@ -631,7 +631,7 @@ def test_a_forward_method_that_was_edited_goes_through_the_plain_modules(monkeyp
     images, labels = batch(2, 8)
     assert_equal_training(net, images, labels)  # what it was before is not remembered
     monkeypatch.setattr(kind, "forward", EDITS[name](kind.forward))
-    told = f"^{kind.__name__}.forward, or what it calls, differs from dense_block.Definition: plain modules run$"
+    told = f"^{kind.__name__}.forward, or what it calls, differs from dense_block.Definition: it is called as it is$"
     with pytest.warns(UserWarning, match=told):
         assert_equal_training(net, images, labels)
 
