@@ -120,7 +120,7 @@ def starting_point(parser, args, old_args, fresh):
 
 
 def read_init(parser, args, old_args):
-    """(args, the net of --init), which sets the model flags not given, except --drop-rate, and --image-size for a folder."""
+    """(args, the net of --init). The net sets model flags not given, except --drop-rate; for a folder, --image-size as well."""
     path = checkpoint_in(Path(args.init))
     if args.force and path.resolve() in [(args.save / name).resolve() for name in run_folder.FILES]:
         raise Refused(f"--force would delete --init {args.init}, a file of the run in {args.save}: choose another --save")
