@@ -172,7 +172,7 @@ def block_and_transition(block, transition, x):
 
 
 def layers_per_block(depth, bottleneck):
-    """(depth - 4) / 6 with bottlenecks, else / 3. ArgumentError, naming depths that fit, if that is not a positive integer."""
+    """(depth - 4) / 6, or / 3 without bottlenecks. ArgumentError, naming depths that fit, if that is not a positive integer."""
     step = 6 if bottleneck else 3
     num_layers, remainder = divmod(depth - 4, step)
     if remainder or num_layers < 1:

@@ -159,7 +159,7 @@ def read_split(checkpoint, root, part):
 
 
 def other_error(path, epoch, part, error, num_images):
-    """A line if test.csv has an error for this epoch that rounding does not explain: weights also load into edited code."""
+    """A line if test.csv has another error for this epoch, beyond rounding: weights also load into edited code."""
     with contextlib.suppress(Refused, KeyError, OSError):  # it is no part of a checkpoint
         recorded = read_csv(path).set_index("epoch")[{"test": "error", "val": "val_error"}[part]][epoch]
         if abs(recorded - error) > 0.1 + 100 / num_images:

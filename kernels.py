@@ -211,7 +211,7 @@ def new_gradient(G, x, mean, rstd, corrections, g, P, S8, units, width, UNIT: tl
 
 @triton.jit
 def dither(x, rows, n, like):
-    """Deterministic dither within half an ulp of x (float32) in the 16-bit dtype of `like`, evenly over pixels; 0 for float32.
+    """Deterministic dither, even over pixels, within half an ulp of x (float32) in the 16-bit dtype of `like`; 0 for float32.
 
     G is rounded to that dtype: subtracting an offset and rounding again would move all values of one magnitude the same way.
     """
@@ -721,7 +721,7 @@ def transition_forward(maps, mean, rstd, transition):
 
 
 def transition_backward(grad, grads, maps, mean, rstd, corrections, transition):
-    """Fills G (N, H, W, C) and corrections (2, S), which must be 0, from the gradient (N, H // 2, W // 2, K) of the output.
+    """Fills G (N, H, W, C) and adds to corrections (2, S), from the gradient (N, H // 2, W // 2, K) of the output.
 
     Returns the gradients of gamma, beta, W. The products are cuBLAS's, in the type of the maps.
     """

@@ -7,7 +7,7 @@
 
 The backward pass of torch.cat(..., dim=1) hands each of its inputs a slice of the gradient: a view into the memory of all
 channels, with gaps between the images. Until February 2017 cuDNN's convolutions read it as if it were laid out like their
-output, without gaps: the first image got its gradient, every other one that of other channels. Nothing failed, and the
+output, without gaps: the first image got its gradient, each later one that of other channels. Nothing failed, and the
 forward pass was right. A batch of one image hid the bug, and so did any other kernel in the convolution's place.
 """
 
