@@ -5,6 +5,7 @@ import os
 import platform
 
 import torch
+import torch.nn.functional as F
 
 from endings import Refused
 
@@ -32,14 +33,14 @@ def choose_device(name, processes=1):
 
 
 def use_device(device):
-    """Computes a first number on the device. Refused if PyTorch cannot: a GPU or its driver is too old for it, or taken."""
+    """Computes a first number on the device. Refused if PyTorch cannot: the GPU or its driver is too old, say, or taken."""
     try:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # so that "cuda" without a number means this one
-        torch.ones((), device=device).item()
+        F.conv2d(*torch.ones(2, 1, 1, 3, 3, device=device)).item()  # with cuDNN, of which LD_LIBRARY_PATH may name another
     except RuntimeError as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        ways = "choose --device cpu, or install a driver and a PyTorch that fit"
+        ways = "choose --device cpu, or check the driver, LD_LIBRARY_PATH and the version of PyTorch"
         raise Refused(f"PyTorch finds {device} but cannot compute on it ({reason}): {ways}") from error
 
 

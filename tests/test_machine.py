@@ -79,7 +79,7 @@ def four_gpus(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     return chosen
 
 
@@ -102,7 +102,7 @@ def test_a_number_that_is_there_is_what_cuda_means_from_then_on(four_gpus):
 def test_a_gpu_without_a_driver_that_fits_is_refused_in_one_sentence(monkeypatch):
     """PyTorch counts GPUs without their driver; that it cannot compute on them is an error of its own."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    told = r"^PyTorch finds cuda but cannot compute on it \([^\n]+\): choose --device cpu, or install"
+    told = r"^PyTorch finds cuda but cannot compute on it \([^\n]+\): choose --device cpu, or check the driver"
     with pytest.raises(Refused, match=told) as refused:
         choose_device("auto")
     assert refused.value.status == 2
