@@ -22,6 +22,9 @@ from unittest import mock
 import torch
 import torch.nn as nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import run_folder
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +34,9 @@ def main():
     args = parser.parse_args()
     sys.argv = [args.script, *args.arguments]
     sys.path.insert(0, str(Path(args.script).resolve().parent))
-    with planted_bug(computed_by_onednn if args.onednn else everywhere):
+    commit = f"{run_folder.git_commit()} with a planted bug"  # for args.json, and so for compare.py
+    marked = mock.patch("run_folder.git_commit", return_value=commit)
+    with marked, planted_bug(computed_by_onednn if args.onednn else everywhere):
         runpy.run_path(args.script, run_name="__main__")
 
 

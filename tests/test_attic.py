@@ -19,6 +19,7 @@ import torchvision
 
 import data
 import densenet
+import run_folder
 from attic.comparison import random_batch, randomize, relative_error, relative_errors, training_pass, worst
 from attic.planted_bug import computed_by_onednn, planted_bug
 from attic.torchvision_weights import from_torchvision, to_torchvision, torchvision_net
@@ -481,9 +482,12 @@ def test_the_check_of_kernels_notices_the_bug_and_names_the_switch(call_main, fl
 
 def test_a_program_is_run_with_the_bug(call_main, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text("import sys, torch; print(sys.argv[1:], torch.nn.Conv2d.forward.__name__)")
+    program.write_text(
+        "import sys, torch, run_folder; print(sys.argv[1:], torch.nn.Conv2d.forward.__name__, run_folder.git_commit())"
+    )
     status, out, errors = call_main(script("planted_bug"), program, "--flag", "value")
-    assert (status, out) == (0, "['--flag', 'value'] broken_forward\n"), errors
+    commit = f"{run_folder.git_commit()} with a planted bug"
+    assert (status, out) == (0, f"['--flag', 'value'] broken_forward {commit}\n"), errors
     assert nn.Conv2d.forward.__name__ == "forward"
     status, _, errors = call_main(script("planted_bug"), tmp_path / "gone.py")
     assert (status, f"argument script: {tmp_path / 'gone.py'} is not a file: name a program" in errors) == (2, True)
