@@ -79,8 +79,8 @@ def fetch(title, root, url, archive, md5, files):
         if (root / archive).exists():
             ways = "make room, or put it into a writable folder"
             raise Refused(f"{root / archive} cannot be extracted there ({reason}): {ways}", status) from error
-        lacks = f"{root} lacks files of {title}, and downloads fail ({reason})"
-        raise Refused(f"{lacks}: put {archive} there or name another --data", status) from error
+        lacks = f"the folder {root} lacks files of {title}, and downloading {url} failed ({reason})"
+        raise Refused(f"{lacks}: put {archive} there, or name another --data", status) from error
 
 
 @contextlib.contextmanager

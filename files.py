@@ -42,7 +42,7 @@ def refuse_foreign(path, pattern):
         raise Refused(f"{path} is a folder where a file is expected: remove it, or name another place")
     content = path.read_bytes() if path.is_file() else b""
     if content and not re.search(pattern, content):
-        raise Refused(f"{path} exists already and is not from this program: name another place, or remove it")
+        raise Refused(f"{path} exists already and is not from this program, or damaged: name another place, or remove it")
 
 
 def refuse_unwritable(path):

@@ -183,7 +183,7 @@ def test_a_file_that_is_no_confusion_matrix_is_not_replaced(call_main, tiny_run,
     mine = tmp_path / name
     mine.write_text("of another study, true,")
     status, _, errors = call_main(evaluate, tiny_run, "--out", tmp_path)
-    told = f"{mine} exists already and is not from this program: name another place, or remove it"
+    told = f"{mine} exists already and is not from this program, or damaged: name another place, or remove it"
     assert (status, told in errors, mine.read_text()) == (2, True, "of another study, true,")
     assert os.listdir(tmp_path) == [name]
 

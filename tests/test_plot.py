@@ -109,7 +109,7 @@ def test_a_picture_of_another_program_is_not_replaced(call_main, tmp_path, name)
     mine.parent.mkdir()
     mine.write_bytes(b"a photograph")
     status, _, errors = call_main(plot, run, "--out", mine.parent if name == "loss.png" else mine)
-    told = f"{mine} exists already and is not from this program: name another place, or remove it"
+    told = f"{mine} exists already and is not from this program, or damaged: name another place, or remove it"
     assert (status, told in errors, mine.read_bytes()) == (2, True, b"a photograph")
     mine.write_bytes(b"")
     for _ in range(2):  # an empty one, and its own

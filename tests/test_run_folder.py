@@ -1115,7 +1115,7 @@ def test_a_file_of_the_users_is_not_deleted_with_a_run(call_main, tiny_run, tmp_
             (save / file).unlink()
         before = contents(save)
         status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, *more)
-        told = f"{save / name} exists already and is not from this program: name another place, or remove it"
+        told = f"{save / name} exists already and is not from this program, or damaged: name another place, or remove it"
         assert (status, told in errors) == (2, True), errors
         assert contents(save) == before
 
