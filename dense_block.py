@@ -405,9 +405,7 @@ def triton_runs(device):
 def triton_starts():
     """Whether Triton finds the driver's library, and a folder for its cache. Warns if not."""
     try:
-        import triton
-
-        triton.runtime.driver.active.get_current_target()  # as each launch does
+        importlib.import_module("triton").runtime.driver.active.get_current_target()  # as each launch does
     except Exception as error:  # Triton raises nearly anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"Triton does not start ({reason}), so kernels.py is not used", stacklevel=1)
