@@ -488,9 +488,14 @@ def observed(x, training):
 
 def untouched(module, kind, training):
     """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
+    return type(module) is kind and module.training == training and unedited(module)
+
+
+def unedited(module):
+    """Whether the module has no hooks, and the forward of its class."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     own = "forward" in module.__dict__ or "_conv_forward" in module.__dict__
-    return type(module) is kind and module.training == training and not any(hooks) and not own
+    return not any(hooks) and not own
 
 
 def has_parts(module, training):
@@ -532,7 +537,7 @@ def joinable(x, block, transition):
     """Whether dense_block computes the transition together with its block: kernels.py can, if both are unchanged."""
     layers = list(block)
     training = layers[0].training  # everything runs in this mode, whatever the block's own
-    if not all(untouched(module, type(module), module.training) for module in (block, transition)):
+    if not (unedited(block) and unedited(transition)):
         return False
     if not (has_parts(transition, training) and plain(transition.bn1, transition.conv1, 1, training)):
         return False
