@@ -28,7 +28,7 @@ import endings
 import flags
 from distributed import World
 from files import as_json, refuse_foreign, refuse_unwritable, replace_file
-from machine import choose_device, device_name, keep_freed_memory, set_determinism
+from machine import choose_device, device_name, keep_freed_memory, set_determinism, use_device
 from step import TrainingStep
 
 VARIANTS = ("plain", "efficient", "plain-captured", "efficient-captured", "plain-compiled", "efficient-compiled")
@@ -170,12 +170,13 @@ def receive(process, connection):
 
 def serve(connection, factory, device):
     """The process of a worker: makes its step when it is first asked, and answers until the connection is closed."""
-    choose_device(str(device))  # the process's own current device
     step = None
     with contextlib.suppress(EOFError, OSError):
         while steps := connection.recv():
             try:
-                step = step or factory()
+                if step is None:
+                    use_device(device)
+                    step = factory()
                 connection.send(measured(step, steps, device))
             except Exception as error:
                 error.add_note(traceback.format_exc())  # the parent shows it, of a bug
