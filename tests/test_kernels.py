@@ -422,6 +422,80 @@ def check_bits():
         assert torch.equal(second[name], values), name
 
 
+def test_no_program_reads_or_writes_what_another_one_writes(interpreted):
+    interpreted(check_accesses)
+
+
+def check_accesses():
+    """The interpreter runs the programs of a launch one after another, and hides what a GPU, which runs them at once, does not.
+
+    The maps do not fill the last program of any launch, have rows with gaps, and need several chunks of channels.
+    """
+    block, images, target = block_and_batch(12, 70, (3, 8, 5), layers=1, reduction=0.5)
+    images, net = images.half(), efficient_twin(block)
+    with watched() as launches:
+        rounded_pass(net, images, target)
+        with torch.no_grad(), rounding(images):
+            net.eval()(images)
+    forward = {"copy_maps", "first_convolution", "activation", "second_convolution", "join_statistics", "pooled_activation"}
+    backward = {"new_gradient", "second_backward", "first_backward", "join_sums", "pooled_backward"}
+    assert {name for name, *_ in launches} == forward | backward
+    for name, tensors, accesses in launches:
+        assert faults_of(tensors, accesses) == [], name
+
+
+@contextlib.contextmanager
+def watched():
+    """Yields a list of the launches in it: the kernel's name, its tensors, and its programs' accesses to memory in their order.
+
+    An access is (program, whether it writes, addresses, bytes of each).
+    """
+    from triton.runtime import interpreter
+
+    builder, launches = interpreter.interpreter_builder, []
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+
+    def note(writes, pointers, mask):
+        addresses = numpy.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        launches[-1][2].append((builder.grid_idx, writes, addresses, pointers.get_element_ty().primitive_bitwidth // 8))
+
+    def noted_load(pointers, mask, *more):
+        note(False, pointers, mask)
+        return load(pointers, mask, *more)
+
+    def noted_store(pointers, value, mask, *more):
+        note(True, pointers, mask)
+        return store(pointers, value, mask, *more)
+
+    def noted_launch(self, *arguments, **more):
+        launches.append((self.fn.__name__, [each for each in arguments if torch.is_tensor(each)], []))
+        return launch(self, *arguments, **more)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(builder, "create_masked_load", noted_load))
+        stack.enter_context(mock.patch.object(builder, "create_masked_store", noted_store))
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", noted_launch))
+        yield launches
+
+
+def faults_of(tensors, accesses):
+    """What a GPU could make of a launch, in words: a program's own threads, too, run at once."""
+    storages = [(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()) for each in tensors]
+    faults, writers = [], {}
+    for program, writes, addresses, width in accesses:
+        inside = sum((addresses >= first) & (addresses + width <= first + size) for first, size in storages)
+        if not numpy.all(inside):
+            faults.append(f"{program} leaves its tensors")
+        known = writers.keys() & addresses.tolist()
+        if known or (writes and len(numpy.unique(addresses)) < len(addresses)):
+            faults.append(f"{program} reads or writes what is written already")
+        writers |= dict.fromkeys(addresses.tolist() if writes else (), program)
+    for program, writes, addresses, _ in accesses:
+        if not writes and any(writers.get(address, program) != program for address in addresses.tolist()):
+            faults.append(f"{program} reads what another writes")
+    return faults
+
+
 # ------------------------------------------------------------------------------------------------------ what they are for
 
 
