@@ -24,15 +24,18 @@ def test_large_images_are_evaluated_fewer_at_a_time(number, size, sizes):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "size", "number"),
+    ("arguments", "size", "gigabytes", "number"),
     [
-        (dict(depth=100), 32, 794),
-        (dict(depth=100), 64, 198),
-        (dict(depth=190, growth_rate=40), 32, 121),
-        ({"depth": 10}, 4096, 1),
+        (dict(depth=100), 32, 8, 794),
+        (dict(depth=100), 64, 24, 198),
+        (dict(depth=100), 32, 80, 1588),
+        (dict(depth=100), 32, 141, 3177),
+        (dict(depth=190, growth_rate=40), 32, 16, 121),
+        ({"depth": 10}, 4096, 16, 1),
     ],
 )
-def test_on_a_gpu_the_net_decides_how_many_images_it_gets(arguments, size, number):
+def test_on_a_gpu_the_net_and_the_memory_decide_how_many_images_it_gets(monkeypatch, arguments, size, gigabytes, number):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 2**30))
     with torch.device("meta"):
         net = DenseNet(**arguments)
     assert batch_size(net, SimpleNamespace(shape=(10_000, 3, size, size), device=torch.device("cuda"))) == number
