@@ -84,11 +84,19 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
-def call_main(monkeypatch, capsys):
-    """Calls the main function of a script with arguments; returns (exit status, stdout, stderr). A bug is raised."""
+def call_main(monkeypatch, capsys, request):
+    """Calls the main function of a script with arguments; returns (exit status, stdout, stderr). A bug is raised.
+
+    Its figures are saved coarsely, which is faster, except in a test that is marked as one of `pixels`.
+    """
     import torch
+    from matplotlib.figure import Figure
 
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    if "pixels" not in request.keywords:
+        savefig = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **options: savefig(figure, *a, **options | {"dpi": 30}))
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])

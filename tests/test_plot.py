@@ -40,15 +40,9 @@ def write_arguments(run, **arguments):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that were saved; coarsely, which is faster."""
+    """The figures that were to be saved, for their curves and texts; a test to which it matters draws them."""
     figures = []
-    savefig = Figure.savefig
-
-    def record(figure, *arguments, **options):
-        figures.append(figure)
-        savefig(figure, *arguments, **options | {"dpi": 30})
-
-    monkeypatch.setattr(Figure, "savefig", record)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: figures.append(figure))
     return figures
 
 
@@ -58,6 +52,7 @@ def colored(path):
     return (np.ptp(pixels, axis=2) > 40).mean()
 
 
+@pytest.mark.pixels
 def test_three_figures_are_drawn_and_not_empty(call_main, tmp_path):
     run = write_run(tmp_path / "run")
     status, out, errors = call_main(plot, run)
@@ -338,6 +333,7 @@ def test_names_and_titles_are_text_and_no_markup(call_main, saved, tmp_path):
     status, _, errors = call_main(plot, *(write_run(tmp_path / name) for name in NAMES), "--title", title, "--out", tmp_path)
     assert (status, errors, len(saved)) == (0, "", 3)
     for figure in saved:
+        figure.draw_without_rendering()
         found = texts(figure)
         assert {*map(letters, found)} == {*map(letters, [*NAMES, title, "train, averaged over 1 epoch", "test"])}
         assert not any(found.values())
@@ -346,6 +342,7 @@ def test_names_and_titles_are_text_and_no_markup(call_main, saved, tmp_path):
 def test_a_name_that_is_no_text(call_main, saved, tmp_path):
     status, _, errors = call_main(plot, write_run(tmp_path / "bad\udcff"), "--out", tmp_path / "one.png")
     assert (status, errors) == (0, "")
+    saved[0].draw_without_rendering()
     assert "bad?" in texts(saved[0])
 
 
@@ -378,6 +375,7 @@ def chinese_font(tmp_path):
     fontManager.ttflist[:] = before
 
 
+@pytest.mark.pixels
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")
 def test_an_installed_font_that_has_the_letters_is_used(chinese_font, call_main, tmp_path):
     assert drawing.font_families("abc") == ["sans-serif"]
@@ -433,6 +431,7 @@ def test_average_draws_a_curve_and_a_band_for_each_setting(call_main, saved, tmp
     pd.read_csv(deep[1] / "test.csv").eval("loss = 3 * loss").to_csv(deep[1] / "test.csv", index=False)
     status, _, errors = call_main(plot, *deep, *flat, "--average", "--smooth", 0, "--out", tmp_path / "one.png")
     assert (status, errors) == (0, "")
+    saved[0].draw_without_rendering()
     panel = saved[0].axes[0]
     train, test, other = curves(panel).values()
     losses = [pd.read_csv(run / "train.csv")["loss"][:250] for run in deep]
@@ -510,7 +509,7 @@ def test_the_legend_covers_no_panel_and_lies_in_the_figure(call_main, saved, tmp
     folders = [write_arguments(write_run(tmp_path / f"a-rather-long-name-{number}")) for number in range(count)]
     assert call_main(plot, *folders)[0] == 0
     for figure in saved:
-        figure.draw_without_rendering()  # it was drawn at another resolution
+        figure.draw_without_rendering()
         (legend,) = figure.legends
         box, width = legend.get_window_extent(), figure.bbox.width
         assert 0 <= box.x0 < box.x1 <= width
@@ -541,6 +540,7 @@ def write_columns(run, **columns):
 def test_the_curve_of_the_validation_images_is_dashed(call_main, saved, tmp_path):
     run = write_columns(write_run(tmp_path / "run"), val_loss=[4, 3, 2, 1], val_error=[8, 7, 6, 5])
     assert call_main(plot, run, "--out", tmp_path / "one.png")[0] == 0
+    saved[0].draw_without_rendering()
     for axes, values in zip(saved[0].axes, ([4, 3, 2, 1], [8, 7, 6, 5]), strict=True):
         widths = {style: width for _, style, width in curves(axes)}
         assert [y.tolist() for (_, style, _), (_, y) in curves(axes).items() if style == "--"] == [values]
@@ -598,6 +598,7 @@ def test_what_has_one_point_yet_is_marked(call_main, saved, tmp_path):
     (run / "train.csv").write_text("epoch,loss,error\n1,2.3,90\n")
     (run / "test.csv").write_text("epoch,loss,error,val_loss,val_error\n1,2.2,89,2.1,88\n")
     call_main(plot, run, "--out", tmp_path / "one.png")
+    saved[0].draw_without_rendering()
     axes = saved[0].axes[0]
     marks = {line.get_ydata()[0]: line.get_marker() for line in axes.lines if len(line.get_ydata())}
     assert marks == {2.3: ".", 2.1: "_", 2.2: "o"}
@@ -609,6 +610,7 @@ def test_what_has_one_point_yet_is_marked(call_main, saved, tmp_path):
 def test_a_change_that_one_run_has_alone_is_in_its_colour(call_main, saved, tmp_path):
     folders = [write_arguments(write_run(tmp_path / str(epochs), epochs=epochs), epochs=epochs) for epochs in (8, 12)]
     call_main(plot, *folders, "--out", tmp_path / "one.png")
+    saved[0].draw_without_rendering()
     found = {line.get_xdata()[0]: line.get_color() for line in saved[0].axes[1].lines if line.get_linestyle() == ":"}
     assert found == {4: plot.COLORS[0], 6: "grey", 9: plot.COLORS[1]}
 
@@ -653,6 +655,7 @@ def test_a_short_or_a_long_logarithmic_axis_has_numbers_and_one_without_values_i
     (run / "train.csv").write_text(f"epoch,loss,error\n1,{high},0\n2,{low},0\n")
     (run / "test.csv").write_text(f"epoch,loss,error\n1,{high},0\n2,{low},0\n")
     assert call_main(plot, run, "--out", tmp_path / "one.png", "--log-error")[0] == 0
+    saved[0].draw_without_rendering()
     shown = [*map(float, numbers(saved[0].axes[0]))]
     assert 3 <= len(shown) <= 16
     assert max(map(len, numbers(saved[0].axes[0]))) <= 7
@@ -709,6 +712,7 @@ def test_a_picture_is_told_from_a_folder_by_its_suffix(call_main, monkeypatch, t
     assert all((tmp_path / name).read_bytes().startswith(beginnings[name[-3:].lower()]) for name in names)
 
 
+@pytest.mark.pixels
 def test_settings_of_the_machine_change_no_figure(call_main, tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\naxes.facecolor: black\nsavefig.bbox: tight\n")
