@@ -34,6 +34,19 @@ from endings import Refused
 FLAGS = [*TINY, "--batch-size", 40, "--drop-rate", 0.2, "--augment", "--no-plot"]
 
 
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory, forked):
+    save = tmp_path_factory.mktemp("runs") / "one epoch"
+    assert forked(["train.py", *FLAGS, "--epochs", 1, "--save", save]).wait().returncode == 0
+    return save
+
+
+@pytest.fixture
+def begun(one_epoch, tmp_path):
+    """A run of its own that has done one epoch."""
+    return shutil.copytree(one_epoch, tmp_path / "begun")
+
+
 def weights(folder):
     return torch.load(folder / "latest.pth", weights_only=True)["net"]
 
@@ -282,16 +295,15 @@ def test_each_finished_epoch_has_to_have_had_its_rate():
     run_folder.compare_rates(["0.001"] * 3, [None] * 6, begun_epochs=4)  # of Adam
 
 
-def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, tmp_path):
-    assert call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path, "--no-plot")[0] == 0
-    before = contents(tmp_path)
+def test_another_schedule_in_the_code_is_refused(call_main, monkeypatch, begun):
+    before = contents(begun)
     monkeypatch.setattr(train, "schedule", lambda args: [0.05] * args.epochs)
     for epochs, told in [
         (1, "the epochs that are done had other learning rates than step.py gives now: put back the code"),
         (2, "with --epochs 2 the epochs that are done would have had other learning rates: resume it with --epochs 1"),
     ]:
-        status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", epochs)
-        assert (status, told in errors, contents(tmp_path)) == (2, True, before), errors
+        status, _, errors = call_main(train, "--save", begun, "--resume", "--epochs", epochs)
+        assert (status, told in errors, contents(begun)) == (2, True, before), errors
 
 
 def with_a_group_of_its_own(first, others, lr):
@@ -303,19 +315,18 @@ def without_the_first(first, others, lr):
 
 
 @pytest.mark.parametrize("changed", [with_a_group_of_its_own, without_the_first])
-def test_other_groups_of_parameters_in_the_code_are_refused(call_main, monkeypatch, tmp_path, changed):
+def test_other_groups_of_parameters_in_the_code_are_refused(call_main, monkeypatch, begun, changed):
     """Before anything is written."""
-    assert call_main(train, *FLAGS, "--epochs", 1, "--save", tmp_path)[0] == 0
-    before = contents(tmp_path)
+    before = contents(begun)
 
     def make_optimizer(net, args):
         first, *others = net.parameters()
         return changed(first, others, args.lr)
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
-    status, _, errors = call_main(train, "--save", tmp_path, "--resume", "--epochs", 2)
+    status, _, errors = call_main(train, "--save", begun, "--resume", "--epochs", 2)
     assert (status, "is from another run or version of this program" in errors) == (2, True), errors
-    assert contents(tmp_path) == before
+    assert contents(begun) == before
 
 
 UNREADABLE = """
@@ -912,12 +923,9 @@ def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
         ({"action": "store_true"}, False, [], "False, not True"),
     ],
 )
-def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(
-    call_main, monkeypatch, tmp_path, flag, default, value, told
-):
+def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(call_main, monkeypatch, begun, flag, default, value, told):
     """With another value the epochs done would count as trained by it."""
-    save, real = tmp_path / "run", train.build_parser
-    assert call_main(train, *FLAGS, "--epochs", 1, "--save", save, "--no-plot")[0] == 0
+    real = train.build_parser
 
     def later_version():
         parser = real()
@@ -925,13 +933,13 @@ def test_a_flag_that_the_run_did_not_have_yet_stays_at_its_default(
         return parser
 
     monkeypatch.setattr(train, "build_parser", later_version)
-    before = contents(save)
-    status, _, errors = call_main(train, "--save", save, "--resume", "--later", *value)
+    before = contents(begun)
+    status, _, errors = call_main(train, "--save", begun, "--resume", "--later", *value)
     assert (status, f"the run was begun with later {told}: " in errors) == (2, True), errors
-    assert contents(save) == before
+    assert contents(begun) == before
     for _ in range(2):
-        assert call_main(train, "--save", save, "--resume", "--epochs", 2)[0] == 0
-        assert json.loads((save / "args.json").read_text())["later"] == default
+        assert call_main(train, "--save", begun, "--resume", "--epochs", 2)[0] == 0
+        assert json.loads((begun / "args.json").read_text())["later"] == default
 
 
 def test_a_folders_run_goes_on_where_its_pictures_are_now(call_main, pictures, tmp_path):
@@ -992,7 +1000,13 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tin
         assert f": {run_folder.REMEDY}\n" in errors
 
 
-def test_switches_of_a_run_can_be_taken_back(call_main, tmp_path):
+def test_switches_of_a_run_can_be_taken_back(call_main, relay, monkeypatch, tmp_path):
+    class Relayed(run_folder.Plots):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.command[:1] = relay
+
+    monkeypatch.setattr(run_folder, "Plots", Relayed)
     flags = [*TINY, "--batch-size", 40, "--no-plot", "--deterministic", "--epochs", 1]
     assert call_main(train, *flags, "--save", tmp_path / "run")[0] == 0
     assert call_main(train, "--save", tmp_path / "run", "--resume", "--epochs", 2, "--plot", "--no-deterministic")[0] == 0
