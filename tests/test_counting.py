@@ -136,7 +136,7 @@ def test_the_table_of_traffic(call_main):
 
 def test_a_cpu_goes_slice_by_slice_and_needs_less(call_main):
     """In deep nets: at L=40 the peak is outside the slices."""
-    flags = ["--depth", 70, "--batch-size", 8, "--only", "efficient"]
+    flags = ["--depth", 52, "--batch-size", 8, "--only", "efficient"]
     (kept, peak), (kept_on_cpu, peak_on_cpu) = (
         columns(call_main(script("count-bytes"), *flags, *more)[1])["efficient"] for more in ([], ["--on-cpu"])
     )

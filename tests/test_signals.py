@@ -31,7 +31,7 @@ train.main()
 # As nohup starts a program, and as a terminal of its own does.
 NOHUP = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
 TERMINAL = "import fcntl, os, termios\nos.setsid()\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-FLAGS = [*TINY, "--batch-size", "8", "--epochs", "2", "--no-plot"]
+FLAGS = [*TINY, "--limit", "32", "--batch-size", "8", "--epochs", "2", "--no-plot"]
 
 
 @pytest.fixture(scope="module")
