@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 from conftest import ROOT
@@ -16,28 +15,24 @@ NOT_COPIED = shutil.ignore_patterns(
 )
 
 
-def pip(*arguments):
-    done = subprocess.run([sys.executable, "-m", "pip", "--no-cache-dir", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built offline from a copy, since it is built beside its source."""
+def installed(tmp_path_factory):
+    """The folder into which `pip install .` installs; offline, from a copy, since the wheel is built beside its source."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_COPIED)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, folder / "source")
-    (path,) = folder.glob("*.whl")
-    return path
+    offline = ["--no-cache-dir", "--no-deps", "--no-build-isolation", "--no-index"]
+    command = [sys.executable, "-m", "pip", "install", *offline, "--target", folder / "installed", folder / "source"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "installed"
 
 
-def test_the_wheel_holds_the_library_alone(wheel):
-    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+def test_the_library_alone_is_installed(installed):
+    names = {path.name for path in installed.iterdir()} - {"__pycache__"}
     assert names == {"densenet.py", "dense_block.py", "kernels.py", "densenet_bc-0.1.0.dist-info"}
 
 
-def test_what_is_installed_makes_a_net_without_the_repository(wheel, tmp_path):
-    pip("install", "--no-deps", "--no-index", "--target", tmp_path / "installed", wheel)
+def test_what_is_installed_makes_a_net_without_the_repository(installed, tmp_path):
     code = f"""
 import sys
 assert {str(ROOT)!r} not in sys.path
@@ -46,12 +41,6 @@ net = densenet.DenseNet(depth=10, efficient=True)
 net(torch.zeros(2, 3, 8, 8)).sum().backward()
 print(densenet.__file__)
 """
-    (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "elsewhere",
-        env={"PYTHONPATH": str(tmp_path / "installed")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == f"{tmp_path / 'installed' / 'densenet.py'}\n", done.stderr
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True)
+    assert done.stdout == f"{installed / 'densenet.py'}\n", done.stderr
