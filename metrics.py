@@ -1,7 +1,5 @@
 """Predictions for a whole set of images, and their exact loss and error."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -9,7 +7,7 @@ from data import normalize
 from progress import progress
 
 CPU_PIXELS = 250 * 32 * 32  # in a batch on a CPU; without gradients a net needs little memory
-GPU_ELEMENTS = 2**28  # in the input of the widest layer, on a GPU: a batch takes 1 to 3 GB with any net
+GPU_ELEMENTS = 2**28  # in the input of the widest layer, on a GPU under 64 GiB: a batch takes 1 to 3 GiB with any net
 
 
 @torch.inference_mode()
@@ -23,14 +21,15 @@ def predict(net, images, mean, std, title=None):
 def batch_size(net, images):
     """How many of the images (M, 3, H, W) to run at a time; independent of free memory, so that runs are repeatable.
 
-    On a GPU of 64 GB and more, a batch takes up to a tenth of the memory.
+    On a GPU a batch takes about 12 bytes per element of the widest layer's input: of 64 GiB and more, up to a tenth.
     """
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":
         return max(1, CPU_PIXELS // pixels)
     widest = max(p.shape[1] for p in net.parameters() if p.dim() == 4)
     memory = torch.cuda.get_device_properties(images.device).total_memory
-    elements = max(GPU_ELEMENTS, 2 ** int(math.log2(memory / 128)))  # a large one would wait for the host
+    share = 2 ** ((memory // 128).bit_length() - 1)  # a large GPU would wait for the host; those of a kind differ a little
+    elements = min(max(GPU_ELEMENTS, share), 2**30)  # kernels.py counts in 32 bits
     return max(1, elements // (pixels * widest))
 
 

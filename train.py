@@ -331,9 +331,11 @@ def test(net, dataset, world):
     distributed.broadcast_buffers(net, world)
     results = []
     parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
+    on_gpu = dataset.test.images.device.type == "cuda"  # where a captured step keeps its memory
+    remedy = f"a smaller net (--depth, --growth-rate){', a smaller --batch-size' * on_gpu} or {endings.LARGER}"
     for title, split in parts.items():
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
-        with endings.memory_for("the test after an epoch", f"a smaller net (--depth, --growth-rate) or {endings.LARGER}"):
+        with endings.memory_for("the test after an epoch", remedy):
             logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
         sums = loss_and_error_sums(logits, labels.cpu())
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()

@@ -24,18 +24,20 @@ def test_large_images_are_evaluated_fewer_at_a_time(number, size, sizes):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "size", "gigabytes", "number"),
+    ("arguments", "size", "gibibytes", "number"),
     [
         (dict(depth=100), 32, 8, 794),
         (dict(depth=100), 64, 24, 198),
-        (dict(depth=100), 32, 80, 1588),
-        (dict(depth=100), 32, 141, 3177),
+        (dict(depth=100), 32, 79.1, 1588),
+        (dict(depth=100), 32, 139.8, 3177),
+        (dict(depth=100), 32, 268, 3177),
         (dict(depth=190, growth_rate=40), 32, 16, 121),
         ({"depth": 10}, 4096, 16, 1),
     ],
 )
-def test_on_a_gpu_the_net_and_the_memory_decide_how_many_images_it_gets(monkeypatch, arguments, size, gigabytes, number):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 2**30))
+def test_on_a_gpu_the_net_and_the_memory_decide_how_many_images_it_gets(monkeypatch, arguments, size, gibibytes, number):
+    memory = SimpleNamespace(total_memory=int(gibibytes * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     with torch.device("meta"):
         net = DenseNet(**arguments)
     assert batch_size(net, SimpleNamespace(shape=(10_000, 3, size, size), device=torch.device("cuda"))) == number

@@ -40,7 +40,7 @@ def write_arguments(run, **arguments):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that were to be saved, for their curves and texts; a test to which it matters draws them."""
+    """The figures to be saved, for their curves and texts. Their files are empty; a test that needs their layout draws them."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: figures.append(figure))
     return figures

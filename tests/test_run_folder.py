@@ -42,6 +42,18 @@ def one_epoch(tmp_path_factory, forked):
 
 
 @pytest.fixture
+def relayed(relay, monkeypatch):
+    """Figures of a run are drawn by a fork, which starts sooner."""
+
+    class Relayed(run_folder.Plots):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.command[:1] = relay
+
+    monkeypatch.setattr(run_folder, "Plots", Relayed)
+
+
+@pytest.fixture
 def begun(one_epoch, tmp_path):
     """A run of its own that has done one epoch."""
     return shutil.copytree(one_epoch, tmp_path / "begun")
@@ -755,13 +767,12 @@ def test_damage_anywhere_is_a_sentence_or_a_run_that_is_right(
         assert pd.read_csv(save / part)["epoch"].tolist() == pd.read_csv(tiny_run / part)["epoch"].tolist()
 
 
-def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(relay, tiny_run, tmp_path, capsys):
+def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(relayed, tiny_run, tmp_path, capsys):
     save = tmp_path / "run"
     shutil.copytree(tiny_run, save)
     (save / "loss.png").unlink()
     (save / "loss.png").mkdir()  # no file can be written here
     plots = run_folder.Plots(save, enabled=True)
-    plots.command[:1] = relay
     for _ in range(3):
         plots.redraw()
         plots.wait()
@@ -1000,13 +1011,7 @@ def test_arguments_that_no_flag_takes_are_a_sentence(call_main, monkeypatch, tin
         assert f": {run_folder.REMEDY}\n" in errors
 
 
-def test_switches_of_a_run_can_be_taken_back(call_main, relay, monkeypatch, tmp_path):
-    class Relayed(run_folder.Plots):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.command[:1] = relay
-
-    monkeypatch.setattr(run_folder, "Plots", Relayed)
+def test_switches_of_a_run_can_be_taken_back(call_main, relayed, tmp_path):
     flags = [*TINY, "--batch-size", 40, "--no-plot", "--deterministic", "--epochs", 1]
     assert call_main(train, *flags, "--save", tmp_path / "run")[0] == 0
     assert call_main(train, "--save", tmp_path / "run", "--resume", "--epochs", 2, "--plot", "--no-deterministic")[0] == 0
@@ -1179,11 +1184,10 @@ def test_every_way_to_say_that_there_are_no_locks(monkeypatch, capsys, tmp_path,
         assert capsys.readouterr().out.startswith(f"{tmp_path}: its file system has no locks: make sure")
 
 
-def test_figures_of_a_folder_whose_name_begins_as_a_flag(relay, tiny_run, monkeypatch, tmp_path, capsys):
+def test_figures_of_a_folder_whose_name_begins_as_a_flag(relayed, tiny_run, monkeypatch, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / "-run", ignore=shutil.ignore_patterns("*.png"))
     monkeypatch.chdir(tmp_path)
     plots = run_folder.Plots(Path("-run"), enabled=True)
-    plots.command[:1] = relay
     plots.redraw()
     plots.wait()
     assert capsys.readouterr().out == ""
