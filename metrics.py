@@ -21,15 +21,15 @@ def predict(net, images, mean, std, title=None):
 def batch_size(net, images):
     """How many of the images (M, 3, H, W) to run at a time; independent of free memory, so that runs are repeatable.
 
-    On a GPU a batch takes about 12 bytes per element of the widest layer's input: of 64 GiB and more, up to a tenth.
+    On a GPU a batch takes about 12 bytes per element of the widest layer's input: up to a tenth of 64 GiB and more.
     """
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":
         return max(1, CPU_PIXELS // pixels)
     widest = max(p.shape[1] for p in net.parameters() if p.dim() == 4)
     memory = torch.cuda.get_device_properties(images.device).total_memory
-    share = 2 ** ((memory // 128).bit_length() - 1)  # a large GPU would wait for the host; those of a kind differ a little
-    elements = min(max(GPU_ELEMENTS, share), 2**30)  # kernels.py counts in 32 bits
+    share = 2 ** ((memory // 128).bit_length() - 1)  # a power of 2: GPUs of one model differ a little in memory
+    elements = min(max(GPU_ELEMENTS, share), 2**30)  # a large GPU would wait for the host; kernels.py counts in 32 bits
     return max(1, elements // (pixels * widest))
 
 
