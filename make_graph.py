@@ -20,6 +20,8 @@ from endings import naming, new_file, say
 from files import refuse_existing, refuse_foreign
 from flags import USAGE, add_model_flags, make_net
 
+MAX_INCHES = "120,120"  # larger graphs are drawn smaller: most viewers would refuse the 500 million pixels of L=100
+
 
 def main():
     parser = build_parser()
@@ -54,6 +56,7 @@ def write_dot(net, path):
     """Runs the net once on a batch of two images and writes the graph behind its logits."""
     logits = net(torch.zeros(2, 3, 32, 32))
     graph = torchviz.make_dot(logits, params={**dict(net.named_parameters()), "logits": logits})
+    graph.graph_attr["size"] = MAX_INCHES
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         return graph.save(path)

@@ -1,5 +1,8 @@
+import re
 import shutil
+from pathlib import Path
 
+import graphviz
 import pytest
 from PIL import Image
 
@@ -37,6 +40,16 @@ def test_pictures_are_made_with_dot(call_main, tmp_path):
     assert "dense1.0.conv1.weight" in (tmp_path / "graph.svg").read_text()
 
 
+@pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
+@pytest.mark.parametrize(("depth", "shrunk"), [(10, False), (46, True)])
+def test_a_large_graph_is_drawn_smaller(tmp_path, depth, shrunk):
+    """120 inches are 8640 points."""
+    dot = make_graph.write_dot(DenseNet(depth=depth), tmp_path / "graph.dot")
+    svg = graphviz.render("dot", outfile=tmp_path / "graph.svg", filepath=dot)
+    height, scale = re.search(r'height="(\d+)pt".*?"scale\((\S+) ', Path(svg).read_text(), re.DOTALL).groups()
+    assert (float(scale) < 1, int(height) <= 8640) == (shrunk, True)
+
+
 def test_without_dot_the_file_is_written_and_one_sentence_says_how_to_get_it(call_main, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     status, out, errors = call_main(make_graph, "--out", tmp_path / "graph")
@@ -55,15 +68,17 @@ def test_a_file_that_is_no_graph_is_not_replaced(call_main, tmp_path, name):
 
 
 def test_its_own_files_are_replaced_also_where_one_is_missing(call_main, tmp_path):
+    flags = ["--no-bottleneck", "--depth", 7, "--out", tmp_path / "mine"]
+
     def files():
         return sorted(tmp_path.glob("mine.*"))
 
-    assert call_main(make_graph, "--out", tmp_path / "mine")[0] == 0
+    assert call_main(make_graph, *flags)[0] == 0
     for path in (complete := files()):
         path.unlink()
-        assert call_main(make_graph, "--out", tmp_path / "mine")[0] == 0
+        assert call_main(make_graph, *flags)[0] == 0
         assert files() == complete
-    assert call_main(make_graph, "--out", tmp_path / "mine")[0] == 0
+    assert call_main(make_graph, *flags)[0] == 0
 
 
 def test_bad_depth(call_main, tmp_path):
