@@ -397,20 +397,29 @@ def triton_runs(device):
     if device.type != "cuda":
         return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    compiler = any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))  # a C compiler, for each kernel's launcher
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return capable and compiler and headers and importlib.util.find_spec("triton") is not None and triton_starts()
+    return capable and importlib.util.find_spec("triton") is not None and triton_starts()
 
 
 def triton_starts():
-    """Whether Triton finds the driver's library, and a folder for its cache. Warns if not."""
+    """Whether Triton finds what it needs: see triton_obstacle. Warns if not."""
+    obstacle = triton_obstacle()
+    if obstacle:
+        warnings.warn(f"Triton does not start ({obstacle}), so kernels.py is not used", stacklevel=1)
+    return not obstacle
+
+
+def triton_obstacle():
+    """What Triton lacks: a C compiler and Python's headers for each kernel's launcher, the driver's library, a cache folder."""
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
+        return "no C compiler, such as gcc"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not headers.exists():
+        return f"no {headers}, of a package such as python3-dev"
     try:
         importlib.import_module("triton").runtime.driver.active.get_current_target()  # as each launch does
     except Exception as error:  # Triton raises nearly anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"Triton does not start ({reason}), so kernels.py is not used", stacklevel=1)
-        return False
-    return True
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 def infer(x, layers, transition, kernels):

@@ -122,12 +122,17 @@ def check_batches(world, batch_size, num_images):
 def first_rank_first(world):
     """On each machine the first process runs what is inside, such as a download; then the others do."""
     if world.local_rank > 0:
-        dist.barrier()
+        barrier()
     try:
         yield
     finally:
         if world.size > 1 and world.local_rank == 0:
-            dist.barrier()
+            barrier()
+
+
+def barrier():
+    """Waits for all ranks. NCCL is told which GPU to wait on, or it warns that it takes the current one."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def wrap(net, world, device):

@@ -125,7 +125,10 @@ class CapturedForwardBackward:
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.eager(self.images, self.labels, 1.0)
         except RuntimeError as error:
-            reason = str(error.__context__ or error).partition("\n")[0]  # the error in the step, not that of ending the capture
+            error = error.__context__ or error  # the error in the step, not that of ending the capture
+            if isinstance(error, torch.OutOfMemoryError):
+                raise error from None
+            reason = str(error).partition("\n")[0]
             raise Refused(f"a step of this net cannot be captured ({reason}): choose --no-capture", status=1) from error
         self.fixed = [parameter.grad for parameter in self.parameters]
 

@@ -870,12 +870,25 @@ def test_sums_over_pixels_are_float32():
     assert relative_error(rounded[3], exact[3]) < 5e-4
 
 
-@pytest.mark.parametrize("starts", [True, False])
-def test_whether_triton_starts(monkeypatch, starts):
-    """It needs the library of the driver, and a folder for its cache."""
-    target = Mock(side_effect=None if starts else AssertionError("libcuda.so cannot found!\nPossible files are located at []."))
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (None, None),
+        ("driver", "AssertionError: libcuda.so cannot found!"),
+        ("compiler", "no C compiler, such as gcc"),
+        ("headers", r"no \S+/Python.h, of a package such as python3-dev"),
+    ],
+)
+def test_whether_triton_starts(monkeypatch, tmp_path, missing, told):
+    error = AssertionError("libcuda.so cannot found!\nPossible files are located at [].")
+    target = Mock(side_effect=error if missing == "driver" else None)
     driver = pytest.importorskip("triton").runtime.driver
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=target))
-    told = r"^Triton does not start \(AssertionError: libcuda.so cannot found!\), so kernels.py is not used$"
-    with contextlib.nullcontext() if starts else pytest.warns(UserWarning, match=told):
-        assert dense_block.triton_starts() == starts
+    compiler = Mock(return_value=None if missing == "compiler" else "gcc")
+    monkeypatch.setattr(dense_block.shutil, "which", compiler)
+    if missing != "headers":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(dense_block.sysconfig, "get_path", lambda name: tmp_path)
+    sentence = rf"^Triton does not start \({told}\), so kernels.py is not used$"
+    with pytest.warns(UserWarning, match=sentence) if missing else contextlib.nullcontext():
+        assert dense_block.triton_starts() == (missing is None)

@@ -202,7 +202,7 @@ def test_batches_that_do_not_fit_the_world():
 
 
 def test_the_last_batch_that_counts_is_one_of_the_training_images(monkeypatch):
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
     args = parse_args(train.build_parser(), [*TINY[:2], "--limit", "41", "--batch-size", "40"])
     with pytest.raises(Refused, match="the last batch has 1 images for 2 processes"):  # of the 360 test images it has 40
         train.load_data(args, torch.device("cpu"), World(0, 0, 2))
@@ -215,7 +215,7 @@ def test_the_last_batch_that_counts_is_one_of_the_training_images(monkeypatch):
 def test_one_process_reads_the_data_first(monkeypatch, rank, order):
     """Which may be a download."""
     events, load = [], data.load
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
     monkeypatch.setattr(data, "load", lambda *arguments, **more: events.append("load") or load(*arguments, **more))
     args = parse_args(train.build_parser(), [*TINY[:2], "--limit", "80", "--batch-size", "40"])
     train.load_data(args, torch.device("cpu"), World(rank, rank, 2))
@@ -412,7 +412,7 @@ def test_a_rank_that_fails_does_not_wait_for_nccl(forked, ending, status, out, t
 def test_on_each_machine_one_process_is_first(monkeypatch, world, order):
     """Two machines of two processes each."""
     events = []
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
     with distributed.first_rank_first(world):
         events.append("inside")
     assert events == order
@@ -439,7 +439,7 @@ def test_whole_batches_of_a_rank_go_through_the_compiled_net(monkeypatch):
 def test_a_first_process_that_fails_lets_the_others_go_on(monkeypatch):
     """They fail by themselves, and do not wait for half an hour."""
     events = []
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
     with pytest.raises(Refused), distributed.first_rank_first(World(0, 0, 2)):
         raise Refused("no data")
     assert events == ["barrier"]
@@ -464,7 +464,7 @@ def test_after_a_restart_the_ranks_meet_by_new_keys(monkeypatch):
 
 def test_one_rank_tells_what_is_read_and_what_is_not(monkeypatch, capsys, pictures):
     (pictures / "train" / "red" / "notes.txt").touch()
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
     words = ["--dataset", "folder", "--data", str(pictures), "--batch-size", "4"]
     args, told = parse_args(train.build_parser(), words), []
     for rank in range(2):

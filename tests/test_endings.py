@@ -122,7 +122,7 @@ def test_memory_that_runs_out_on_two_ranks(forked, tmp_path):
     assert "train.py: memory ran out for batches of 96 and a net of L=100, k=2" in "".join(done.stderr for done in ranks)
     for done in ranks:
         (last,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-        assert "memory ran out" in last or "another process of this run has ended" in last
+        assert "memory ran out" in last or "another process of this run cannot be reached" in last
         assert "Traceback" not in done.stderr
 
 
@@ -401,13 +401,23 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "reason"),
     [
-        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
-        torch.distributed.DistBackendError("NCCL error in: ncclUtils.cpp, remote process exited or there was a network error"),
+        (
+            RuntimeError("[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
+            "[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:1",
+        ),
+        (
+            torch.distributed.DistBackendError("NCCL error in: n.cpp, system error\nLast error:\nNo space left on device"),
+            "No space left on device",
+        ),
+        (
+            torch.distributed.DistNetworkError("failed to recv\nException raised from recvBytes at s.hpp:2\nframe #0: a\n"),
+            "failed to recv",
+        ),
     ],
 )
-def test_a_process_whose_partner_is_gone_says_so(capsys, error):
+def test_a_process_that_does_not_reach_its_partner_says_so(capsys, error, reason):
     def end(resume):
         with endings.handle_errors(argparse.ArgumentParser(prog="a.py"), "x", "y") as ending:
             ending.resume = resume
@@ -416,7 +426,8 @@ def test_a_process_whose_partner_is_gone_says_so(capsys, error):
     for resume, kept in [(None, ""), ("again", f"; {endings.KEPT}")]:
         with pytest.raises(SystemExit, match="1"):
             end(resume)
-        assert capsys.readouterr().err == f"a.py: another process of this run has ended, see its message{kept}\n"
+        told = f"a.py: another process of this run cannot be reached ({reason}), see its message{kept}\n"
+        assert capsys.readouterr().err == told
 
 
 # ------------------------------------------------------------------------------------------- streams, names, compilers

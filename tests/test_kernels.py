@@ -308,9 +308,10 @@ def check_bias(dtype, device):
         statistics = torch.zeros(8, device=device), torch.ones(8, device=device)
         through = dense_block.load_kernels().through_statistics
         out = through(values, torch.zeros_like(values), *statistics, corrections, slice(0, 8))
-        off = (values.double() - out.double()).mean(dim=(0, 1, 2)) / digit
-        assert (off - 0.25).abs().max() < 0.03
-        assert ((values.double() - out.double()) / digit).abs().max() <= 1
+        off = (values.double() - out.double()) / digit
+        assert (off.mean(dim=(0, 1, 2)) - 0.25).abs().max() < 0.03
+        assert off.abs().max() <= 1
+        assert off.sum(dim=3).std() < off.std() * 8**0.5  # the maps of a pixel are not all rounded the same way
 
 
 def test_a_whole_net(interpreted):
