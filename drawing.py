@@ -9,6 +9,7 @@ import warnings
 os.environ["MPLBACKEND"] = "agg"  # figures are only saved; Matplotlib does not start with a missing backend
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
@@ -33,6 +34,7 @@ def picture_format(path):
 def new_figure(width, height):
     """An empty figure; width and height are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # has one renderer; without it each measuring of a text makes, and keeps, a new one
     figure.get_layout_engine().set(wspace=0.04)
     return figure
 

@@ -13,6 +13,7 @@ beside it, or into --out DIR (with --val, confusion-val): a row for each true cl
 import argparse
 import contextlib
 import itertools
+import math
 import os
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from metrics import loss_and_error_sums, predict
 from pictures import read_pictures, refuse_unreadable
 from run_folder import RESULTS, read_arguments
 from runs import read_csv
+
+MAX_NAMES = 100  # beside a confusion matrix
 
 
 def main():
@@ -207,7 +210,10 @@ def predictions(pictures, logits, classes, labels=None):
 
 
 def draw(confusion, classes, what, path):
-    """Draws the confusion matrix: coloured by shares of the true class, with counts if there are 20 classes at most."""
+    """Draws the confusion matrix: coloured by shares of the true class, with counts if there are 20 classes at most.
+
+    Of many classes only every second, third … is named, evenly, so that the names can be read.
+    """
     size = max(4.5, min(0.62 * len(classes), 14))
     figure = drawing.new_figure(size + 1, size)
     axes = figure.add_subplot()
@@ -217,10 +223,11 @@ def draw(confusion, classes, what, path):
         draw_lines(np.arange(0.5, len(classes) - 1), -0.5, len(classes) - 0.5, "white", linewidth=min(0.5, 10 / len(classes)))
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
     names, style = drawing.as_text(map(shortened, classes))
-    style["fontsize"] = min(9, 600 / len(classes))
-    axes.set_xticks(range(len(classes)), names, rotation=90, **style)
+    named = slice(None, None, math.ceil(len(classes) / MAX_NAMES))
+    style["fontsize"] = min(9, 600 / len(names[named]))
+    axes.set_xticks(range(len(classes))[named], names[named], rotation=90, **style)
     totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
-    axes.set_yticks(range(len(classes)), totals, **style)
+    axes.set_yticks(range(len(classes))[named], totals[named], **style)
     room = max(label.get_window_extent().width for label in axes.get_yticklabels()) / figure.dpi - 1  # of long names
     if room > 0:
         figure.set_size_inches(figure.get_size_inches() + [room, room + 0.3])  # Matplotlib forgets some of the title's height

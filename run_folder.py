@@ -277,7 +277,7 @@ def write_checkpoint(save, checkpoint):
 
 
 class Plots:
-    """Draws a run's figures in the background, by plot.py."""
+    """Draws a run's figures in the background, by plot.py, with what time training leaves it."""
 
     def __init__(self, save, enabled):
         self.command = [sys.executable, str(HERE / "plot.py"), "--", str(save)]
@@ -290,8 +290,9 @@ class Plots:
         if self.enabled and (self.process is None or self.process.poll() is not None):
             self.wait()
             options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-            try:  # in its own session, so that Ctrl-C does not reach it
-                self.process = subprocess.Popen(self.command, **options, start_new_session=True)
+            try:  # in a process group of its own, which Ctrl-C does not reach; Linux shares time evenly between sessions
+                self.process = subprocess.Popen(self.command, **options, process_group=0)
+                os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
             except OSError as error:  # no memory or process left, for instance
                 self.report(error.strerror)
 

@@ -254,14 +254,21 @@ def test_nothing_is_cut_off_at_the_edges_of_the_matrix(tmp_path, number, name):
     assert min(edge.min() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) == 255
 
 
-@pytest.mark.parametrize("number", [21, 100])
-def test_names_of_many_classes_are_as_large_as_their_rows_are_high(monkeypatch, tmp_path, number):
+@pytest.mark.parametrize(("number", "named"), [(21, 21), (100, 100), (101, 51), (1000, 100)])
+def test_names_of_many_classes_are_as_large_as_their_rows_are_high(monkeypatch, tmp_path, number, named):
+    """Of more than a hundred, every second, third … is named."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), figure.draw_without_rendering()])
     evaluate.draw(np.eye(number, dtype=int), [f"class {i}" for i in range(number)], "test images", tmp_path / "a.png")
     boxes = [label.get_window_extent() for label in figures[0].axes[0].get_yticklabels()]
     assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
     assert boxes[0].height * 72 / figures[0].dpi > 5  # points
+    axes, every = figures[0].axes[0], range(0, number, -(-number // 100))
+    assert [*axes.get_xticks()] == [*axes.get_yticks()] == [*every]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"class {i}" for i in every]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"class {i} (1)" for i in every]
+    assert len(every) == named
+    assert figures[0].canvas.get_renderer() is figures[0].canvas.get_renderer()  # not a new one for each of the names
     assert [len(lines.get_segments()) for lines in figures[0].axes[0].collections] == [number - 1] * 2  # between the cells
 
 

@@ -1145,6 +1145,8 @@ def test_ctrl_c_is_not_meant_for_the_figures(tmp_path):
     plots.redraw()
     try:
         assert os.getpgid(plots.process.pid) != os.getpgid(0)
+        assert os.getsid(plots.process.pid) == os.getsid(0)  # Linux shares time evenly between sessions, whatever the priority
+        assert os.getpriority(os.PRIO_PROCESS, plots.process.pid) == 19
     finally:
         plots.process.kill()
         plots.process.communicate()
