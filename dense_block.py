@@ -410,8 +410,9 @@ def triton_starts():
 
 def triton_obstacle():
     """What Triton lacks: a C compiler and Python's headers for each kernel's launcher, the driver's library, a cache folder."""
-    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
-        return "no C compiler, such as gcc"
+    compiler = os.environ.get("CC") or "gcc"
+    if not (shutil.which(compiler) or shutil.which("clang")):
+        return f"no C compiler {compiler}"
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if not headers.exists():
         return f"no {headers}, of a package such as python3-dev"

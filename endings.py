@@ -87,10 +87,7 @@ def status_and_message(error, ending):
         needs, remedy = getattr(error, "memory_for", (ending.needs, ending.remedy))
         return 1, f"memory ran out for {needs}: choose {remedy}{kept}"
     if lost_peer(error):
-        reason = (
-            str(error).partition("Exception raised from")[0].strip().splitlines()[-1:]
-        )  # then frames of C++; NCCL's cause is last
-        return 1, f"another process of this run cannot be reached ({''.join(reason)}), see its message{kept}"
+        return 1, f"another process of this run cannot be reached ({reason_of_loss(error)}), see its message{kept}"
     if failed_compiler(error):
         reason = str(error).splitlines()[0]
         return 1, f"torch.compile does not work here ({reason}): install what is missing, or choose --compile none{kept}"
@@ -146,6 +143,12 @@ def lost_peer(error):
     """Whether this process failed because it cannot reach another one of the run, which is mostly because that has ended."""
     dist = sys.modules.get("torch.distributed")  # not imported here: plot.py needs no torch
     return dist is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def reason_of_loss(error):
+    """What a message of torch.distributed says of the cause: NCCL's is last, and may be empty; frames of C++ and advice go."""
+    text = str(error).partition("Exception raised from")[0].replace("Last error:", "").strip()
+    return re.split(r"\. (?=[A-Z])", text.rpartition("\n")[2])[0] or type(error).__name__
 
 
 def failed_compiler(error):

@@ -219,7 +219,7 @@ def dither(x, rows, n, like):
         return tl.zeros_like(x)
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     ulp = power * 2.0**-7 if like.dtype.element_ty == tl.bfloat16 else tl.maximum(power * 2.0**-10, 2.0**-24)
-    multiples = rows[:, None] * -1640531535 + n[None, :] * -1847521882  # golden and squared plastic ratio, in 2^-32
+    multiples = rows[:, None] * -1640531535 + n[None, :] * -1847521882  # golden ratio, and plastic to the -2, in 2^-32
     return ((multiples >> 16 & 0xFFFF).to(tl.float32) * 2.0**-16 - 0.5) * ulp
 
 

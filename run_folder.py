@@ -280,26 +280,34 @@ class Plots:
     """Draws a run's figures in the background, by plot.py, with what time training leaves it."""
 
     def __init__(self, save, enabled):
+        self.save = save
         self.command = [sys.executable, str(HERE / "plot.py"), "--", str(save)]
         self.enabled = enabled
         self.process = None
         self.warned = False
 
-    def redraw(self):
+    def redraw(self, niceness=19):
         """Starts plot.py, unless it is still running."""
         if self.enabled and (self.process is None or self.process.poll() is not None):
             self.wait()
             options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
             try:  # in a process group of its own, which Ctrl-C does not reach; Linux shares time evenly between sessions
                 self.process = subprocess.Popen(self.command, **options, process_group=0)
-                os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
             except OSError as error:  # no memory or process left, for instance
                 self.report(error.strerror)
+                return
+            with contextlib.suppress(OSError):  # some containers forbid it
+                os.setpriority(os.PRIO_PROCESS, self.process.pid, niceness)
 
     def finish(self):
-        """Draws the final state, and waits for that."""
-        self.wait()
-        self.redraw()
+        """Draws the final state, no longer yielding to anybody, and waits for that."""
+        if self.process and self.process.poll() is None:  # on a busy machine it could take minutes
+            self.process.kill()
+            self.process.communicate()
+            for path in self.save.glob(f"*.{self.process.pid}.tmp"):
+                path.unlink()
+            self.process = None
+        self.redraw(niceness=os.getpriority(os.PRIO_PROCESS, 0))
         self.wait()
 
     def wait(self):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import distributed
-from endings import Refused, say
+from endings import Refused, out_of_memory, say
 from machine import DTYPES, set_precision
 
 WARM_UP_STEPS = 3  # eager steps before the capture, in which kernels are compiled and chosen
@@ -126,7 +126,7 @@ class CapturedForwardBackward:
                 self.result = self.eager(self.images, self.labels, 1.0)
         except RuntimeError as error:
             error = error.__context__ or error  # the error in the step, not that of ending the capture
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):  # not as a cause, which is lost where bench.py sends the error to its parent
                 raise error from None
             reason = str(error).partition("\n")[0]
             raise Refused(f"a step of this net cannot be captured ({reason}): choose --no-capture", status=1) from error

@@ -332,7 +332,7 @@ def test(net, dataset, world):
     results = []
     parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     on_gpu = dataset.test.images.device.type == "cuda"  # where a captured step keeps its memory
-    remedy = f"a smaller net (--depth, --growth-rate){', a smaller --batch-size' * on_gpu} or {endings.LARGER}"
+    remedy = f"a smaller net (--depth, --growth-rate){', --no-capture' * on_gpu} or {endings.LARGER}"
     for title, split in parts.items():
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
         with endings.memory_for("the test after an epoch", remedy):

@@ -404,9 +404,16 @@ def test_an_error_of_the_system_is_a_sentence_where_it_names_its_file(call_main,
     ("error", "reason"),
     [
         (
-            RuntimeError("[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
+            RuntimeError(
+                "[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:1. This is typically caused by a remote worker"
+            ),
             "[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:1",
         ),
+        (
+            torch.distributed.DistBackendError("NCCL error: remote process exited\nLast error:\n"),
+            "NCCL error: remote process exited",
+        ),
+        (torch.distributed.DistBackendError(""), "DistBackendError"),
         (
             torch.distributed.DistBackendError("NCCL error in: n.cpp, system error\nLast error:\nNo space left on device"),
             "No space left on device",

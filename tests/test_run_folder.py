@@ -1139,7 +1139,8 @@ def test_a_file_of_the_users_is_not_deleted_with_a_run(call_main, tiny_run, tmp_
         assert contents(save) == before
 
 
-def test_ctrl_c_is_not_meant_for_the_figures(tmp_path):
+def test_figures_yield_to_training_and_the_last_ones_to_nobody(tmp_path, capsys):
+    """Ctrl-C is not meant for them."""
     plots = run_folder.Plots(tmp_path, enabled=True)
     plots.command = ["sleep", "60"]
     plots.redraw()
@@ -1147,9 +1148,15 @@ def test_ctrl_c_is_not_meant_for_the_figures(tmp_path):
         assert os.getpgid(plots.process.pid) != os.getpgid(0)
         assert os.getsid(plots.process.pid) == os.getsid(0)  # Linux shares time evenly between sessions, whatever the priority
         assert os.getpriority(os.PRIO_PROCESS, plots.process.pid) == 19
+        (tmp_path / f"loss.png.{plots.process.pid}.tmp").touch()
+        plots.command = [sys.executable, "-c", "import os, sys; sys.exit(str(os.nice(0)))"]
+        plots.finish()  # does not wait for what yields to all others
     finally:
-        plots.process.kill()
-        plots.process.communicate()
+        if plots.process:
+            plots.process.kill()
+            plots.process.communicate()
+    assert [*tmp_path.iterdir()] == []
+    assert capsys.readouterr().out == f"the figures could not be drawn, training goes on: {os.nice(0)}\n"
 
 
 def test_a_figure_that_failed_is_reported_when_the_next_is_drawn(tmp_path, capsys):

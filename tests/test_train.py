@@ -264,7 +264,7 @@ def test_a_capture_that_fails_ends_the_run_with_a_sentence(streams_of_nothing, m
             raise RuntimeError("invalid")  # as PyTorch's does after an error inside, or on its own
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    with pytest.raises(endings.Refused) as refused:
+    with pytest.raises(RuntimeError if reason == "CUDA out of memory" else endings.Refused) as refused:
         take_captured_steps(fail)
     ending = SimpleNamespace(needs="batches", remedy="--no-capture", resume=None)
     assert endings.status_and_message(refused.value, ending) == (status, message)
@@ -407,17 +407,20 @@ def test_rows_stand_at_the_end_of_their_steps_over_many_groups(call_main, monkey
 
 
 def test_the_last_figures_are_of_the_finished_run(call_main, monkeypatch, tmp_path):
-    """Each drawing lasts until it is waited for: the last one begins behind the last row, and is waited for."""
+    """Each drawing lasts until it is ended or waited for: the last one begins behind the last row, and is waited for."""
     seen, waited_for = [], []
 
     class Drawing:
-        returncode = None
+        pid, returncode = -1, None  # of no process
 
         def __init__(self, command, **options):
             seen.append(len((tmp_path / "test.csv").read_text().splitlines()) - 1)
 
         def poll(self):
             return self.returncode
+
+        def kill(self):
+            waited_for.append("end")
 
         def communicate(self):
             self.returncode = 0
@@ -428,7 +431,7 @@ def test_the_last_figures_are_of_the_finished_run(call_main, monkeypatch, tmp_pa
     monkeypatch.setattr(subprocess, "Popen", Drawing)
     status, _, errors = call_main(train, *TINY, "--limit", 8, "--epochs", 3, "--save", tmp_path)
     assert status == 0, errors
-    assert (seen, waited_for) == ([1, 3], [1, 3])
+    assert (seen, waited_for) == ([1, 3], ["end", 1, 3])
 
 
 def test_test_csv_holds_exact_figures(tiny_run):
