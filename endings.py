@@ -188,6 +188,12 @@ def memory_advice(args, device, fresh):
     return memory_needs(args), " or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
+def advice_for_test(args):
+    """As memory_advice, for the test after an epoch, whose batches do not depend on --batch-size."""
+    capture = ", --no-capture" * args.capture  # a captured step keeps its memory
+    return "the test after an epoch", f"a smaller net (--depth, --growth-rate){capture} or {LARGER}"
+
+
 # Argparse types: not in flags.py, which imports torch, because plot.py and compare.py do not need it.
 
 

@@ -222,12 +222,12 @@ def draw(confusion, classes, what, path):
     for draw_lines in (axes.hlines, axes.vlines):  # without them adjacent dark cells merge
         draw_lines(np.arange(0.5, len(classes) - 1), -0.5, len(classes) - 0.5, "white", linewidth=min(0.5, 10 / len(classes)))
     figure.colorbar(picture, ax=axes, label="images of the true class, %", shrink=0.8)
-    names, style = drawing.as_text(map(shortened, classes))
-    named = slice(None, None, math.ceil(len(classes) / MAX_NAMES))
-    style["fontsize"] = min(9, 600 / len(names[named]))
-    axes.set_xticks(range(len(classes))[named], names[named], rotation=90, **style)
-    totals = [f"{name} ({total})" for name, total in zip(names, confusion.sum(axis=1), strict=True)]
-    axes.set_yticks(range(len(classes))[named], totals[named], **style)
+    named = range(0, len(classes), math.ceil(len(classes) / MAX_NAMES))
+    names, style = drawing.as_text(shortened(classes[i]) for i in named)
+    style["fontsize"] = min(9, 600 / len(named))
+    axes.set_xticks(named, names, rotation=90, **style)
+    totals = [f"{name} ({confusion[i].sum()})" for name, i in zip(names, named, strict=True)]
+    axes.set_yticks(named, totals, **style)
     room = max(label.get_window_extent().width for label in axes.get_yticklabels()) / figure.dpi - 1  # of long names
     if room > 0:
         figure.set_size_inches(figure.get_size_inches() + [room, room + 0.3])  # Matplotlib forgets some of the title's height

@@ -252,7 +252,8 @@ def fit(net, dataset, args, world, checkpoint, unmoved):
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
-            tested = test(net, dataset, world)
+            with endings.memory_for(*endings.advice_for_test(args)):
+                tested = test(net, dataset, world)
             finite = sys.float_info.max  # batch norm's statistics lag behind the weights: a large test loss is no divergence
             check_loss(sum(tested[::2]), f"in the test after epoch {epoch + 1}", largest=finite)
             if world.rank == 0:
@@ -331,12 +332,9 @@ def test(net, dataset, world):
     distributed.broadcast_buffers(net, world)
     results = []
     parts = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
-    on_gpu = dataset.test.images.device.type == "cuda"  # where a captured step keeps its memory
-    remedy = f"a smaller net (--depth, --growth-rate){', --no-capture' * on_gpu} or {endings.LARGER}"
     for title, split in parts.items():
         images, labels = (part.tensor_split(world.size)[world.rank] for part in (split.images, split.labels))
-        with endings.memory_for("the test after an epoch", remedy):
-            logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
+        logits = predict(net, images, dataset.mean, dataset.std, title if world.rank == 0 else None)
         sums = loss_and_error_sums(logits, labels.cpu())
         loss, error = (distributed.sum_over_ranks(sums, world) / len(split)).tolist()
         results += [loss, 100 * error]
