@@ -37,7 +37,7 @@ def main():
             rows.sort(key=lambda row: (str(row.get("dataset")), str(row.get("data")), row.get("val_error_mean", math.inf)))
             say("sorted by the error on the validation images: a setting must not be chosen by its test error")
         table = in_short(rows)
-        say(table.to_string(index=False))
+        say(*table.to_string(index=False).split("\n"))
         numbers = pd.DataFrame(rows, dtype=object).to_csv(index=False)
         for path, text in [(args.csv, numbers), (args.markdown, markdown(table)), (args.latex, latex(table))]:
             if path:

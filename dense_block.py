@@ -444,6 +444,9 @@ def computable(x, layers):
     Checked before each pass (some 50 us per layer), since a hook may be added at any time; not in a replayed CUDA graph.
     """
     training = layers[0].training
+    # dense_block is a graph break: not in evaluation mode, nor in torch.export, whose is_exporting() 2.11 always sets here.
+    if torch.compiler.is_compiling():
+        return training and not torch.compiler._is_exporting_flag and computable_now(x, layers)
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
         return False
     channels, counters = x.shape[1], set()
@@ -464,25 +467,23 @@ def computable(x, layers):
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
-    if torch.compiler.is_compiling():  # its guards miss some changes, such as a replaced forward of one module
-        return computable_now(x, layers)
     return as_defined(type(layers[0]), Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
 
 
-computable_now = torch.compiler.disable(computable)  # evaluated in each pass, not while tracing
+# Evaluated in each pass, not while tracing: a compiler's guards miss some changes, such as a replaced forward of one module,
+# and those on the identity of a module's parts would have each net compiled anew.
+computable_now = torch.compiler.disable(computable)
 
 
 def observed(x, training):
     """Whether a tracer, functorch, forward-mode AD, a mode or a hook needs more of the block than its output and its gradient.
 
-    In evaluation mode kernels.py computes only the output, so autograd, a compiler or a dispatch mode counts as well.
+    In evaluation mode kernels.py computes only the output, so autograd or a dispatch mode counts as well.
     """
     if torch.nn.modules.module._has_any_global_hook():
         return True
     if type(x) not in (torch.Tensor, nn.Parameter, FakeTensor):  # a subclass may override operations, or run them twice
         return True
-    if torch.compiler.is_compiling():  # in training, dense_block is a graph break, which torch.export does not take
-        return not training or torch.compiler._is_exporting_flag  # is_exporting() is always true here with PyTorch 2.11
     traced = torch.jit.is_tracing() or get_proxy_mode() is not None
     if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True

@@ -1,5 +1,6 @@
 """What all figures share: no Matplotlib setting changes them; names are plain text, in fonts that have their letters."""
 
+import functools
 import io
 import os
 import re
@@ -14,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 
-from endings import Refused
+from endings import Refused, in_one_line, say
 from files import PICTURE, refuse_foreign, replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
-warnings.filterwarnings("ignore", message="Glyph .* missing")  # a letter that no font has becomes a box
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # said by say_missing
 FORMATS = ("png", "pdf", "svg")
+MANY_LETTERS = 20  # more without a font are not named
 OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
 
 
@@ -60,17 +62,26 @@ def number(value):
 
 
 def as_text(names):
-    """(names with undecodable bytes replaced, text style): no mathtext, fonts that have all letters."""
+    """(names without undecodable bytes and control characters, text style): no mathtext, fonts that have all letters."""
     names = [name.encode(errors="replace").decode() for name in names]
+    names = ["\n".join(map(in_one_line, name.split("\n"))) for name in names]
     return names, {"parse_math": False, "fontfamily": font_families("".join(names))}
 
 
 def font_families(text):
-    """The default fonts, then the installed ones that have letters which those lack."""
+    """The default fonts, then the installed ones that have letters which those lack; tells of letters that no font has."""
     usual = get_font(findfont(FontProperties())).get_charmap()
     lacking = {ord(letter) for letter in text if letter.isprintable()} - usual.keys()
     others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
-    return ["sans-serif", *(name for name, path in others.items() if lacking & get_font(path).get_charmap().keys())]
+    found = {name: lacking & get_font(path).get_charmap().keys() for name, path in others.items()}
+    if missing := lacking.difference(*found.values()):
+        say_missing("".join(map(chr, sorted(missing)[:MANY_LETTERS])))
+    return ["sans-serif", *(name for name, letters in found.items() if letters)]
+
+
+@functools.cache  # so that it is said once
+def say_missing(letters):
+    say(f"no installed font has {letters}: they are drawn as boxes; install one that has them, such as Noto Sans CJK")
 
 
 def wrapped(text, figure, letters):

@@ -30,6 +30,7 @@ OUT_OF_MEMORY = re.compile(
     r"_ALLOC_FAILED|could not create a memory",
     re.IGNORECASE,
 )
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # also line breaks and changes of direction
 
 
 class Refused(Exception):
@@ -66,6 +67,7 @@ def handle_errors(parser, needs, remedy):
         raise
     except (Exception, KeyboardInterrupt) as error:
         status, sentence = status_and_message(error, ending)
+        sentence = in_one_line(sentence)
         ending.status = status or 1
         if status is None:
             error.add_note(f"{parser.prog}: {sentence}")
@@ -243,11 +245,16 @@ def naming(path):
 
 
 def say(*lines, write=print):
-    """Prints and flushes, so that a closed pipe or a full disk is an error at once."""
+    """Prints each line and flushes, so that a closed pipe or a full disk is an error at once."""
     with naming("standard output"):
         for line in lines:
-            write(line)
+            write(in_one_line(str(line)))
         sys.stdout.flush()
+
+
+def in_one_line(text):
+    """The text with control characters escaped, which names of files may have: a terminal would obey them."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def settle_streams():

@@ -25,7 +25,7 @@ import data
 import drawing
 import endings
 from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, new_file, nonempty, say
+from endings import Refused, in_one_line, new_file, nonempty, say
 from files import refuse_existing, refuse_foreign, writable, write_text
 from flags import add_device_flag
 from folder import in_order, left_out, list_classes, pictures_in, refuse_among_pictures
@@ -106,7 +106,7 @@ def confusion_table(args):
 
 def evaluate(net, checkpoint, args, device):
     """Prints loss and error of the test set, or of the held-out images, and writes the confusion matrix."""
-    part, classes = "val" if args.val else "test", checkpoint["classes"]
+    part, classes = "val" if args.val else "test", [*map(in_one_line, checkpoint["classes"])]
     root = data_folder(args, checkpoint)
     if checkpoint["args"]["dataset"] == "folder":
         refuse_among_pictures(confusion_table(args).parent, root)
@@ -202,7 +202,11 @@ def class_lines(confusion, classes):
 
 
 def predictions(pictures, logits, classes, labels=None):
-    """As CSV, the true class of each picture, if known, its most likely class and how probable that is."""
+    """As CSV, the true class of each picture, if known, its most likely class and how probable that is.
+
+    Control characters in names are escaped: before Python 3.13 a carriage return is not quoted, and would break the row.
+    """
+    pictures, classes = ([in_one_line(str(name)) for name in names] for names in (pictures, classes))
     best = logits.softmax(dim=1).max(dim=1)
     columns = {"true": labels, "class": best.indices}
     names = {name: [classes[i] for i in indices.tolist()] for name, indices in columns.items() if indices is not None}

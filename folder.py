@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from endings import Refused, say
+from endings import Refused, in_one_line, say
 from pictures import EXTENSIONS, read_pictures, refuse_unreadable
 
 MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
@@ -126,8 +126,12 @@ def list_files(folder, above=()):
 
 
 def visible(folder):
-    """What is in the folder, without hidden files and folders."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    """What is in the folder, without hidden files and folders. Refused for a link to nothing that is not named as a picture."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in paths:
+        if path.suffix.lower() not in EXTENSIONS and path.is_symlink() and not path.exists():
+            raise Refused(f"{path} is a link to nothing, perhaps to a folder of pictures: put that back, or remove the link")
+    return paths
 
 
 def left_out(root, parts=()):
@@ -145,6 +149,7 @@ def left_out(root, parts=()):
 
 def describe_classes(names, train_labels, test_labels):
     """Image counts of each class, or their range; warnings of similar names and of counts that differ more than tenfold."""
+    names = [*map(in_one_line, names)]
     width = max(map(len, names))
     train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
     if len(names) <= MANY_CLASSES:

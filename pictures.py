@@ -59,7 +59,7 @@ def refuse_unreadable(reasons):
     if reasons:
         named = ", ".join(f"{path} ({reason})" for path, reason in [*reasons.items()][:MANY_UNREADABLE])
         more = f" and {len(reasons) - MANY_UNREADABLE:,} more" if len(reasons) > MANY_UNREADABLE else ""
-        raise Refused(f"cannot be read as pictures: {named}{more}: replace them with 8-bit RGB, or remove them")
+        raise Refused(f"cannot be read as pictures: {named}{more}: make them readable pictures in 8-bit RGB, or remove them")
 
 
 class Unreadable(ValueError):

@@ -63,7 +63,8 @@ def locked(save):
 
     Where the file system has no locks, the run goes on without one: a lock that is a mere file would outlive a killed run.
     """
-    lock = FileLock(save / ".lock", blocking=False, fallback_to_soft=False)
+    path = save / ".lock"
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         save.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -72,10 +73,11 @@ def locked(save):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             status = 1 if error.errno in DISK_ERRORS else 2
-            raise Refused(f"{save} cannot be a run's folder ({error.strerror}): choose another --save", status) from error
+            what = f"{path} cannot be locked" if path.exists() else f"{save} cannot be a run's folder"
+            raise Refused(f"{what} ({error.strerror}): fix this, or choose another --save", status) from error
         say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:
-        yield functools.partial(unmoved, save, file_number(save / ".lock"))
+        yield functools.partial(unmoved, save, file_number(path))
     finally:
         lock.release()
 
@@ -238,7 +240,8 @@ def rows_until(path, facts, epochs_done, steps):
         raise Refused(f"{path} is missing: {REMEDY}")
     header = headers(facts)[path.name]
     expected = [epoch_text(epoch + step / steps) for epoch in range(epochs_done) for step in range(1, steps + 1)]
-    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)[: 1 + len(expected)]
+    text = path.read_text(encoding="utf-8-sig", errors="replace")  # a spreadsheet may have changed how lines begin and end
+    lines = text.splitlines(keepends=True)[: 1 + len(expected)]
     if lines[:1] != [header]:
         version = "damaged or from another version of this program"
         raise Refused(f"{path} is {version}, it does not begin with {header.strip()}: {REMEDY}")
@@ -323,7 +326,7 @@ class Plots:
     def report(self, reason):
         """Says, the first time, why there is no figure."""
         if not self.warned:
-            say(f"the figures could not be drawn, training goes on: {reason}", write=tqdm.write)
+            say(f"the figures could not be drawn, nothing else is affected: {reason}", write=tqdm.write)
         self.warned = True
 
 

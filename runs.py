@@ -8,7 +8,7 @@ import re
 
 import pandas as pd
 
-from endings import Refused, say
+from endings import Refused, in_one_line, say
 from files import THEN, read_json
 
 COLUMNS = ["epoch", "loss", "error"]
@@ -155,4 +155,4 @@ def in_words(value):
         return " ".join(f"{part} {str(digest)[:6]}" for part, digest in value.items())
     if value is None or isinstance(value, bool):
         return {None: "not given", True: "yes", False: "no"}[value]
-    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", str(value))
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", in_one_line(str(value)))

@@ -25,7 +25,7 @@ WARM_UP_STEPS = 3  # eager steps before the capture, in which kernels are compil
 
 
 class TrainingStep:
-    """Callable that trains the net on one batch; args are those of train.py."""
+    """Callable that trains the net on one batch; args are those of train.py, after flags.fill_in."""
 
     def __init__(self, net, args, device, world):
         set_precision(args.precision)

@@ -443,7 +443,7 @@ def no_test(root):
         (only_hidden_folders, "test holds no folder: make one for each class"),
         (class_that_is_hidden_in_test, "test lacks the class 'red': give it a folder in both train and test"),
         (vanished_picture, "cannot be read as pictures: .*red/lost.png .there is no such file"),
-        (picture_of_floats, "cannot be read as pictures: .*red/depth.tif .*: replace them with 8-bit RGB"),
+        (picture_of_floats, "cannot be read as pictures: .*red/depth.tif .*: make them readable pictures in 8-bit RGB"),
     ],
 )
 def test_folder_that_is_wrong_is_named(pictures, spoil, message):

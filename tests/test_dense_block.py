@@ -375,6 +375,18 @@ def test_inside_torch_compile():
 
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
+def test_many_nets_are_compiled_in_one_process():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            net = torch.compile(efficient_twin(random_net(dict(depth=10, growth_rate=2))), backend="eager")
+            for _ in range(2):
+                net(batch(2, 8)[0]).sum().backward()
+            with torch.inference_mode():
+                net.eval()(batch(2, 8)[0])
+
+
+@pytest.mark.xdist_group("compiler")  # imported by one process
 def test_a_forward_that_is_replaced_after_a_step_of_a_compiled_block_is_called():
     images, labels = batch(2, 8)
     net = random_net(dict(depth=10, growth_rate=2))

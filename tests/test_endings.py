@@ -498,6 +498,30 @@ def test_the_command_that_goes_on_can_be_pasted(forked, tiny_run, tmp_path):
     assert_same_run(tiny_run, save)
 
 
+def test_control_characters_of_a_name_do_not_reach_the_terminal(run, tmp_path):
+    """Of a class, a picture, a folder: in tables, CSVs, answers and refusals."""
+    name = "a\n\r\x1b[31m\u202eb"
+    for part in ("train", "test"):
+        for number, folder in enumerate([tmp_path / "data" / part / name, tmp_path / "data" / part / "plain"]):
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (9, 9), (90 * number, 0, 0)).save(folder / f"{i}\r.png")
+    save, more = tmp_path / name, ["--dataset", "folder", "--data", tmp_path / "data", "--limit", 6, "--drop-rate", 0]
+    done = [run(ROOT / "train.py", *flags(save, *more, "--epochs", 1)) for _ in range(2)]
+    done += [run(ROOT / "evaluate.py", save, "--predictions", tmp_path / "test.csv")]
+    done += [run(ROOT / "evaluate.py", save, "--image", tmp_path / "data" / "test", "--predictions", tmp_path / "image.csv")]
+    assert [each.returncode for each in done] == [0, 2, 0, 0], done
+    escaped = "a\\n\\r\\x1b[31m\\u202eb"
+    for each in done:
+        assert escaped in each.stdout + each.stderr
+        assert not {*"\r\x1b\u202e"} & {*each.stdout, *each.stderr}
+    assert len(done[1].stderr.splitlines()) == 2  # usage and one sentence
+    assert list(pd.read_csv(save / "confusion.csv", index_col="true").index) == [escaped, "plain"]
+    for table in map(pd.read_csv, [tmp_path / "test.csv", tmp_path / "image.csv"]):
+        assert table["picture"].str.endswith("\\r.png").tolist() == [True] * 6
+        assert {*table["class"]} <= {escaped, "plain"}
+
+
 NARROW_ERRORS = "import sys\nsys.stderr.reconfigure(encoding='ascii')\n"
 
 

@@ -160,7 +160,7 @@ def test_pictures_that_cannot_be_read_are_named_after_the_classes_of_the_others(
     assert last == f"wrote {table}"
     assert pd.read_csv(table)["picture"].tolist() == named
     sentence = errors.splitlines()[-1]
-    told = r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): replace them with 8-bit RGB"
+    told = r"error: cannot be read as pictures: \S+/b.png \(.*\), \S+/d.jpg \(.*\): make them readable pictures in 8-bit RGB"
     assert re.search(told, sentence)
 
 

@@ -139,6 +139,18 @@ def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path)
     assert (told.startswith(start), told.endswith(", …"), told.count(", ")) == (True, True, 5)
 
 
+@pytest.mark.parametrize("name", ["train/dark", "train/new", "test/light/deep", "test/light/v1.0"])
+@pytest.mark.parametrize("target", ["/unmounted", "itself"])
+def test_a_link_to_nothing_is_not_passed_over(run, pictures, tmp_path, name, target):
+    """It may stand for a class, or for more pictures of one, on a disk that is not mounted."""
+    root = shutil.copytree(pictures, tmp_path / "set")
+    shutil.rmtree(root / name, ignore_errors=True)
+    (root / name).symlink_to(root / name if target == "itself" else target)
+    status, _, errors = run(tmp_path / "run", "--data", root)
+    assert (status, f"{root / name} is a link to nothing, perhaps to a folder of pictures: put" in errors) == (2, True), errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_test_picture_that_is_a_training_picture_is_told_of(run, pictures, tmp_path):
     root = shutil.copytree(pictures, tmp_path / "set")
     shutil.copy(root / "train" / "dark" / "3.jpg", root / "test" / "dark" / "a copy.jpg")

@@ -394,7 +394,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, recwarn, kind):
     with pytest.raises(Refused, match="cannot be read as pictures") as refusal:
         read(path)
     assert str(refusal.value).startswith(f"cannot be read as pictures: {path} ({why}")
-    assert str(refusal.value).endswith("): replace them with 8-bit RGB, or remove them")
+    assert str(refusal.value).endswith("): make them readable pictures in 8-bit RGB, or remove them")
     assert "\n" not in str(refusal.value)
     assert not recwarn.list
 
@@ -476,7 +476,8 @@ def test_ten_that_cannot_be_read_are_named(number, more):
     with pytest.raises(Refused) as refusal:
         pictures.refuse_unreadable({str(i): "broken" for i in range(number)})
     named = ", ".join(f"{i} (broken)" for i in range(min(number, 10)))
-    assert str(refusal.value) == f"cannot be read as pictures: {named}{more}: replace them with 8-bit RGB, or remove them"
+    remedy = "make them readable pictures in 8-bit RGB, or remove them"
+    assert str(refusal.value) == f"cannot be read as pictures: {named}{more}: {remedy}"
 
 
 def test_a_title_is_one_line_where_there_is_no_terminal(twenty, capsys):

@@ -346,9 +346,28 @@ def test_a_name_that_is_no_text(call_main, saved, tmp_path):
     assert "bad?" in texts(saved[0])
 
 
+def test_control_characters_in_a_name_are_escaped(call_main, saved, tmp_path):
+    """Matplotlib cuts a text off at a carriage return."""
+    status, out, errors = call_main(plot, write_run(tmp_path / "a\rb\x1b[31m"), "--title", "two\nlines", "--out", tmp_path)
+    assert (status, errors, "\x1b" in out) == (0, "", False)
+    saved[0].draw_without_rendering()
+    assert {"a\\rb\\x1b[31m", "two\nlines"} <= {*texts(saved[0])}
+
+
 def test_letters_that_no_font_has_are_boxes_without_a_warning(run_script, tmp_path):
     done = run_script("plot.py", write_run(tmp_path / "\u4e2d\u6587"), "--title", "\U0001f642")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_letters_that_no_font_has_are_told_of_once(monkeypatch, capsys):
+    monkeypatch.setattr(drawing.fontManager, "ttflist", [])
+    drawing.say_missing.cache_clear()
+    for _ in range(2):
+        assert drawing.font_families("a\u6587\u4e2d\u00e9\n") == ["sans-serif"]
+    assert capsys.readouterr().out.startswith("no installed font has \u4e2d\u6587: they are drawn as boxes; ")
+    assert drawing.font_families("".join(map(chr, range(0x4E00, 0x4E40)))) == ["sans-serif"]
+    assert "\u4e00" in (told := capsys.readouterr().out)
+    assert len(told) < 150
 
 
 @pytest.fixture
@@ -380,6 +399,7 @@ def chinese_font(tmp_path):
 def test_an_installed_font_that_has_the_letters_is_used(chinese_font, call_main, tmp_path):
     assert drawing.font_families("abc") == ["sans-serif"]
     assert drawing.font_families("a\u4e2d") == ["sans-serif", chinese_font]
+    assert drawing.font_families("a\u4e2d\uffff") == ["sans-serif", chinese_font]
     run = write_run(tmp_path / "run")
     pictures = []
     for title in ("\u4e2d" * 20, "\u6587" * 20):  # squares, and boxes with a sign in them

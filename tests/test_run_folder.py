@@ -587,7 +587,7 @@ def test_a_lock_that_fails_otherwise_is_named(monkeypatch, tmp_path, number, sta
 
     monkeypatch.setattr("fcntl.flock", flock)
     with (
-        pytest.raises(Refused, match=re.escape(f"{tmp_path} cannot be a run's folder (the reason)")) as refused,
+        pytest.raises(Refused, match=re.escape(f"{tmp_path}/.lock cannot be locked (the reason)")) as refused,
         run_folder.locked(tmp_path),
     ):
         pass
@@ -654,7 +654,7 @@ def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tin
 @pytest.mark.parametrize(
     ("name", "ways", "told"),
     [
-        (".lock", ["--resume", "--force"], "{save} cannot be a run's folder ("),
+        (".lock", ["--resume", "--force"], "{save}/.lock cannot be locked ("),
         ("latest.pth", ["--resume"], "{save}/latest.pth is not a file: "),
         ("train.csv", ["--resume"], "{save}/train.csv is missing: "),
         ("loss.png", ["--force"], "{save}/loss.png is a folder where a file is expected: remove it"),
@@ -728,6 +728,15 @@ def test_a_damaged_row_in_the_middle_does_not_survive(call_main, tiny_run, tmp_p
     assert contents(save) == before
 
 
+def test_a_csv_that_a_spreadsheet_has_saved_is_accepted(call_main, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    before = {name: (save / name).read_bytes() for name in ("train.csv", "test.csv")}
+    for name, content in before.items():
+        (save / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert resume_tiny(call_main, save)[0] == 0
+    assert {name: (save / name).read_bytes() for name in before} == before
+
+
 def damage(content, position, kind, byte):
     """The content with a byte changed, a byte inserted, or all cut off, at a place between 0 and 1."""
     at = int(position * len(content))
@@ -777,7 +786,7 @@ def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(relayed, tiny_r
         plots.redraw()
         plots.wait()
     out = capsys.readouterr().out
-    assert out.count("the figures could not be drawn, training goes on: plot.py: error:") == 1
+    assert out.count("the figures could not be drawn, nothing else is affected: plot.py: error:") == 1
     assert "loss.png" in out
 
 
@@ -881,7 +890,7 @@ def test_figures_without_a_process_to_draw_them(forked, tiny_run, tmp_path):
     save = tmp_path / "run"
     done = forked(["-c", GONE, *TINY, "--epochs", "2", "--batch-size", "40", "--save", str(save)]).wait()
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("the figures could not be drawn, training goes on: No such file or directory\n") == 1
+    assert done.stdout.count("the figures could not be drawn, nothing else is affected: No such file or directory\n") == 1
     assert done.stdout.endswith(f"{save} has args.json, train.csv, test.csv, latest.pth\n")
     assert_same_run(tiny_run, save)
 
@@ -896,7 +905,7 @@ def test_no_process_and_no_memory_for_figures(monkeypatch, capsys, tmp_path, num
     for _ in range(2):
         plots.redraw()
         plots.wait()
-    assert capsys.readouterr().out == f"the figures could not be drawn, training goes on: {os.strerror(number)}\n"
+    assert capsys.readouterr().out == f"the figures could not be drawn, nothing else is affected: {os.strerror(number)}\n"
 
 
 def test_resume_needs_nothing_but_the_folder(call_main, tmp_path):
@@ -1156,7 +1165,7 @@ def test_figures_yield_to_training_and_the_last_ones_to_nobody(tmp_path, capsys)
             plots.process.kill()
             plots.process.communicate()
     assert [*tmp_path.iterdir()] == []
-    assert capsys.readouterr().out == f"the figures could not be drawn, training goes on: {os.nice(0)}\n"
+    assert capsys.readouterr().out == f"the figures could not be drawn, nothing else is affected: {os.nice(0)}\n"
 
 
 def test_a_figure_that_failed_is_reported_when_the_next_is_drawn(tmp_path, capsys):
@@ -1169,7 +1178,7 @@ def test_a_figure_that_failed_is_reported_when_the_next_is_drawn(tmp_path, capsy
     plots.command = [sys.executable, "-c", ""]
     plots.redraw()
     plots.wait()
-    assert capsys.readouterr().out == "the figures could not be drawn, training goes on: ValueError: of the figure\n"
+    assert capsys.readouterr().out == "the figures could not be drawn, nothing else is affected: ValueError: of the figure\n"
 
 
 def test_an_error_of_the_figures_that_is_no_text_does_not_stop_the_run(tmp_path, capsys):
@@ -1178,7 +1187,7 @@ def test_an_error_of_the_figures_that_is_no_text_does_not_stop_the_run(tmp_path,
     plots.command = [sys.executable, "-c", r"import os; os.write(2, b'broken: \xff\n'); os._exit(1)"]
     plots.redraw()
     plots.wait()
-    assert capsys.readouterr().out == "the figures could not be drawn, training goes on: broken: \ufffd\n"
+    assert capsys.readouterr().out == "the figures could not be drawn, nothing else is affected: broken: \ufffd\n"
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
