@@ -69,6 +69,8 @@ def check_measurement(args):
     args.steps = args.steps or (2 if device.type == "cpu" else 10)
     if args.efficient or args.capture:
         raise endings.Refused("--efficient and --capture are what variants differ in: choose them with --only")
+    if args.sync_bn:
+        raise endings.Refused("--sync-bn has no effect on one process, and a bench has no more: leave it out")
     if device.type != "cuda" and any("captured" in name for name in args.only or []):
         raise endings.Refused("captured variants need a CUDA GPU: leave them out of --only, or choose --device cuda")
     flags.fill_in(args, device)
@@ -204,7 +206,7 @@ def conditions(args, device):
 def table(results, args, device):
     """Yields a heading and the lines of a Markdown table; the ratio is to the first row."""
     yield f"`{shlex.join(sys.argv)}`: L={args.depth}, k={args.growth_rate}, {conditions(args, device)}"
-    yield f"\n| | ms/step | images/s | ratio | memory, GB |\n|{' --- |' * 5}"
+    yield from ("", "| | ms/step | images/s | ratio | memory, GB |", f"|{' --- |' * 5}")
     base = statistics.median(next(iter(results.values()))["ms_per_step"])
     for name, result in results.items():
         times = result["ms_per_step"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 import endings
-from endings import new_file, nonempty, say
+from endings import in_one_line, new_file, nonempty, say
 from files import refuse_existing, write_text
 from runs import in_words, mixed, name_runs, read_csv, settings
 
@@ -38,7 +38,7 @@ def main():
             say("sorted by the error on the validation images: a setting must not be chosen by its test error")
         table = in_short(rows)
         say(*table.to_string(index=False).split("\n"))
-        numbers = pd.DataFrame(rows, dtype=object).to_csv(index=False)
+        numbers = pd.DataFrame([*map(escaped, rows)], dtype=object).to_csv(index=False)
         for path, text in [(args.csv, numbers), (args.markdown, markdown(table)), (args.latex, latex(table))]:
             if path:
                 write_text(path, text)
@@ -75,6 +75,11 @@ def images_per_second(train_images, tables):
     """{"images_per_second": over all runs with times}, or {} if there are none."""
     timed = pd.concat([table["seconds"].dropna() for table in tables if "seconds" in table] or [pd.Series(dtype=float)])
     return {"images_per_second": train_images * len(timed) / timed.sum()} if train_images and timed.sum() else {}
+
+
+def escaped(row):
+    """The row with control characters in its texts escaped: a carriage return would break it, see evaluate.predictions."""
+    return {name: in_one_line(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def in_short(rows):

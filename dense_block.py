@@ -444,9 +444,8 @@ def computable(x, layers):
     Checked before each pass (some 50 us per layer), since a hook may be added at any time; not in a replayed CUDA graph.
     """
     training = layers[0].training
-    # dense_block is a graph break: not in evaluation mode, nor in torch.export, whose is_exporting() 2.11 always sets here.
     if torch.compiler.is_compiling():
-        return training and not torch.compiler._is_exporting_flag and computable_now(x, layers)
+        return worth_a_graph_break(layers, training) and computable_now(x, layers)
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
         return False
     channels, counters = x.shape[1], set()
@@ -471,8 +470,21 @@ def computable(x, layers):
 
 
 # Evaluated in each pass, not while tracing: a compiler's guards miss some changes, such as a replaced forward of one module,
-# and those on the identity of a module's parts would have each net compiled anew.
+# and would have it compile each net anew.
 computable_now = torch.compiler.disable(computable)
+
+
+def worth_a_graph_break(layers, training):
+    """Whether a compiler should leave its graph for computable_now and dense_block: not for a block that is seen to be changed.
+
+    Nor in evaluation mode, where it runs the plain modules, nor in torch.export, which takes no graph break.
+    """
+    if not training or torch.compiler._is_exporting_flag:  # is_exporting() is always true here with PyTorch 2.11
+        return False
+    if not all(untouched(layer, type(layers[0]), training) and has_parts(layer, training) for layer in layers):
+        return False
+    norms = [bn for layer in layers for bn, _ in bn_convs(layer)]
+    return all(untouched(bn, nn.BatchNorm2d, training) and type(bn.weight) is nn.Parameter for bn in norms)
 
 
 def observed(x, training):

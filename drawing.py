@@ -5,6 +5,7 @@ import io
 import os
 import re
 import textwrap
+import unicodedata
 import warnings
 
 os.environ["MPLBACKEND"] = "agg"  # figures are only saved; Matplotlib does not start with a missing backend
@@ -75,18 +76,21 @@ def font_families(text):
     others = {font.name: font.fname for font in fontManager.ttflist if lacking and not font.name.startswith("Last Resort")}
     found = {name: lacking & get_font(path).get_charmap().keys() for name, path in others.items()}
     if missing := lacking.difference(*found.values()):
-        say_missing("".join(map(chr, sorted(missing)[:MANY_LETTERS])))
+        letters = "".join(map(chr, sorted(missing)))
+        say_missing(letters if len(letters) <= MANY_LETTERS else f"{letters[:MANY_LETTERS]}…")
     return ["sans-serif", *(name for name, letters in found.items() if letters)]
 
 
-@functools.cache  # so that it is said once
+@functools.cache  # so that it is said once of the same letters
 def say_missing(letters):
-    say(f"no installed font has {letters}: they are drawn as boxes; install one that has them, such as Noto Sans CJK")
+    say(f"no installed font has {letters}: they are drawn as boxes until you install one")
 
 
 def wrapped(text, figure, letters):
     """The text in lines as long as the figure is wide, of so many letters an inch. (Matplotlib's own wrapping parses math.)"""
-    return textwrap.fill(text, int(letters * figure.get_figwidth()), replace_whitespace=False)
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)  # each takes the room of two
+    per_line = letters * figure.get_figwidth() * len(text) / (len(text) + wide or 1)
+    return textwrap.fill(text, int(per_line), replace_whitespace=False)
 
 
 def add_legend(figure, entries, style):

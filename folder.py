@@ -100,7 +100,11 @@ def list_classes(folder):
     """{class: its picture files}, in the order of torchvision's ImageFolder, of a folder with a folder for each class."""
     if not folder.is_dir():
         raise Refused(f"{folder} is not a folder: set --data to a folder with train/<class>/ and test/<class>/")
-    folders = sorted(path for path in visible(folder) if path.is_dir())
+    paths = visible(folder)
+    lost = next((path for path in paths if not path.exists()), None)
+    if lost:  # it may stand for a class
+        raise Refused(f"{lost} is a link to nothing: put back what it names, or remove it")
+    folders = sorted(path for path in paths if path.is_dir())
     if not folders:
         raise Refused(f"{folder} holds no folder: make one for each class and put its pictures there")
     return {path.name: pictures_in(path) for path in folders}
@@ -126,12 +130,8 @@ def list_files(folder, above=()):
 
 
 def visible(folder):
-    """What is in the folder, without hidden files and folders. Refused for a link to nothing that is not named as a picture."""
-    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    for path in paths:
-        if path.suffix.lower() not in EXTENSIONS and path.is_symlink() and not path.exists():
-            raise Refused(f"{path} is a link to nothing, perhaps to a folder of pictures: put that back, or remove the link")
-    return paths
+    """What is in the folder, without hidden files and folders."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def left_out(root, parts=()):
@@ -141,19 +141,26 @@ def left_out(root, parts=()):
     """
     files = (file for folder in parts or [root] for file in list_files(folder))
     others = (file for file in files if file.suffix.lower() not in EXTENSIONS or file.parent in parts)
-    kinds = Counter(sorted(file.suffix.lower() or "without extension" for file in others))
+    kinds = Counter(sorted(kind_of(file) for file in others))
     counts = [f"{n:,} {kind}{' beside the classes' * (kind in EXTENSIONS)}" for kind, n in kinds.most_common(MANY_KINDS)]
     if kinds:
         yield f"{root}: files that are not read: {', '.join(counts)}{', …' * (len(kinds) > MANY_KINDS)}"
 
 
+def kind_of(file):
+    """The extension of a file, or what else it is counted by."""
+    if not file.exists():
+        return "linked to nothing"
+    return file.suffix.lower() or "without extension"
+
+
 def describe_classes(names, train_labels, test_labels):
     """Image counts of each class, or their range; warnings of similar names and of counts that differ more than tenfold."""
-    names = [*map(in_one_line, names)]
-    width = max(map(len, names))
+    shown = [*map(in_one_line, names)]
+    width = max(map(len, shown))
     train, test = (labels.bincount(minlength=len(names)).tolist() for labels in (train_labels, test_labels))
     if len(names) <= MANY_CLASSES:
-        lines = [f"  {name:{width}}  {a:7,} training {b:7,} test images" for name, a, b in zip(names, train, test, strict=True)]
+        lines = [f"  {name:{width}}  {a:7,} training {b:7,} test images" for name, a, b in zip(shown, train, test, strict=True)]
     else:
         ranges = [f"{min(counts):,} to {max(counts):,}" for counts in (train, test)]
         lines = [f"  {len(names)} classes, each of {ranges[0]} training and {ranges[1]} test images"]

@@ -35,6 +35,8 @@ PARTS = {
     "val": {"linewidth": 1.2, "linestyle": "--"},
     "test": {"linewidth": 1.5, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5},
 }
+POINT = {"train": ".", "val": "_", "test": "o"}  # what a part is shown by that has one row
+POINT = {part: {"marker": marker, "markersize": 5, "linestyle": "none"} for part, marker in POINT.items()}
 BAND = {"linewidth": 0, "alpha": 0.2}
 CHANGE = {"linewidth": 0.8, "linestyle": ":", "color": "grey"}
 
@@ -207,7 +209,7 @@ def draw(curves, columns, path, args):
             drawing.make_logarithmic(axes)
         axes.grid(alpha=0.3)
     entries = [(name, PARTS["test"] | {"color": look[0], "marker": look[1]}) for name, look in zip(names, looks, strict=True)]
-    drawing.add_legend(figure, entries + meanings(curves.values(), changes, args.smooth), style)
+    drawing.add_legend(figure, entries + meanings(curves.values(), changes, args), style)
     if title:
         figure.suptitle(drawing.wrapped(title, figure, letters=8), **style)
     drawing.save(figure, path)
@@ -224,7 +226,7 @@ def draw_curve(axes, column, curve, since, color, marker):
                 axes.fill_between(table.index, table["min"], table["max"], color=color, **band)
             look = look | {"marker": marker or ("o" if len(table) <= 20 else None), "markevery": max(1, len(table) // 12)}
         elif len(table) == 1:
-            look = look | {"marker": "_" if part == "val" else ".", "markersize": 5}
+            look = look | POINT[part]
         axes.plot(table.index, table["mean"], color=color, **look)
 
 
@@ -237,12 +239,15 @@ def thinned(table):
     return table.loc[sorted({*lowest.to_numpy().flat, *highest.to_numpy().flat, table.index[-1]})]
 
 
-def meanings(curves, changes, smooth):
+def meanings(curves, changes, args):
     """[(label, look)] of what the legend explains once for all curves, if it is drawn."""
-    train = f"train, averaged over {smooth:g} epoch{'s' * (smooth != 1)}" if smooth else "train"
+    train = f"train, averaged over {args.smooth:g} epoch{'s' * (args.smooth != 1)}" if args.smooth else "train"
     drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
+    lone = {part for part in drawn if all((curve.tables[part].index >= args.since).sum() < 2 for curve in curves)}
+    lone -= {"test"} if len(curves) > 1 else set()  # then each run has a marker of its own
     banded = any(curve.runs > 1 and not curve.tables["test"].empty for curve in curves)
-    entries = [(train if part == "train" else part, PARTS[part]) for part in drawn]
+    looks = {part: PARTS[part] | (POINT[part] if part in lone else {}) for part in drawn}
+    entries = [(train if part == "train" else part, look) for part, look in looks.items()]
     entries += [("test, lowest to highest run", BAND | {"linewidth": 6})] * banded
     return [(word, {"color": "black", **look}) for word, look in entries] + [("learning rate changed", CHANGE)] * bool(changes)
 

@@ -73,7 +73,7 @@ def locked(save):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             status = 1 if error.errno in DISK_ERRORS else 2
-            what = f"{path} cannot be locked" if path.exists() else f"{save} cannot be a run's folder"
+            what = f"{path} cannot be locked" if os.path.lexists(path) else f"{save} cannot be a run's folder"
             raise Refused(f"{what} ({error.strerror}): fix this, or choose another --save", status) from error
         say(f"{save}: its file system has no locks: make sure that no other process trains there")
     try:

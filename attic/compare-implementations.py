@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
 from attic.torchvision_weights import from_torchvision, to_torchvision, torchvision_net
 from densenet import DenseNet
+from endings import LARGER, handle_errors
 
 BOUND = 1e-9
 EPSILON = 1e-5  # of batch norm
@@ -32,9 +33,10 @@ NETS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    images, labels = random_batch(4, num_classes=10, seed=1)
-    same = [compare(title, DenseNet(**arguments), images, labels) for title, arguments in NETS.items()]
-    print(f"\nthe three implementations are {'the same' if all(same) else 'DIFFERENT'} (bound {BOUND:g})")
+    with handle_errors(parser, "the nets", LARGER):
+        images, labels = random_batch(4, num_classes=10, seed=1)
+        same = [compare(title, DenseNet(**arguments), images, labels) for title, arguments in NETS.items()]
+        print(f"\nthe three implementations are {'the same' if all(same) else 'DIFFERENT'} (bound {BOUND:g})")
     sys.exit(not all(same))
 
 

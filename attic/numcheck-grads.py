@@ -24,6 +24,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import randomize, relative_error
 from densenet import Bottleneck, DenseNet, SingleLayer, Transition
+from endings import LARGER, handle_errors
 
 BOUND = 1e-8  # of the relative error against numdifftools, which extrapolates and reaches 1e-12
 TOLERANCE = dict(eps=1e-6, atol=1e-6, rtol=1e-5)  # of gradcheck, whose single central difference reaches 1e-8
@@ -32,9 +33,10 @@ TOLERANCE = dict(eps=1e-6, atol=1e-6, rtol=1e-5)  # of gradcheck, whose single c
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    print(f"{'checked':36}{'parameters':>10}{'':4}{'by':16}result")
-    right = [print_row(title, module, *check(module, images)) for title, check, module, images in checks()]
-    print(f"\n{sum(right)} of {len(right)} checks find the gradients right")
+    with handle_errors(parser, "the nets", LARGER):
+        print(f"{'checked':36}{'parameters':>10}{'':4}{'by':16}result")
+        right = [print_row(title, module, *check(module, images)) for title, check, module, images in checks()]
+        print(f"\n{sum(right)} of {len(right)} checks find the gradients right")
     sys.exit(not all(right))
 
 

@@ -195,6 +195,7 @@ def test_variants_warm_up_and_then_take_turns(monkeypatch, kind, warm_ups):
         (["--json", "."], "argument --json: . is a folder: name a file in it"),
         (["--json", f"{__file__}/report.json"], "test_bench.py is not a writable folder: name another for"),
         (["--json", endings.__file__], "endings.py exists already and is not from this program, or damaged: name another"),
+        (["--sync-bn"], "--sync-bn has no effect on one process, and a bench has no more: leave it out"),
         (["--device", "cuda:99"], "--device 'cuda:99' is not a device that PyTorch can use here"),
         (["--image-size", 30], "30 is not a multiple of 4: the nearest are 28 and 32"),
         (["--only", "torchvision"], "invalid choice: 'torchvision'"),

@@ -137,6 +137,13 @@ def test_the_validation_error_gives_the_order_and_the_line_says_so(tables, tmp_p
     assert "sorted" not in tables(folders[1])[2]
 
 
+def test_control_characters_of_a_value_do_not_break_the_tables(tables, tmp_path):
+    names = ["a\rb\x1b[31m", "other"]
+    rows, numbers, out = tables(*(write_run(tmp_path / str(n), 5, init=name, seed=n) for n, name in enumerate(names)))
+    assert [row["init"] for row in rows] == [row["init"] for row in numbers] == ["a\\rb\\x1b[31m", "other"]
+    assert not {*"\r\x1b"} & {*out}
+
+
 @pytest.mark.parametrize("column", ["dataset", "data"])
 def test_the_order_is_that_of_each_data_set_by_itself(tables, tmp_path, column):
     arguments = {"columns": ",val_loss,val_error", "val": 10, "dataset": "folder"}

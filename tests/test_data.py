@@ -472,6 +472,13 @@ def test_the_slices_of_all_ranks_are_the_batch_of_one_process(world_size):
         assert [part[2] for part in parts] == [len(part[1]) / len(labels) for part in parts]
 
 
+def test_classes_that_differ_by_a_control_character_are_told_of():
+    """As made by a script with the line ends of Windows."""
+    lines = describe_classes(["dog", "dog\r"], torch.arange(2), torch.arange(2))
+    assert [line.split()[0] for line in lines] == ["dog", "dog\\r", "'dog'"]
+    assert lines[2] == r"  'dog' and 'dog\r' differ in spelling only"
+
+
 def test_classes_that_look_alike_are_told_of():
     names = ["caf\u00e9", "cafe\u0301", "cat", "cat ", "dog"]
     lines = describe_classes(names, torch.arange(5), torch.arange(5))

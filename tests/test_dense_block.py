@@ -386,6 +386,49 @@ def test_many_nets_are_compiled_in_one_process():
                 net.eval()(batch(2, 8)[0])
 
 
+def freeze_norms(net):
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+
+
+def hook_layers(net):
+    for block in (net.dense1, net.dense2, net.dense3):
+        block[0].register_forward_hook(lambda module, inputs, out: out.sin())
+
+
+def replace_layers(net):
+    for block in (net.dense1, net.dense2, net.dense3):
+        block[0].bn1 = torch.nn.Identity()
+
+
+@pytest.mark.xdist_group("compiler")  # imported by one process
+@pytest.mark.parametrize("change", [freeze_norms, hook_layers, replace_layers])
+def test_a_net_whose_blocks_are_changed_is_one_graph_in_training(change):
+    net, (images, _) = random_net(dict(depth=10, growth_rate=2)), batch(2, 8)
+    outputs = []
+    for each in (net, twin := efficient_twin(net)):
+        change(each)
+        torch._dynamo.reset()
+        outputs.append(torch.compile(each, backend="eager", fullgraph=each is twin)(images))
+        outputs[-1].sin().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    gradients = [[parameter.grad for parameter in each.parameters()] for each in (net, twin)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.xdist_group("compiler")  # imported by one process
+def test_a_functional_call_is_one_graph():
+    net, (images, _) = random_net(dict(depth=10, growth_rate=2)), batch(2, 8)
+    gradients = []
+    for each in (net, twin := efficient_twin(net)):
+        torch._dynamo.reset()
+        call = torch.compile(functools.partial(torch.func.functional_call, each), backend="eager", fullgraph=each is twin)
+        call({name: 2 * parameter for name, parameter in each.named_parameters()}, images).sin().sum().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_a_forward_that_is_replaced_after_a_step_of_a_compiled_block_is_called():
     images, labels = batch(2, 8)

@@ -498,6 +498,18 @@ def test_the_command_that_goes_on_can_be_pasted(forked, tiny_run, tmp_path):
     assert_same_run(tiny_run, save)
 
 
+@pytest.mark.parametrize("letter", [*"\0\t\n\r\x1b\x1f\x7f\x85\x9b\x9f\u2028\u2029\u202a\u202e\u2066\u2069"])
+def test_a_control_character_is_escaped(letter, capsys):
+    endings.say(f"a{letter}b")
+    assert capsys.readouterr().out == f"a{ascii(letter)[1:-1]}b\n"
+
+
+def test_letters_of_all_scripts_are_kept(capsys):
+    name = "a b\u00a0c\u3000 '\"\\ e\u0301 \u0639\u0631\u0628\u064a\u200f \u732b \U0001f468\u200d\U0001f469 \ufe0f"
+    endings.say(name)
+    assert capsys.readouterr().out == name + "\n"
+
+
 def test_control_characters_of_a_name_do_not_reach_the_terminal(run, tmp_path):
     """Of a class, a picture, a folder: in tables, CSVs, answers and refusals."""
     name = "a\n\r\x1b[31m\u202eb"

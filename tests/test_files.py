@@ -128,5 +128,7 @@ def test_only_a_device_may_be_there_and_be_named_twice(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file" / "new")
     with pytest.raises(Refused, match=f"^{tmp_path / 'file'} is not a writable folder: name another for link"):
         refuse_existing(tmp_path / "link")
-    with pytest.raises(Refused, match="new is named for two files"):
-        refuse_existing(tmp_path / "new", None, tmp_path / "new")
+    (tmp_path / "twin").symlink_to("new")
+    for again in ("new", "folder/../new", "twin"):
+        with pytest.raises(Refused, match="new is named for two files"):
+            refuse_existing(tmp_path / "new", None, tmp_path / again)

@@ -364,10 +364,12 @@ def test_letters_that_no_font_has_are_told_of_once(monkeypatch, capsys):
     drawing.say_missing.cache_clear()
     for _ in range(2):
         assert drawing.font_families("a\u6587\u4e2d\u00e9\n") == ["sans-serif"]
-    assert capsys.readouterr().out.startswith("no installed font has \u4e2d\u6587: they are drawn as boxes; ")
-    assert drawing.font_families("".join(map(chr, range(0x4E00, 0x4E40)))) == ["sans-serif"]
-    assert "\u4e00" in (told := capsys.readouterr().out)
-    assert len(told) < 150
+    assert capsys.readouterr().out == "no installed font has \u4e2d\u6587: they are drawn as boxes until you install one\n"
+    many = "".join(map(chr, range(0x4E00, 0x4E15)))
+    for text in (many[:20], many):
+        assert drawing.font_families(text) == ["sans-serif"]
+    told = [line.split(":")[0].split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert told == [many[:20], many[:20] + "\u2026"]
 
 
 @pytest.fixture
@@ -816,6 +818,32 @@ def test_the_legend_shows_each_part_as_it_is_drawn(call_main, saved, tmp_path):
     looks = {text.get_text(): (line.get_linestyle(), line.get_linewidth()) for text, line in entries}
     assert {looks["train"], looks["test"]} == {look[1:] for look in curves(saved[0].axes[0])}
     assert looks["train"][1] < looks["test"][1]
+
+
+def markers(lines):
+    return [line.get_marker() for line in lines]
+
+
+def test_the_legend_shows_points_where_each_part_is_one(call_main, saved, tmp_path):
+    run = write_run(tmp_path / "run")
+    pd.read_csv(run / "test.csv").assign(val_loss=1, val_error=9).to_csv(run / "test.csv", index=False)
+    for since, expected in [(4, [".", "_", "o"]), (3, ["None", "None", "None"])]:
+        assert call_main(plot, run, "--since", since, "--smooth", 0, "--out", tmp_path / "one.png")[0] == 0
+        (legend,) = saved[-1].legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert (names[:4], markers(legend.get_lines())[1:4]) == ([names[0], "train", "val", "test"], expected)
+        if since == 4:
+            assert markers(saved[-1].axes[0].lines)[:3] == expected
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing")
+@pytest.mark.parametrize("letter", ["\u6587", "n"])
+def test_a_title_lies_in_its_figure(call_main, saved, tmp_path, letter):
+    assert call_main(plot, write_run(tmp_path / "run"), "--title", letter * 150, "--out", tmp_path)[0] == 0
+    for figure in saved:
+        figure.draw_without_rendering()
+        box = figure._suptitle.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_a_band_has_the_colour_of_its_curve(call_main, saved, tmp_path):
