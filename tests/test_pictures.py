@@ -459,7 +459,7 @@ def test_all_broken_files_are_told_and_the_others_read(twenty, monkeypatch):
         assert list(unreadable) == [twenty[5], twenty[6], twenty[9]]
         assert readable == [path for path in paths if path not in unreadable]
         assert torch.equal(images, torch.stack([read(path, 16) for path in readable]))
-        told = r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): replace them"
+        told = r": \S*/5.jpg \(.*\), \S*/6.jpg \(there is no such file\), \S*/9.jpg \(.*\): make them readable"
         with pytest.raises(Refused, match=told):
             pictures.refuse_unreadable(unreadable)
 
