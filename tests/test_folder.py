@@ -142,8 +142,10 @@ def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path)
     assert (told.startswith(start), told.endswith(", …"), told.count(", ")) == (True, True, 5)
 
 
-@pytest.mark.parametrize("name", ["train/dark", "train/v1.0", "test/light", "test/new.jpg"])
-@pytest.mark.parametrize("target", ["/unmounted", "itself"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("train/dark", "/unmounted"), ("train/v1.0", "itself"), ("test/light", "itself"), ("test/new.jpg", "/unmounted")],
+)
 def test_a_class_that_is_a_link_to_nothing_is_refused(run, pictures, tmp_path, name, target):
     """As on a disk that is not mounted."""
     root = shutil.copytree(pictures, tmp_path / "set")
