@@ -443,30 +443,26 @@ def computable(x, layers):
 
     Checked before each pass (some 50 us per layer), since a hook may be added at any time; not in a replayed CUDA graph.
     """
-    training = layers[0].training
-    if torch.compiler.is_compiling():
-        return worth_a_graph_break(layers, training) and computable_now(x, layers)
+    training, kind = layers[0].training, type(layers[0])
+    if torch.compiler.is_compiling():  # a graph break, for blocks that train and are as made; torch.export takes none
+        if not training or torch.compiler._is_exporting_flag:  # is_exporting() is always true here with PyTorch 2.11
+            return False
+        return all(as_made(layer, kind, training) for layer in layers) and computable_now(x, layers)
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
         return False
     channels, counters = x.shape[1], set()
     for layer in layers:
-        if not (untouched(layer, type(layers[0]), training) and has_parts(layer, training)):
+        if not as_made(layer, kind, training):
             return False
-        if layer.dropout.p == 1:  # everything is dropped, and the scale is 1 / 0
-            return False
-        pairs = bn_convs(layer)
-        kernel_sizes = (1, 3)[-len(pairs) :]
-        if not all(plain(*pair, kernel_size, training) for pair, kernel_size in zip(pairs, kernel_sizes, strict=True)):
-            return False
-        counters |= {id(bn.num_batches_tracked) for bn, _ in pairs}
+        counters |= {id(bn.num_batches_tracked) for bn, _ in bn_convs(layer)}
         if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
             return False
         channels += new_channels(layer)
-    if len(counters) < len(layers) * len(pairs):  # one call adds 1 to each; a shared one needs 2
+    if len(counters) < len(layers) * len(bn_convs(layers[0])):  # one call adds 1 to each; a shared one needs 2
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
-    return as_defined(type(layers[0]), Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
+    return as_defined(kind, Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
 
 
 # Evaluated in each pass, not while tracing: a compiler's guards miss some changes, such as a replaced forward of one module,
@@ -474,17 +470,15 @@ def computable(x, layers):
 computable_now = torch.compiler.disable(computable)
 
 
-def worth_a_graph_break(layers, training):
-    """Whether a compiler should leave its graph for computable_now and dense_block: not for a block that is seen to be changed.
-
-    Nor in evaluation mode, where it runs the plain modules, nor in torch.export, which takes no graph break.
-    """
-    if not training or torch.compiler._is_exporting_flag:  # is_exporting() is always true here with PyTorch 2.11
+def as_made(layer, kind, training):
+    """Whether the layer has exactly this class and its parts are of the kind computed here, in this mode and without hooks."""
+    if not (untouched(layer, kind, training) and has_parts(layer, training)):
         return False
-    if not all(untouched(layer, type(layers[0]), training) and has_parts(layer, training) for layer in layers):
+    if layer.dropout.p == 1:  # everything is dropped, and the scale is 1 / 0
         return False
-    norms = [bn for layer in layers for bn, _ in bn_convs(layer)]
-    return all(untouched(bn, nn.BatchNorm2d, training) and type(bn.weight) is nn.Parameter for bn in norms)
+    pairs = bn_convs(layer)
+    kernel_sizes = (1, 3)[-len(pairs) :]
+    return all(plain(*pair, kernel_size, training) for pair, kernel_size in zip(pairs, kernel_sizes, strict=True))
 
 
 def observed(x, training):

@@ -88,9 +88,8 @@ def say_missing(letters):
 
 def wrapped(text, figure, letters):
     """The text in lines as long as the figure is wide, of so many letters an inch. (Matplotlib's own wrapping parses math.)"""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)  # each takes the room of two
-    per_line = letters * figure.get_figwidth() * len(text) / (len(text) + wide or 1)
-    return textwrap.fill(text, int(per_line), replace_whitespace=False)
+    filled = "".join(letter + "\0" * (unicodedata.east_asian_width(letter) in "WF") for letter in text)  # wide ones count twice
+    return textwrap.fill(filled, int(letters * figure.get_figwidth()), replace_whitespace=False).replace("\0", "")
 
 
 def add_legend(figure, entries, style):

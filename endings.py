@@ -101,9 +101,9 @@ def status_and_message(error, ending):
         return 128 + signal.SIGINT, f"stopped{go_on}"
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, f"its output was closed{go_on}"
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
         status = 1 if ending.resume or error.errno in DISK_ERRORS else 2
-        return status, f"{error.filename}: {error.strerror}{remedy_for(error.errno, ending.resume)}{go_on}"
+        return status, f"{error.filename or 'an output'}: {error.strerror}{remedy_for(error.errno, ending.resume)}{go_on}"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve() before Python 3.13
         return 2, f"{error}, a link to itself: name another place"
     return None, f"this is a bug{go_on}"

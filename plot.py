@@ -35,8 +35,7 @@ PARTS = {
     "val": {"linewidth": 1.2, "linestyle": "--"},
     "test": {"linewidth": 1.5, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5},
 }
-POINT = {"train": ".", "val": "_", "test": "o"}  # what a part is shown by that has one row
-POINT = {part: {"marker": marker, "markersize": 5, "linestyle": "none"} for part, marker in POINT.items()}
+POINT = {part: {"marker": marker, "markersize": 5, "linestyle": "none"} for part, marker in zip(PARTS, "._o", strict=True)}
 BAND = {"linewidth": 0, "alpha": 0.2}
 CHANGE = {"linewidth": 0.8, "linestyle": ":", "color": "grey"}
 
@@ -242,11 +241,11 @@ def thinned(table):
 def meanings(curves, changes, args):
     """[(label, look)] of what the legend explains once for all curves, if it is drawn."""
     train = f"train, averaged over {args.smooth:g} epoch{'s' * (args.smooth != 1)}" if args.smooth else "train"
-    drawn = [part for part in PARTS if any(not curve.tables[part].empty for curve in curves)]
-    lone = {part for part in drawn if all((curve.tables[part].index >= args.since).sum() < 2 for curve in curves)}
+    rows = {part: [(curve.tables[part].index >= args.since).sum() for curve in curves] for part in PARTS}
+    lone = {part for part in PARTS if max(rows[part]) == 1}
     lone -= {"test"} if len(curves) > 1 else set()  # then each run has a marker of its own
-    banded = any(curve.runs > 1 and not curve.tables["test"].empty for curve in curves)
-    looks = {part: PARTS[part] | (POINT[part] if part in lone else {}) for part in drawn}
+    banded = any(curve.runs > 1 and shown for curve, shown in zip(curves, rows["test"], strict=True))
+    looks = {part: PARTS[part] | (POINT[part] if part in lone else {}) for part in PARTS if any(rows[part])}
     entries = [(train if part == "train" else part, look) for part, look in looks.items()]
     entries += [("test, lowest to highest run", BAND | {"linewidth": 6})] * banded
     return [(word, {"color": "black", **look}) for word, look in entries] + [("learning rate changed", CHANGE)] * bool(changes)

@@ -394,13 +394,18 @@ def hook_layers(net):
         block[0].register_forward_hook(lambda module, inputs, out: out.sin())
 
 
-def replace_layers(net):
+def hook_convolutions(net):
+    for block in (net.dense1, net.dense2, net.dense3):
+        block[0].conv2.register_forward_hook(lambda module, inputs, out: out.sin())
+
+
+def replace_norms(net):
     for block in (net.dense1, net.dense2, net.dense3):
         block[0].bn1 = torch.nn.Identity()
 
 
 @pytest.mark.xdist_group("compiler")  # imported by one process
-@pytest.mark.parametrize("change", [freeze_norms, hook_layers, replace_layers])
+@pytest.mark.parametrize("change", [freeze_norms, hook_layers, hook_convolutions, replace_norms])
 def test_a_net_whose_blocks_are_changed_is_one_graph_in_training(change):
     net, (images, _) = random_net(dict(depth=10, growth_rate=2)), batch(2, 8)
     change(net)

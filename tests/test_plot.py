@@ -837,13 +837,14 @@ def test_the_legend_shows_points_where_each_part_is_one(call_main, saved, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")
-@pytest.mark.parametrize("letter", ["\u6587", "n"])
-def test_a_title_lies_in_its_figure(call_main, saved, tmp_path, letter):
-    assert call_main(plot, write_run(tmp_path / "run"), "--title", letter * 150, "--out", tmp_path)[0] == 0
+@pytest.mark.parametrize("text", ["\u6587" * 150, "n" * 150, "\u6587" * 40 + " " + "nice words " * 12])
+def test_a_title_lies_in_its_figure(call_main, saved, tmp_path, text):
+    assert call_main(plot, write_run(tmp_path / "run"), "--title", text, "--out", tmp_path)[0] == 0
     for figure in saved:
         figure.draw_without_rendering()
         box = figure._suptitle.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+        assert letters(figure._suptitle.get_text()) == letters(text)
 
 
 def test_a_band_has_the_colour_of_its_curve(call_main, saved, tmp_path):
