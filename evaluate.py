@@ -204,9 +204,10 @@ def class_lines(confusion, classes):
 def predictions(pictures, logits, classes, labels=None):
     """As CSV, the true class of each picture, if known, its most likely class and how probable that is.
 
-    Control characters in names are escaped: before Python 3.13 a carriage return is not quoted, and would break the row.
+    Control characters in the pictures' names are escaped here, the classes come escaped: before Python 3.13 a carriage return
+    is not quoted, and would break the row.
     """
-    pictures, classes = ([in_one_line(str(name)) for name in names] for names in (pictures, classes))
+    pictures = [in_one_line(str(picture)) for picture in pictures]
     best = logits.softmax(dim=1).max(dim=1)
     columns = {"true": labels, "class": best.indices}
     names = {name: [classes[i] for i in indices.tolist()] for name, indices in columns.items() if indices is not None}
@@ -254,7 +255,7 @@ def classify(net, checkpoint, args, device):
     images, readable, unreadable = read_pictures(paths, image_size_of(checkpoint))
     if readable:
         logits = predict(net, images.to(device), *normalization(checkpoint, device))
-        tell_classes(readable, logits, checkpoint["classes"], args.predictions)
+        tell_classes(readable, logits, [*map(in_one_line, checkpoint["classes"])], args.predictions)
     refuse_unreadable(unreadable)
 
 
@@ -277,7 +278,7 @@ def tell_classes(paths, logits, classes, predictions_path):
         answers = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         say(f"{path}: {', '.join(answers)}")
     if predictions_path:
-        write_text(predictions_path, predictions(map(str, paths), logits, classes))
+        write_text(predictions_path, predictions(paths, logits, classes))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def replace_file(path, content, alone=True):
             path.write_bytes(content)
         return
     path = path.resolve()  # a link stays one: the file that it names is replaced
-    temporary = path.with_name(f"{path.name}.tmp" if alone else f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp" if alone else temporary_name(path.name, os.getpid()))
     try:
         with naming(path):
             temporary.write_bytes(content)
@@ -87,6 +87,11 @@ def replace_file(path, content, alone=True):
         with contextlib.suppress(OSError):  # it may not exist, or its folder may be read-only
             temporary.unlink()  # frees space on a full disk
         raise
+
+
+def temporary_name(name, pid):
+    """The temporary file's name of a file that other processes than this one may write, too."""
+    return f"{name}.{pid}.tmp"
 
 
 def flush_to_disk(path):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import encoded, fits, load_checkpoint, of_kinds, same_groups
 from endings import DISK_ERRORS, Refused, naming, say
-from files import PICTURE, THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file
+from files import PICTURE, THEN, as_json, flush_to_disk, read_json, refuse_foreign, replace_file, temporary_name
 
 HERE = Path(__file__).resolve().parent
 # Files that plot.py and evaluate.py write for a run, and a pattern that each contains: files without it are not replaced.
@@ -307,7 +307,7 @@ class Plots:
         if self.process and self.process.poll() is None:  # on a busy machine it could take minutes
             self.process.kill()
             self.process.communicate()
-            for path in self.save.glob(f"*.{self.process.pid}.tmp"):
+            for path in self.save.glob(temporary_name("*", self.process.pid)):
                 path.unlink()
             self.process = None
         self.redraw(niceness=os.getpriority(os.PRIO_PROCESS, 0))

@@ -383,42 +383,6 @@ def test_many_nets_are_compiled_in_one_process():
             net(batch(2, 8)[0]).sum().backward()
 
 
-def freeze_norms(net):
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-
-
-def hook_layers(net):
-    for block in (net.dense1, net.dense2, net.dense3):
-        block[0].register_forward_hook(lambda module, inputs, out: out.sin())
-
-
-def hook_convolutions(net):
-    for block in (net.dense1, net.dense2, net.dense3):
-        block[0].conv2.register_forward_hook(lambda module, inputs, out: out.sin())
-
-
-def replace_norms(net):
-    for block in (net.dense1, net.dense2, net.dense3):
-        block[0].bn1 = torch.nn.Identity()
-
-
-@pytest.mark.xdist_group("compiler")  # imported by one process
-@pytest.mark.parametrize("change", [freeze_norms, hook_layers, hook_convolutions, replace_norms])
-def test_a_net_whose_blocks_are_changed_is_one_graph_in_training(change):
-    net, (images, _) = random_net(dict(depth=10, growth_rate=2)), batch(2, 8)
-    change(net)
-    twin = efficient_twin(net)
-    torch._dynamo.reset()
-    outputs = [net(images), torch.compile(twin, backend="eager", fullgraph=True)(images)]
-    for out in outputs:
-        out.sin().sum().backward()
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    gradients = [[parameter.grad for parameter in each.parameters()] for each in (net, twin)]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.xdist_group("compiler")  # imported by one process
 def test_a_functional_call_is_one_graph():
     net, (images, _) = random_net(dict(depth=10, growth_rate=2)), batch(2, 8)
@@ -606,6 +570,38 @@ def test_a_changed_layer_goes_through_the_plain_modules(name):
     assert results[0].keys() == results[1].keys()
     for key, value in results[0].items():
         assert (results[1][key] - value).abs().max() <= 1e-11 * max(1, value.abs().max()), key
+
+
+def each_first_layer(change):
+    return lambda net: [change(block[0]) for block in (net.dense1, net.dense2, net.dense3)]
+
+
+def sine_of_output(module, inputs, out):
+    return out.sin()
+
+
+@pytest.mark.xdist_group("compiler")  # imported by one process
+@pytest.mark.parametrize(
+    "change",
+    [
+        each_batch_norm(nn.Module.eval),
+        each_first_layer(lambda layer: layer.register_forward_hook(sine_of_output)),
+        each_first_layer(lambda layer: layer.conv2.register_forward_hook(sine_of_output)),
+        each_first_layer(lambda layer: setattr(layer, "bn1", nn.Identity())),
+    ],
+    ids=["frozen norms", "hooked layers", "hooked convolutions", "no batch norms"],
+)
+def test_a_net_whose_blocks_are_changed_is_one_graph_in_training(change):
+    net, (images, _) = random_net(dict(depth=10, growth_rate=2)), batch(2, 8)
+    change(net)
+    twin = efficient_twin(net)
+    torch._dynamo.reset()
+    outputs = [net(images), torch.compile(twin, backend="eager", fullgraph=True)(images)]
+    for out in outputs:
+        out.sin().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    gradients = [[parameter.grad for parameter in each.parameters()] for each in (net, twin)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def with_vectors(**vectors):
