@@ -129,7 +129,7 @@ class DenseBlockFunction(torch.autograd.Function):
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):
             grad_x, parameter_grads = backward_block(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
-        return grad_x, None, *parameter_grads
+        return grad_x, None, *map(with_strides_of, parameter_grads, ctx.parameters)
 
 
 def check_unchanged(block, parameters, state):
@@ -140,6 +140,11 @@ def check_unchanged(block, parameters, state):
     if not unchanged:
         what = "the parameters or drop rates of an efficient block"
         raise RuntimeError(f"{what} were changed before its backward pass: use efficient=False")
+
+
+def with_strides_of(grad, parameter):
+    """The gradient in the parameter's layout: DistributedDataParallel warns of other strides, even of a dimension of 1."""
+    return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
 
 
 def weights_of(layers, x, backend):

@@ -94,6 +94,15 @@ def shaped_batch(num_images, size):
     return images[:, :, :height, :width], labels
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layer", [Bottleneck, SingleLayer])
+def test_gradients_have_the_strides_of_the_parameters(layer, memory_format):
+    """DistributedDataParallel compares those of a 1x1 kernel's dimensions, too; several slices are added up."""
+    block = DenseBlock(layer, 2, 10, 5, 0.0, efficient=True).to(memory_format=memory_format)
+    block(torch.randn(3, 10, 64, 64)).sum().backward()
+    assert [p.grad.stride() for p in block.parameters()] == [p.stride() for p in block.parameters()]
+
+
 @pytest.mark.parametrize("arguments", [BC, PLAIN])
 def test_larger_images(arguments):
     """As --image-size makes them."""
