@@ -160,6 +160,17 @@ def broadcast_object(value, world):
     return values[0]
 
 
+def check_equal(value, world, what):
+    """Refused, on all ranks, unless all have the same value."""
+    if world.size == 1:
+        return
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    others = [rank for rank in range(world.size) if values[rank] != values[0]]
+    if others:
+        raise Refused(f"{what} are not the same for all processes, rank {others[0]} differs from rank 0: make them the same")
+
+
 def sum_over_ranks(tensor, world):
     """The sum of the ranks' tensors; with NCCL, which sums on GPUs only, it is on the GPU."""
     if world.size == 1:

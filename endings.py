@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def status_and_message(error, ending):
     if lost_peer(error):
         return 1, f"another process of this run cannot be reached ({reason_of_loss(error)}), see its message{kept}"
     if failed_compiler(error):
-        reason = str(error).splitlines()[0]
+        reason = reason_of_compiler(error)
         return 1, f"torch.compile does not work here ({reason}): install what is missing, or choose --compile none{kept}"
     if isinstance(error, Refused):
         return error.status, str(error)
@@ -154,9 +155,16 @@ def reason_of_loss(error):
 
 
 def failed_compiler(error):
-    """Whether torch.compile found no compiler, or cannot write its cache."""
+    """Whether torch.compile lacks a compiler, Triton or a GPU that fits, or a compiler failed, or its cache is not writable."""
     cause = getattr(error, "inner_exception", None)  # of its BackendCompilerFailed
-    return isinstance(cause, OSError) or "compiler" in str(cause).lower()
+    told = {type(error).__name__, type(cause).__name__} & {"CppCompileError", "TritonMissing", "GPUTooOldForTriton"}
+    return bool(told) or isinstance(cause, OSError | subprocess.CalledProcessError) or "compiler" in str(cause).lower()
+
+
+def reason_of_compiler(error):
+    """A C++ compiler's first error, else the first line."""
+    lines = str(error).splitlines()
+    return next((line for line in lines if " error: " in line), lines[0])
 
 
 @contextlib.contextmanager
@@ -263,7 +271,8 @@ def settle_streams():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def resume_command(num_processes):
@@ -286,7 +295,8 @@ class StopSignals:
     """Remembers the first of STOPPING for the training loop; a second SIGINT or SIGTERM ends the program at once.
 
     The others never count as a second signal: system and shell both send SIGHUP, and SIGXCPU comes every second. SIGHUP, a
-    closed terminal, is ignored under nohup.
+    closed terminal, is ignored under nohup. Ctrl-C reaches compilers as well: after a signal their failure raises Stopped on
+    leaving the `with`.
     """
 
     def __init__(self):
@@ -295,6 +305,13 @@ class StopSignals:
         for signum in STOPPING:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self.handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.received and failed_compiler(error):
+            raise Stopped(self.received) from error
 
     def handle(self, signum, frame):
         self.received = signum

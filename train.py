@@ -51,6 +51,7 @@ def main():
         world = distributed.read_world(os.environ)
         args, old_args = resumed_arguments(parser, args, world)
         with distributed.process_group(world, choose_device(args.device, world.size), ending) as device:
+            distributed.check_equal(sys.argv[1:], world, "the flags")
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, old_args, fresh) if world.rank == 0 else None
             args, old_args, init = distributed.broadcast_object(start, world)  # another machine may lack the files
@@ -146,9 +147,11 @@ def refuse_another_net(args, trained):
 
 
 def load_data(args, device, world):
-    """The data set on the device; on each machine one process downloads it first."""
+    """The data set on the device; on each machine one process downloads it first. Sets args.digests."""
     with distributed.first_rank_first(world):
         dataset = data.load(args.dataset, args.data, args.val, args.limit, args.image_size, quiet=world.rank > 0)
+    args.digests = dataset.digests()
+    distributed.check_equal((args.digests, dataset.classes), world, f"the images or labels in --data {args.data}")
     distributed.check_batches(world, args.batch_size, len(dataset.train))
     return dataset.to(device)
 
@@ -188,7 +191,6 @@ def open_run(net, dataset, args, world, fresh):
     run_folder.refuse_to_replace(args.save, args.resume, args.force)  # again: another process may have had the folder
     if fresh != run_folder.is_fresh(args.save, args.resume):
         raise Refused(f"another process has changed {args.save} in the meantime: start again")
-    args.digests = dataset.digests()
     facts = {**flags.plain_arguments(args), "torch": torch.__version__, "hardware": device_name(dataset.mean.device)}
     facts |= {"commit": run_folder.git_commit(), "processes": world.size}
     facts |= {"train_images": len(dataset.train), "classes": dataset.classes, "data": os.path.abspath(args.data)}
@@ -243,7 +245,8 @@ def fit(net, dataset, args, world, checkpoint, unmoved):
             run_folder.write_checkpoint(args.save, make_checkpoint(net, step.optimizer, step.scaler, 0, card))
     plots = run_folder.Plots(args.save, args.plot and world.rank == 0)
     extent = {"initial": first_epoch * len(dataset.train), "total": args.epochs * len(dataset.train)}
-    with progress(shown=world.rank == 0 and first_epoch < args.epochs, **extent, unit=" images", unit_scale=True) as bar:
+    shown = world.rank == 0 and first_epoch < args.epochs
+    with stop, progress(shown=shown, **extent, unit=" images", unit_scale=True) as bar:
         for epoch in range(first_epoch, args.epochs):
             started = time.perf_counter()
             rate = step.begin_epoch(rates[epoch])

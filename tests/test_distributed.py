@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -12,7 +13,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import data
 import distributed
@@ -58,9 +59,17 @@ def gradients(world, *flags):
 
 def run_ranks(forked, *command):
     """Runs `python COMMAND` as each of two ranks, as torchrun does, and without it; returns the completed processes."""
+    return run_different_ranks(forked, [(command, ROOT), (command, ROOT)])
+
+
+def run_different_ranks(forked, commands):
+    """As run_ranks; each rank has its own command, and the folder in which it runs."""
     world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    running = [forked(command, env=world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    return [each.wait(timeout=200) for each in running]
+    ranks = [
+        (command, folder, world | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank, (command, folder) in zip("01", commands, strict=True)
+    ]
+    return [each.wait(timeout=200) for each in [forked(*rank) for rank in ranks]]
 
 
 def one_rank(folder):
@@ -201,8 +210,41 @@ def test_batches_that_do_not_fit_the_world():
         check(64, 130)
 
 
-def test_the_last_batch_that_counts_is_one_of_the_training_images(monkeypatch):
+def one_more(root):
+    shutil.copy(root / "test" / "red" / "0.jpg", root / "train" / "red" / "6.jpg")
+
+
+def another_name(root):
+    for part in ("train", "test"):
+        (root / part / "blue").rename(root / part / "z")
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "what"),
+    [(one_more, [], "the images or labels in --data ."), (another_name, [], "the images"), (None, ["--lr", "1"], "the flags")],
+)
+def test_ranks_that_differ_are_refused(forked, pictures, tmp_path_factory, change, more, what):
+    """Each machine has its own copy of the data."""
+    copy = shutil.copytree(pictures, tmp_path_factory.mktemp("another") / "copy")
+    if change:
+        change(copy)
+    words = [*FLAGS[2:], "--dataset", "folder", "--data", ".", "--limit", 8, "--batch-size", 4, "--save", "run"]
+    commands = [([ROOT / "train.py", *words], pictures), ([ROOT / "train.py", *words, *more], copy)]
+    for done in run_different_ranks(forked, commands):
+        assert done.returncode == 2
+        assert f"train.py: error: {what}" in done.stderr
+        assert "are not the same for all processes, rank 1 differs from rank 0: make them the same" in done.stderr
+    assert not (pictures / "run" / "args.json").exists()
+
+
+@pytest.fixture
+def unconnected(monkeypatch):
+    """Functions of one rank run without the others."""
     monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "check_equal", lambda value, world, what: None)
+
+
+def test_the_last_batch_that_counts_is_one_of_the_training_images(unconnected):
     args = parse_args(train.build_parser(), [*TINY[:2], "--limit", "41", "--batch-size", "40"])
     with pytest.raises(Refused, match="the last batch has 1 images for 2 processes"):  # of the 360 test images it has 40
         train.load_data(args, torch.device("cpu"), World(0, 0, 2))
@@ -212,7 +254,7 @@ def test_the_last_batch_that_counts_is_one_of_the_training_images(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "order"), [(0, ["load", "barrier"]), (1, ["barrier", "load"])])
-def test_one_process_reads_the_data_first(monkeypatch, rank, order):
+def test_one_process_reads_the_data_first(monkeypatch, unconnected, rank, order):
     """Which may be a download."""
     events, load = [], data.load
     monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
@@ -231,7 +273,7 @@ def test_a_run_of_two_ranks_is_not_continued_by_one(forked, call_main, tmp_path)
 
 
 @pytest.mark.parametrize(("asked", "result"), [([], "capture False, efficient False"), (["--capture"], "a single process")])
-def test_on_several_gpus_nothing_is_captured(call_main, monkeypatch, tmp_path, asked, result):
+def test_on_several_gpus_nothing_is_captured(call_main, monkeypatch, unconnected, tmp_path, asked, result):
     """Neither unasked nor asked for. The GPU is not looked at before the data are loaded."""
 
     def stop(args, device, world):
@@ -462,9 +504,8 @@ def test_after_a_restart_the_ranks_meet_by_new_keys(monkeypatch):
     assert waits == {timedelta(minutes=30)}  # a rank may be downloading
 
 
-def test_one_rank_tells_what_is_read_and_what_is_not(monkeypatch, capsys, pictures):
+def test_one_rank_tells_what_is_read_and_what_is_not(unconnected, capsys, pictures):
     (pictures / "train" / "red" / "notes.txt").touch()
-    monkeypatch.setattr(distributed, "barrier", lambda: None)
     words = ["--dataset", "folder", "--data", str(pictures), "--batch-size", "4"]
     args, told = parse_args(train.build_parser(), words), []
     for rank in range(2):

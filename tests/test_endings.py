@@ -1,17 +1,21 @@
 """Programs that cannot go on: their last sentence, their exit status, and what they leave behind."""
 
 import argparse
+import contextlib
 import errno
 import functools
+import io
 import os
 import pkgutil
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,7 +24,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 from test_distributed import run_ranks
 from test_run_folder import assert_same_run
-from torch._inductor.exc import InductorError
+from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InductorError, TritonMissing
 
 import compare
 import endings
@@ -561,11 +565,56 @@ def test_a_compiler_that_is_not_there(run, call_main, tiny_run, tmp_path):
     assert_same_run(tiny_run, tmp_path / "run")
 
 
-def test_a_cache_of_another():
-    error = InductorError(PermissionError(13, "Permission denied", "/sys/x"), None)
+COMPILER = """#!/bin/sh
+case "$*" in *version*) exec {real} "$@";; esac
+test -e "$0".called || kill -INT $PPID  # a second one would end the program at once
+touch "$0".called
+exit 1
+"""
+
+
+def test_ctrl_c_that_a_compiler_gets_as_well(run, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(COMPILER.format(real=shutil.which("g++")))
+    compiler.chmod(0o755)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = run("train.py", *flags(tmp_path / "run", "--compile", "--efficient"), env=environment)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    *_, last = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # warnings of PyTorch
+    assert last.startswith("train.py: stopped by SIGINT; this continues the run: ")
+    assert "Traceback" not in done.stderr
+
+
+MISSING = "x.cpp:2:10: fatal error: Python.h: No such file or directory"
+OLD_GPU = SimpleNamespace(name="Tesla P100", major=6, minor=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (InductorError(PermissionError(13, "No", "/sys/x"), None), "PermissionError: [Errno 13] No: '/sys/x'"),
+        (InductorError(CppCompileError(["g++"], f"In file\n{MISSING}\n"), None), MISSING),
+        (InductorError(subprocess.CalledProcessError(1, "gcc"), None), "CalledProcessError: Command 'gcc' returned non-zero"),
+        (TritonMissing(None), "Cannot find a working triton installation."),
+        (GPUTooOldForTriton(OLD_GPU, None), "Found Tesla P100 which is too old to be supported by the triton GPU compiler"),
+    ],
+)
+def test_why_a_compiler_does_not_work(error, reason):
     status, sentence = endings.status_and_message(error, ENDING)
-    assert (status, sentence.startswith("torch.compile does not work here (")) == (1, True)
-    assert "PermissionError: [Errno 13] Permission denied: '/sys/x'): install what is missing" in sentence
+    assert status == 1
+    assert sentence.startswith(f"torch.compile does not work here ({reason}")
+    assert sentence.endswith("): install what is missing, or choose --compile none")
+
+
+def test_a_notebook_whose_streams_are_no_files(monkeypatch, tiny_run):
+    out, errors = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    for run, status in [(tiny_run, 0), (tiny_run / "gone", 2)]:
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(run)])
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext():
+            compare.main()
+    assert len(out.getvalue().splitlines()) == len(errors.getvalue().splitlines()) == 2
 
 
 def test_training_that_diverges_ends(call_main, tmp_path):
