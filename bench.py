@@ -49,7 +49,7 @@ def main():
 
 def build_parser(text, variants):
     """The flags of a measurement, and those of train.py that affect a step."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, usage=flags.USAGE)
+    parser = endings.make_parser(text, flags.USAGE)
     flags.add_model_flags(parser.add_argument_group("model"))
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine; --compile is the mode of the compiled variants"))

@@ -10,7 +10,6 @@ reported; then images/s (of training, without the test) is left out, unless only
 --val, the settings of each data set (column dataset or data) are sorted by their error.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -45,8 +44,7 @@ def main():
 
 
 def build_parser():
-    usage = "%(prog)s DIR [DIR ...] [options], which --help lists"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
+    parser = endings.make_parser(__doc__, "%(prog)s DIR [DIR ...] [options], which --help lists")
     parser.add_argument("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     for kind, what in [("csv", "the numbers"), ("markdown", "the table"), ("latex", "the table")]:
         parser.add_argument(f"--{kind}", type=new_file, metavar="FILE", help=f"write {what} to FILE, too")

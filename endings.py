@@ -204,7 +204,13 @@ def advice_for_test(args):
     return "the test after an epoch", f"a smaller net (--depth, --growth-rate){capture} or {LARGER}"
 
 
-# Argparse types: not in flags.py, which imports torch, because plot.py and compare.py do not need it.
+# A parser and its types: not in flags.py, which imports torch, because plot.py and compare.py do not need it.
+
+
+def make_parser(text, usage=None, **options):
+    """A parser whose --help shows the text, the docstring of a program, line by line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=text, usage=usage, formatter_class=layout, **options)
 
 
 def at_least(low, kind=int, high=None):

@@ -10,7 +10,6 @@ The net is rebuilt from the checkpoint alone, or from what --export wrote. confu
 beside it, or into --out DIR (with --val, confusion-val): a row for each true class, a column for each predicted one.
 """
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -60,8 +59,7 @@ def main():
 
 
 def build_parser():
-    usage = "%(prog)s CHECKPOINT [options], which --help lists"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
+    parser = endings.make_parser(__doc__, "%(prog)s CHECKPOINT [options], which --help lists")
     add = parser.add_argument
     add("checkpoint", type=nonempty(Path), help="a run's folder or its latest.pth, or weights of --export")
     add_device_flag(parser)

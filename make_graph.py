@@ -8,7 +8,6 @@ Blue boxes are parameters, by their names in the state dict; grey ones are the f
 logits at the bottom. The flags of the model are those of train.py.
 """
 
-import argparse
 from pathlib import Path
 
 import graphviz
@@ -45,7 +44,7 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
+    parser = endings.make_parser(__doc__, USAGE)
     add_model_flags(parser, depth=10)
     text = "the files' name; .dot, .png and .svg are added (%(default)s)"
     parser.add_argument("--out", metavar="NAME", type=new_file, default="graph", help=text)

@@ -11,7 +11,6 @@ Thin lines are the training loss and error of each step, smoothed over one epoch
 dashed ones those of the validation images. A dotted line marks a change of the learning rate, unless it changes all the time.
 """
 
-import argparse
 import math
 import os
 from pathlib import Path
@@ -68,8 +67,7 @@ def main():
 
 
 def build_parser():
-    usage = "%(prog)s DIR [DIR ...] [options], which --help lists"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
+    parser = endings.make_parser(__doc__, "%(prog)s DIR [DIR ...] [options], which --help lists")
     add, number = parser.add_argument, at_least(0, float)
     add("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     text = "folder for the figures, or file of a single one (default: the run, or the folder that holds all runs)"

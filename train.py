@@ -11,7 +11,6 @@ work/<dataset>.base, or --save DIR, then holds: args.json (arguments, versions, 
 test.csv (a row for each epoch), latest.pth (the checkpoint) and loss.png, error.png, loss-error.png.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -68,8 +67,7 @@ def main():
 
 
 def build_parser():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, usage=flags.USAGE, allow_abbrev=False)
+    parser = endings.make_parser(__doc__, flags.USAGE, allow_abbrev=False)
     flags.add_data_flags(parser.add_argument_group("data"))
     model_group = parser.add_argument_group("model")
     flags.add_model_flags(model_group)

@@ -8,7 +8,6 @@ When a net that is known to converge does not, the framework may be at fault. In
 switching cuDNN off would have shown it. Exit status 1 if a row is wrong. The flags of the model are those of train.py.
 """
 
-import argparse
 import copy
 import importlib.util
 import os
@@ -23,7 +22,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
-from endings import Refused, handle_errors
+from endings import Refused, handle_errors, make_parser
 from flags import USAGE, add_device_flag, add_model_flags, make_net
 from machine import choose_device, device_name
 
@@ -65,7 +64,7 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
+    parser = make_parser(__doc__, USAGE)
     add_device_flag(parser)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile, the slow row")
     add_model_flags(parser, depth=10)

@@ -8,7 +8,6 @@ in JAX, below: it shares no kernel with PyTorch. Both compute logits, loss and t
 DenseNet-BC and for a plain net; torchvision's also the running statistics. Exit status 1 if anything differs by more than 1e-9.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
 from attic.torchvision_weights import from_torchvision, to_torchvision, torchvision_net
 from densenet import DenseNet
-from endings import LARGER, handle_errors
+from endings import LARGER, handle_errors, make_parser
 
 BOUND = 1e-9
 EPSILON = 1e-5  # of batch norm
@@ -31,7 +30,7 @@ NETS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.parse_args()
     with handle_errors(parser, "the nets", LARGER):
         images, labels = random_batch(4, num_classes=10, seed=1)

@@ -8,7 +8,6 @@ commit e3d24fb, unmodified) on a CPU in double precision: DenseNet-BC, L=40, k=1
 The same weights and the same batch go through densenet.py in float64. Exit status 1 if anything differs by more than 1e-9.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import relative_errors, training_pass, worst
 from densenet import DenseNet
-from endings import LARGER, handle_errors
+from endings import LARGER, handle_errors, make_parser
 
 REFERENCE = Path(__file__).with_name("official-bc40.npz")
 BOUND = 1e-9  # a correct implementation reaches 1e-13; an epsilon of batch norm off by a tenth already gives 3e-6
@@ -35,7 +34,7 @@ GROUPS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.parse_args()
     with handle_errors(parser, "the nets", LARGER):
         reference = load_reference(REFERENCE)

@@ -10,7 +10,6 @@ than the GPU has, it spills (which is allowed below capability 9.0 with k > 12),
 instructions.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import itertools
@@ -39,7 +38,7 @@ except ImportError:
 
 from dense_block import empty_maps, out_channels, weights_of
 from densenet import ArgumentError, DenseNet
-from endings import Refused, at_least, handle_errors
+from endings import Refused, at_least, handle_errors, make_parser
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 MULTIPLIED = {"tf32": "tf32", "fp32": "tf32x3"}  # what kernels.products says on a GPU; nothing that matters of the others
@@ -64,7 +63,7 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--growth-rate", type=at_least(1, high=56), nargs="+", metavar="K", default=[12, 16, 24, 40], help="(12 16 24 40)")
     add("--depth", type=at_least(0, high=10**4), default=100, help="(%(default)s)")

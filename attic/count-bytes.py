@@ -11,7 +11,6 @@ the longer of both times. The step is that of train.py, in fp32; --efficient is 
 not the kernels of kernels.py.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import flags
 from attic.counting import META, NETS, kept_bytes, peak_bytes, step_on, traffic_of
-from endings import Refused, at_least, handle_errors, memory_needs
+from endings import Refused, at_least, handle_errors, make_parser, memory_needs
 
 
 def main():
@@ -37,9 +36,7 @@ def main():
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=flags.USAGE
-    )
+    parser = make_parser(__doc__, flags.USAGE)
     parser.add_argument("--only", nargs="+", choices=NETS, metavar="NET", default=NETS, help=f"of {', '.join(NETS)} (all)")
     parser.add_argument("--image-size", metavar="N", type=flags.image_size, default=data.IMAGE_SIZE, help="(%(default)s)")
     parser.add_argument("--on-cpu", action="store_true", help="take the steps, on the CPU")

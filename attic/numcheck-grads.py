@@ -8,7 +8,6 @@ concatenated slice: checking only the former once hid a bug of the framework (py
 every batch here has two images: the slices of a batch of one have no gaps in memory. Exit status 1 if a check fails.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attic.comparison import randomize, relative_error
 from densenet import Bottleneck, DenseNet, SingleLayer, Transition
-from endings import LARGER, handle_errors
+from endings import LARGER, handle_errors, make_parser
 
 BOUND = 1e-8  # of the relative error against numdifftools, which extrapolates and reaches 1e-12
 TOLERANCE = dict(eps=1e-6, atol=1e-6, rtol=1e-5)  # of gradcheck, whose single central difference reaches 1e-8
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.parse_args()
     with handle_errors(parser, "the nets", LARGER):
         print(f"{'checked':36}{'parameters':>10}{'':4}{'by':16}result")

@@ -24,10 +24,11 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_folder
+from endings import make_parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--onednn", action="store_true", help="plant it in oneDNN's kernels only: not in float64, not if off")
     parser.add_argument("script", type=program, help="the program, a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")

@@ -52,9 +52,7 @@ def main():
 
 def build_parser():
     """The flags of train.py, except the model's, with defaults for a run that ends within an hour on two cores."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=flags.USAGE
-    )
+    parser = endings.make_parser(__doc__, flags.USAGE)
     flags.add_data_flags(parser.add_argument_group("data"))
     flags.add_optimisation_flags(parser.add_argument_group("optimisation"))
     flags.add_machine_flags(parser.add_argument_group("machine"))

@@ -8,7 +8,6 @@ This measures the report, in minutes:
     attic/compare-speed.py --depths 40 100 160 250 --only plain torchvision-checkpointed efficient --batch-size 8 --json FILE
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import drawing
-from endings import Refused, handle_errors, nonempty
+from endings import Refused, handle_errors, make_parser, nonempty
 
 LABELS = {
     "plain": "plain modules",
@@ -27,7 +26,7 @@ LABELS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("report", type=nonempty(Path), metavar="REPORT.json", help="of attic/compare-speed.py --depths")
     args = parser.parse_args()
     with handle_errors(parser, "the figure", "fewer depths"):
