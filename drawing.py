@@ -1,6 +1,5 @@
 """What all figures share: no Matplotlib setting changes them; names are plain text, in fonts that have their letters."""
 
-import functools
 import io
 import os
 import re
@@ -16,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 
-from endings import Refused, in_one_line, say
+from endings import Refused, in_one_line, say_once
 from files import PICTURE, refuse_foreign, replace_file
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
-warnings.filterwarnings("ignore", message="Glyph .* missing")  # said by say_missing
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # said by font_families
 FORMATS = ("png", "pdf", "svg")
 MANY_LETTERS = 20  # more without a font are not named
 OTHER_FORMATS = ("jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "eps", "ps", "avif")
@@ -77,13 +76,9 @@ def font_families(text):
     found = {name: lacking & get_font(path).get_charmap().keys() for name, path in others.items()}
     if missing := lacking.difference(*found.values()):
         letters = "".join(map(chr, sorted(missing)))
-        say_missing(letters if len(letters) <= MANY_LETTERS else f"{letters[:MANY_LETTERS]}…")
+        named = letters if len(letters) <= MANY_LETTERS else f"{letters[:MANY_LETTERS]}…"
+        say_once(f"no installed font has {named}: they are drawn as boxes until you install one")
     return ["sans-serif", *(name for name, letters in found.items() if letters)]
-
-
-@functools.cache  # so that it is said once of the same letters
-def say_missing(letters):
-    say(f"no installed font has {letters}: they are drawn as boxes until you install one")
 
 
 def wrapped(text, figure, letters):

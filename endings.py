@@ -10,6 +10,7 @@ Exit status: 2 for a user error, 1 for a later failure or a bug, 128 + n for sig
 import argparse
 import contextlib
 import errno
+import functools
 import mmap
 import os
 import re
@@ -264,6 +265,9 @@ def say(*lines, write=print):
         for line in lines:
             write(in_one_line(str(line)))
         sys.stdout.flush()
+
+
+say_once = functools.cache(say)  # what was said is not said again
 
 
 def in_one_line(text):

@@ -1,12 +1,11 @@
 """Files written atomically: to a temporary file, flushed and renamed. JSON that is read, or refused."""
 
 import contextlib
-import functools
 import json
 import os
 import re
 
-from endings import DISK_ERRORS, Refused, naming, say
+from endings import DISK_ERRORS, Refused, naming, say, say_once
 
 PICTURE = rb"Matplotlib"  # is in each picture that Matplotlib makes
 THEN = ", then "  # in args.json, between the commits, versions or machines that a run had one after the other
@@ -103,11 +102,7 @@ def flush_to_disk(path):
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise
-        say_unsafe(path if path.is_dir() else path.parent, error.strerror)
+        folder, reason = path if path.is_dir() else path.parent, error.strerror
+        say_once(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage what is written there")
     finally:
         os.close(descriptor)
-
-
-@functools.cache  # so that it is said once
-def say_unsafe(folder, reason):
-    say(f"{folder}: its file system cannot flush a file ({reason}): a power cut may damage what is written there")

@@ -361,7 +361,7 @@ def test_letters_that_no_font_has_are_boxes_without_a_warning(run_script, tmp_pa
 
 def test_letters_that_no_font_has_are_told_of_once(monkeypatch, capsys):
     monkeypatch.setattr(drawing.fontManager, "ttflist", [])
-    drawing.say_missing.cache_clear()
+    drawing.say_once.cache_clear()
     for _ in range(2):
         assert drawing.font_families("a\u6587\u4e2d\u00e9\n") == ["sans-serif"]
     assert capsys.readouterr().out == "no installed font has \u4e2d\u6587: they are drawn as boxes until you install one\n"
