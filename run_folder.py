@@ -163,7 +163,8 @@ def resume(save, old_args, facts, net, optimizer, rates):
         raise Refused(f"{path} is from another run or version of this program: put back its own, or the code")
     steps = {"train.csv": math.ceil(facts["train_images"] / facts["batch_size"]), "test.csv": 1}
     files = {name: rows_until(save / name, facts, checkpoint["epoch"], count) for name, count in steps.items()}
-    compare_rates(column(files["test.csv"], "lr"), rates, old_args.get("epochs", len(rates)))
+    done = [row["lr"] for row in csv.DictReader(files["test.csv"].decode().splitlines())]
+    compare_rates(done, rates, old_args.get("epochs", len(rates)))
     goes_on = checkpoint["epoch"] < facts["epochs"]
     arguments = facts | history(save, old_args, facts) if goes_on else old_args | {"epochs": facts["epochs"]}
     for name, content in {"args.json": as_json(arguments), **files}.items():
@@ -183,11 +184,6 @@ def history(save, old_args, facts):
             say(f"{save} continues with {name} {new}, not {last}; args.json keeps both")
             values[name] = f"{so_far}{THEN}{new}"
     return values
-
-
-def column(content, name):
-    """The texts in a column of a CSV."""
-    return [row[name] for row in csv.DictReader(content.decode().splitlines())]
 
 
 def last_row(path):
