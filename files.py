@@ -27,12 +27,12 @@ def as_json(values):
 
 def refuse_existing(*paths):
     """Refused if one of the files exists or cannot be written, or two are the same; None stands for no file."""
-    named = [path.resolve() for path in filter(None, paths)]
-    for path, place in zip(filter(None, paths), named, strict=True):
+    named = [path for path in paths if path]
+    for path in named:
         if path.is_file() or path.is_dir():  # and not /dev/stdout
             raise Refused(f"{path} exists already: name another file, or remove it")
         refuse_unwritable(path)
-        if named.count(place) > 1 and not path.exists():
+        if [each.resolve() for each in named].count(path.resolve()) > 1 and not path.exists():
             raise Refused(f"{path} is named for two files: name another for one of them")
 
 
