@@ -15,11 +15,11 @@ import multiprocessing
 import resource
 import shlex
 import signal
-import statistics
 import sys
 import time
 import traceback
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -207,10 +207,9 @@ def table(results, args, device):
     """Yields a heading and the lines of a Markdown table; the ratio is to the first row."""
     yield f"`{shlex.join(sys.argv)}`: L={args.depth}, k={args.growth_rate}, {conditions(args, device)}"
     yield from ("", "| | ms/step | images/s | ratio | memory, GB |", f"|{' --- |' * 5}")
-    base = statistics.median(next(iter(results.values()))["ms_per_step"])
+    base = np.median(next(iter(results.values()))["ms_per_step"])
     for name, result in results.items():
-        times = result["ms_per_step"]
-        fast, ms, slow = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+        fast, ms, slow = np.quantile(result["ms_per_step"], [0.25, 0.5, 0.75])
         rate, low, high = (f"{1e3 * args.batch_size / t:,.1f}" for t in (ms, slow, fast))
         yield f"| {name} | {ms:,.1f} | {rate} ({low} to {high}) | {base / ms:.2f} | {result['memory_gb']:.2f} |"
 
