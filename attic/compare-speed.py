@@ -58,12 +58,9 @@ def main():
 
 def build_parser():
     parser = bench.build_parser(__doc__, VARIANTS)
-    parser.add_argument(
-        "--depths", nargs="+", metavar="L", type=endings.at_least(0, high=flags.MAX_SIZE), help="instead of --depth"
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", type=endings.nonempty(str), help="time batches of the CIFAR-10 in this folder instead"
-    )
+    add, depth = parser.add_argument, endings.at_least(0, high=flags.MAX_SIZE)
+    add("--depths", nargs="+", metavar="L", type=depth, help="instead of --depth")
+    add("--data", metavar="DIR", type=endings.nonempty(str), help="time batches of the CIFAR-10 in this folder instead")
     return parser
 
 
@@ -79,9 +76,8 @@ def measure_depths(args, device):
     report |= {"conditions": bench.conditions(args, device), "depths": {}}
     for depth, settings in of_depth.items():
         names = args.only or [name for name in VARIANTS if device.type == "cuda" or not name.endswith(ON_GPUS)]
-        results = bench.measure(
-            {name: functools.partial(make_step, name, settings, device) for name in names}, settings, device
-        )
+        factories = {name: functools.partial(make_step, name, settings, device) for name in names}
+        results = bench.measure(factories, settings, device)
         print(*bench.table(results, settings, device), "", sep="\n", flush=True)
         report["depths"][depth] = {"variants": with_peaks(results, settings, device)}
     return report
