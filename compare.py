@@ -107,9 +107,8 @@ def markdown(table):
 
 def latex(table):
     """A tabular that needs no package."""
-    header, *lines = (
-        " & ".join(cell.translate(LATEX) for cell in line) + " \\\\\n" for line in [table.columns, *table.to_numpy()]
-    )
+    rows = [table.columns, *table.to_numpy()]
+    header, *lines = (" & ".join(cell.translate(LATEX) for cell in row) + " \\\\\n" for row in rows)
     body = f"\\hline\n{header}\\hline\n{''.join(lines)}\\hline\n"
     return f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}\n{body}\\end{{tabular}}\n"
 

@@ -180,8 +180,9 @@ def memory_for(needs, remedy):
 
 def memory_needs(args):
     """What a training step needs memory for."""
-    densenet = args.depth is not None  # the control experiment has another net
-    return f"batches of {args.batch_size}" + (f" and a net of L={args.depth}, k={args.growth_rate}" if densenet else "")
+    if args.depth is None:  # the control experiment has another net
+        return f"batches of {args.batch_size}"
+    return f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}"
 
 
 def memory_advice(args, device, fresh):
