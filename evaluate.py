@@ -11,7 +11,6 @@ beside it, or into --out DIR (with --val, confusion-val): a row for each true cl
 """
 
 import contextlib
-import itertools
 import math
 import os
 from pathlib import Path
@@ -92,9 +91,10 @@ def check_matrix_place(args):
         raise Refused(f"{table.parent} is not a writable folder: name another with --out")
     for path in (table, table.with_suffix(".png")):
         refuse_foreign(path, RESULTS[path.name])
-        pair = [path.resolve(), args.predictions.resolve()] if args.predictions else []
-        if any(one.is_relative_to(other) for one, other in itertools.permutations(pair, 2)):
-            raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
+        if args.predictions:
+            places = [str(each.resolve()) for each in (path, args.predictions)]
+            if os.path.commonpath(places) in places:
+                raise Refused(f"--predictions {args.predictions} is where the confusion matrix goes: name another file")
 
 
 def confusion_table(args):
