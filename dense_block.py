@@ -128,7 +128,7 @@ class DenseBlockFunction(torch.autograd.Function):
         per_layer = len(rest) // len(ctx.block.layers)
         kept = [rest[i : i + per_layer] for i in range(0, len(rest), per_layer)]
         with no_autocast(grad.device), torch.cuda.device_of(grad):
-            grad_x, parameter_grads = backward_block(nhwc(grad), buffer, (mean, rstd), ctx.block, ctx.weights, kept)
+            grad_x, parameter_grads = backward_block(nhwc(grad), buffer, mean, rstd, ctx.block, ctx.weights, kept)
         return grad_x, None, *map(with_strides_of, parameter_grads, ctx.parameters)
 
 
@@ -278,19 +278,19 @@ def nhwc(x):
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def backward_block(grad, buffer, statistics, block, weights, kept):
+def backward_block(grad, buffer, mean, rstd, block, weights, kept):
     """The gradient of the block's input (N, C, H, W), and those of block.parameters()."""
     backend, maps = block.backend, buffer[..., : out_channels(block.layers)]
-    corrections = torch.zeros(2, buffer.shape[-1], dtype=statistics[0].dtype, device=maps.device)  # offset, slope
+    corrections = torch.zeros(2, buffer.shape[-1], dtype=mean.dtype, device=maps.device)  # offset, slope
     grads = torch.empty_like(buffer)[..., : maps.shape[-1]]  # G of the derivation
     grads_of_transition = []
     if block.transition:
-        grads_of_transition = backend.transition_backward(grad, grads, maps, *statistics, corrections, block.transition)
+        grads_of_transition = backend.transition_backward(grad, grads, maps, mean, rstd, corrections, block.transition)
     else:
         grads.copy_(grad)
-    parameter_grads = backend.backward(grads, maps, *statistics, corrections, block.layers, weights, kept)
+    parameter_grads = backend.backward(grads, maps, mean, rstd, corrections, block.layers, weights, kept)
     old = slice(0, block.layers[0].bn1.num_features)
-    grad_x = nchw(backend.through_statistics(grads, maps, *statistics, corrections, old))
+    grad_x = nchw(backend.through_statistics(grads, maps, mean, rstd, corrections, old))
     return grad_x, [*parameter_grads, *grads_of_transition]
 
 
