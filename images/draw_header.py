@@ -44,10 +44,8 @@ def draw_maps(axes, group, color):
 
 def draw_layer(axes, layer):
     x = (layer - 0.5) * STEP
-    style = "round,pad=0,rounding_size=0.12"
-    axes.add_patch(
-        FancyBboxPatch((x - 0.34, -0.42), 0.68, 0.84, boxstyle=style, facecolor="white", edgecolor="#222222", zorder=4)
-    )
+    style = dict(boxstyle="round,pad=0,rounding_size=0.12", facecolor="white", edgecolor="#222222", zorder=4)
+    axes.add_patch(FancyBboxPatch((x - 0.34, -0.42), 0.68, 0.84, **style))
     axes.text(x, 0.0, "BN ReLU\n1x1 conv\nBN ReLU\n3x3 conv", ha="center", va="center", fontsize=8, zorder=5)
     axes.text(x, -0.88, f"layer {layer}", ha="center", va="center", fontsize=11, color="#222222")
 
