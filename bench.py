@@ -181,7 +181,7 @@ def serve(connection, factory, device):
                     step = factory()
                 connection.send(measured(step, steps, device))
             except Exception as error:
-                error.add_note(traceback.format_exc())  # the parent shows it, of a bug
+                error.add_note(traceback.format_exc())  # which the parent shows if it is a bug
                 connection.send(error)
 
 

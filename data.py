@@ -73,7 +73,7 @@ def load(name, root, val=0, limit=None, image_size=IMAGE_SIZE, quiet=False):
 
 
 def read_part(name, root, part, image_size=IMAGE_SIZE, quiet=False, val=0):
-    """(Split, class names) of the "train" or "test" part; the files of the other part are not needed."""
+    """(Split, class names) of the "train" or "test" part; that part's files suffice, except for a folder's "train"."""
     options = {"image_size": image_size, "quiet": quiet, "val": val} if name == "folder" else {}
     images, labels, classes = SOURCES[name][0](Path(root), part, **options)
     square = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1:] == (3, images.shape[3], images.shape[3])

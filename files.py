@@ -37,7 +37,7 @@ def refuse_existing(*paths):
 
 
 def refuse_foreign(path, pattern):
-    """Refused if the path is a folder, or a file that is not empty and lacks the pattern that all of ours have there."""
+    """Refused if the path is a folder, or a file that is not empty and lacks the pattern that ours of this name contain."""
     if path.is_dir():
         raise Refused(f"{path} is a folder where a file is expected: remove it, or name another place")
     content = path.read_bytes() if path.is_file() else b""

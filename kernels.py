@@ -451,8 +451,8 @@ def without_dropout(module):
 
 
 # For each kernel: pixels and channels of a tile, warps, pipeline stages and, in a backward kernel, turns (tiles of pixels that
-# a program processes in sequence). Columns: 2^16 pixels or more, 2^14 or more, fewer, each the fastest on an H200 of several
-# dozen without register spills, at L=100 with 48 channels in z; the last, for wider z or another GPU, was not timed.
+# a program processes in sequence). Columns: 2^16 pixels or more, 2^14 or more, fewer, each the fastest of several dozen without
+# register spills, on an H200 at L=100 with 48 channels in z; the last, for wider z or another GPU, was not timed.
 TILES = {
     "bits16": {
         "first_convolution": ((256, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
