@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-import endings
-from endings import in_one_line, new_file, nonempty, say
+from endings import handle_errors, in_one_line, make_parser, new_file, nonempty, say
 from files import refuse_existing, write_text
 from runs import in_words, mixed, name_runs, read_csv, settings
 
@@ -29,7 +28,7 @@ LATEX = str.maketrans(LATEX | {"~": "\\textasciitilde{}", "^": "\\textasciicircu
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with endings.handle_errors(parser, "the table", "fewer runs"):
+    with handle_errors(parser, "the table", "fewer runs"):
         refuse_existing(args.csv, args.markdown, args.latex)
         rows = [summary(*setting) for setting in settings(name_runs(args.runs).values())]
         if len(rows) > 1 and any("val_error_mean" in row for row in rows):
@@ -44,7 +43,7 @@ def main():
 
 
 def build_parser():
-    parser = endings.make_parser(__doc__, "%(prog)s DIR [DIR ...] [options], which --help lists")
+    parser = make_parser(__doc__, "%(prog)s DIR [DIR ...] [options], which --help lists")
     parser.add_argument("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     for kind, what in [("csv", "the numbers"), ("markdown", "the table"), ("latex", "the table")]:
         parser.add_argument(f"--{kind}", type=new_file, metavar="FILE", help=f"write {what} to FILE, too")

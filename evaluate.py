@@ -21,9 +21,8 @@ import torch
 
 import data
 import drawing
-import endings
 from checkpoint import build_net, checkpoint_in, export, image_size_of, load_checkpoint, normalization
-from endings import Refused, in_one_line, new_file, nonempty, say
+from endings import LARGER, Refused, handle_errors, in_one_line, make_parser, new_file, nonempty, say
 from files import refuse_existing, refuse_foreign, writable, write_text
 from flags import add_device_flag
 from folder import in_order, left_out, list_classes, pictures_in, refuse_among_pictures
@@ -39,8 +38,8 @@ MAX_NAMES = 100  # beside a confusion matrix
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.device_count() > 0) + endings.LARGER
-    with endings.handle_errors(parser, "the net and its images", remedy):
+    remedy = "--device cpu or " * (args.device != "cpu" and torch.cuda.device_count() > 0) + LARGER
+    with handle_errors(parser, "the net and its images", remedy):
         refuse_contradictions(args)
         args.checkpoint = checkpoint_in(args.checkpoint)
         checkpoint = load_checkpoint(args.checkpoint)
@@ -58,7 +57,7 @@ def main():
 
 
 def build_parser():
-    parser = endings.make_parser(__doc__, "%(prog)s CHECKPOINT [options], which --help lists")
+    parser = make_parser(__doc__, "%(prog)s CHECKPOINT [options], which --help lists")
     add = parser.add_argument
     add("checkpoint", type=nonempty(Path), help="a run's folder or its latest.pth, or weights of --export")
     add_device_flag(parser)

@@ -14,8 +14,7 @@ import graphviz
 import torch
 import torchviz
 
-import endings
-from endings import naming, new_file, say
+from endings import Refused, handle_errors, make_parser, naming, new_file, say
 from files import refuse_existing, refuse_foreign
 from flags import USAGE, add_model_flags, make_net
 
@@ -26,9 +25,9 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     args.drop_rate = args.drop_rate or 0.0
-    with endings.handle_errors(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
+    with handle_errors(parser, f"L={args.depth}, k={args.growth_rate}", "a smaller net (--depth, --growth-rate)"):
         if args.efficient:
-            raise endings.Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
+            raise Refused("--efficient makes one node of each dense block, with nothing to see in it: leave it out")
         name = args.out.with_suffix("") if args.out.suffix in (".dot", ".png", ".svg") else args.out
         dot, png, svg = (Path(f"{name}.{kind}") for kind in ("dot", "png", "svg"))
         refuse_foreign(dot, b"fontname=monospace")  # as torchviz writes it
@@ -44,7 +43,7 @@ def main():
 
 
 def build_parser():
-    parser = endings.make_parser(__doc__, USAGE)
+    parser = make_parser(__doc__, USAGE)
     add_model_flags(parser, depth=10)
     text = "the files' name; .dot, .png and .svg are added (%(default)s)"
     parser.add_argument("--out", metavar="NAME", type=new_file, default="graph", help=text)

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 
 import drawing
-import endings
-from endings import Refused, at_least, nonempty, say
+from endings import Refused, at_least, handle_errors, make_parser, nonempty, say
 from files import PICTURE, refuse_foreign
 from runs import COLUMNS, arguments_of, in_words, name_runs, read_csv, settings
 
@@ -51,7 +50,7 @@ class Curve(NamedTuple):
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with endings.handle_errors(parser, "the figures", "a larger --since"):
+    with handle_errors(parser, "the figures", "a larger --since"):
         folders = name_runs(args.runs)
         curves = (average_curves if args.average else run_curves)(folders, args.smooth)
         if not curves:
@@ -67,7 +66,7 @@ def main():
 
 
 def build_parser():
-    parser = endings.make_parser(__doc__, "%(prog)s DIR [DIR ...] [options], which --help lists")
+    parser = make_parser(__doc__, "%(prog)s DIR [DIR ...] [options], which --help lists")
     add, number = parser.add_argument, at_least(0, float)
     add("runs", nargs="+", type=nonempty(Path), metavar="DIR", help="folder of a run")
     text = "folder for the figures, or file of a single one (default: the run, or the folder that holds all runs)"
