@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from attic.comparison import random_batch, randomize, relative_errors, training_pass, worst
+from attic.comparison import random_batch, randomize, relative_errors, running_statistics, training_pass, worst
 from attic.torchvision_weights import from_torchvision, to_torchvision, torchvision_net
 from densenet import DenseNet
 from endings import LARGER, handle_errors, make_parser
@@ -59,10 +59,6 @@ def print_errors(other, errors):
         if names:
             name, error = worst(errors, prefix)
             print(f"  {other + ', ' + prefix.strip('/'):28}{len(names):8}{error:12.1e}  {name}")
-
-
-def running_statistics(net):
-    return {f"buffer/{name}": buffer.clone() for name, buffer in net.named_buffers() if "running" in name}
 
 
 # ----------------------------------------------------------------------------------------------------------- torchvision

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from attic.comparison import relative_errors, training_pass, worst
+from attic.comparison import relative_errors, running_statistics, training_pass, worst
 from densenet import DenseNet
 from endings import LARGER, handle_errors, make_parser
 
@@ -72,7 +72,7 @@ def same_pass(net, reference):
     states = watch(net, [name.removeprefix("hidden_mean/") for name in reference if name.startswith("hidden_mean/")])
     results = training_pass(net, images, labels)
     results |= {"grad_logits": states.pop("fc").grad, **summarize(states, reference["growth_rate"].item())}
-    results |= {f"buffer/{name}": buffer.clone() for name, buffer in net.named_buffers() if "running" in name}
+    results |= running_statistics(net)
     with torch.no_grad():
         logits = net.eval()(images)
     return results | {"logits_eval": logits, "loss_eval": F.cross_entropy(logits, labels)}

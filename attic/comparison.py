@@ -22,6 +22,10 @@ def training_pass(net, images, labels, autocast=None):
     return {"logits": logits.detach(), "loss": loss.detach(), **gradients}
 
 
+def running_statistics(net):
+    return {f"buffer/{name}": buffer.clone() for name, buffer in net.named_buffers() if "running" in name}
+
+
 def relative_error(ours, theirs):
     """max |ours - theirs| / max |theirs|, of whole tensors or arrays; infinite where a number is not finite.
 
