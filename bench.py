@@ -38,7 +38,7 @@ REMEDY = "a smaller --batch-size, a smaller net (--depth, --growth-rate) or fewe
 def main():
     parser = build_parser(__doc__, VARIANTS)
     args = flags.parse_args(parser)
-    with endings.handle_errors(parser, endings.memory_needs(args), REMEDY):
+    with endings.handle_errors(parser, flags.memory_needs(args), REMEDY):
         device = check_measurement(args)
         names = args.only or (VARIANTS if device.type == "cuda" else VARIANTS[:2])  # on a CPU neither captured nor compiled
         results = measure({n: functools.partial(make_step, variant_arguments(n, args), device) for n in names}, args, device)

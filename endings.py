@@ -178,34 +178,6 @@ def memory_for(needs, remedy):
         raise
 
 
-def memory_needs(args):
-    """What a training step needs memory for."""
-    if args.depth is None:  # the control experiment has another net
-        return f"batches of {args.batch_size}"
-    return f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}"
-
-
-def memory_advice(args, device, fresh):
-    """(what a run needs memory for, what needs less); a run that is continued, not fresh, keeps its batches and its net."""
-    densenet = args.depth is not None
-    remedies = {
-        "--efficient": densenet and not args.efficient,
-        "--precision bf16": fresh and device.type == "cuda" and args.precision in ("fp32", "tf32"),
-        "--no-capture": args.capture,
-        "a smaller --batch-size": fresh and args.batch_size > 1,
-        "a smaller net (--depth, --growth-rate)": fresh and densenet,
-        "fewer images (--limit)": fresh,
-        LARGER: not fresh,
-    }
-    return memory_needs(args), " or ".join(remedy for remedy, helps in remedies.items() if helps)
-
-
-def advice_for_test(args):
-    """As memory_advice, for the test after an epoch, whose batches do not depend on --batch-size."""
-    capture = ", --no-capture" * args.capture  # a captured step keeps its memory
-    return "the test after an epoch", f"a smaller net (--depth, --growth-rate){capture} or {LARGER}"
-
-
 # A parser and its types: not in flags.py, which imports torch, because plot.py and compare.py do not need it.
 
 

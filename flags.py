@@ -1,4 +1,4 @@
-"""The flags that several programs share, and their defaults, each stated once."""
+"""The flags that several programs share, and their defaults, each stated once; which of them need less memory."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import torch
 from data import IMAGE_SIZE, SOURCES
 from dense_block import triton_runs
 from densenet import ArgumentError, DenseNet
-from endings import Refused, at_least, nonempty
+from endings import LARGER, Refused, at_least, nonempty
 from files import THEN
 from machine import DTYPES, default_precision
 
@@ -196,6 +196,34 @@ def refuse_contradictions(args, device, processes=1):
         raise Refused("--precision fp16 needs a GPU: on a CPU choose bf16 or fp32")
     if args.capture and (device.type != "cuda" or processes > 1 or args.compile):
         raise Refused("--capture needs a CUDA GPU, a single process and no --compile: leave it out")
+
+
+def memory_needs(args):
+    """What a training step needs memory for."""
+    if args.depth is None:  # the control experiment has another net
+        return f"batches of {args.batch_size}"
+    return f"batches of {args.batch_size} and a net of L={args.depth}, k={args.growth_rate}"
+
+
+def memory_advice(args, device, fresh):
+    """(what a run needs memory for, what needs less); a run that is continued, not fresh, keeps its batches and its net."""
+    densenet = args.depth is not None
+    remedies = {
+        "--efficient": densenet and not args.efficient,
+        "--precision bf16": fresh and device.type == "cuda" and args.precision in ("fp32", "tf32"),
+        "--no-capture": args.capture,
+        "a smaller --batch-size": fresh and args.batch_size > 1,
+        "a smaller net (--depth, --growth-rate)": fresh and densenet,
+        "fewer images (--limit)": fresh,
+        LARGER: not fresh,
+    }
+    return memory_needs(args), " or ".join(remedy for remedy, helps in remedies.items() if helps)
+
+
+def advice_for_test(args):
+    """As memory_advice, for the test after an epoch, whose batches do not depend on --batch-size."""
+    capture = ", --no-capture" * args.capture  # a captured step keeps its memory
+    return "the test after an epoch", f"a smaller net (--depth, --growth-rate){capture} or {LARGER}"
 
 
 def plain_arguments(args):

@@ -57,7 +57,7 @@ def main():
             flags.fill_in(args, device, world.size, old_args)
             run_folder.compare_arguments(old_args, flags.plain_arguments(args))
             flags.refuse_contradictions(args, device, world.size)
-            ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
+            ending.needs, ending.remedy = flags.memory_advice(args, device, fresh)
             keep_freed_memory(device)
             set_determinism(args.deterministic)
             dataset = load_data(args, device, world)
@@ -253,7 +253,7 @@ def fit(net, dataset, args, world, checkpoint, unmoved):
             for images, labels, share in epoch_batches(dataset, epoch, args, world):
                 log.add(step(images, labels, share), stop, bar)
             seconds = time.perf_counter() - started
-            with endings.memory_for(*endings.advice_for_test(args)):
+            with endings.memory_for(*flags.advice_for_test(args)):
                 tested = test(net, dataset, world)
             finite = sys.float_info.max  # batch norm's statistics lag behind the weights: a large test loss is no divergence
             check_loss(sum(tested[::2]), f"in the test after epoch {epoch + 1}", largest=finite)

@@ -49,7 +49,7 @@ ON_GPUS = ("-compiled", "-captured")  # variants that are measured on a CPU only
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with endings.handle_errors(parser, endings.memory_needs(args), bench.REMEDY):
+    with endings.handle_errors(parser, flags.memory_needs(args), bench.REMEDY):
         args.steps = args.steps or (40 if args.data else None)
         device = bench.check_measurement(args)
         report = measure_pipeline(args, device) if args.data else measure_depths(args, device)

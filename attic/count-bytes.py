@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import flags
 from attic.counting import META, NETS, kept_bytes, peak_bytes, step_on, traffic_of
-from endings import Refused, at_least, handle_errors, make_parser, memory_needs
+from endings import Refused, at_least, handle_errors, make_parser
 
 
 def main():
     parser = build_parser()
     args = flags.parse_args(parser)
-    with handle_errors(parser, memory_needs(args), "a smaller net (--depth, --growth-rate)"):
+    with handle_errors(parser, flags.memory_needs(args), "a smaller net (--depth, --growth-rate)"):
         if args.traffic and args.on_cpu:
             raise Refused("--traffic is what a GPU moves: leave out --on-cpu")
         with META:

@@ -40,7 +40,7 @@ def main():
         flags.refuse_contradictions(args, device)
         run_folder.compare_arguments(old_args, flags.plain_arguments(args))
         fresh = run_folder.is_fresh(args.save, args.resume)
-        ending.needs, ending.remedy = endings.memory_advice(args, device, fresh)
+        ending.needs, ending.remedy = flags.memory_advice(args, device, fresh)
         keep_freed_memory(device)
         set_determinism(args.deterministic)
         dataset = train.load_data(args, device, World())

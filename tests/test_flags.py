@@ -14,8 +14,8 @@ from conftest import ROOT, TINY, contents
 import flags
 import train
 from densenet import DenseNet
-from endings import Refused, memory_advice
-from flags import fill_in, model_arguments, parse_args, refuse_contradictions
+from endings import Refused
+from flags import fill_in, memory_advice, model_arguments, parse_args, refuse_contradictions
 
 
 def parse(*arguments):
