@@ -482,7 +482,7 @@ def as_made(layer, kind, training):
     if layer.dropout.p == 1:  # everything is dropped, and the scale is 1 / 0
         return False
     pairs = bn_convs(layer)
-    kernel_sizes = (1, 3)[-len(pairs) :]
+    kernel_sizes = (1, 3) if len(pairs) == 2 else (3,)
     return all(plain(*pair, kernel_size, training) for pair, kernel_size in zip(pairs, kernel_sizes, strict=True))
 
 

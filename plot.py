@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     with handle_errors(parser, "the figures", "a larger --since"):
         folders = name_runs(args.runs)
-        curves = (average_curves if args.average else run_curves)(folders, args.smooth)
+        curves = average_curves(folders, args.smooth) if args.average else run_curves(folders, args.smooth)
         if not curves:
             raise Refused("there is nothing to draw yet: train.csv and test.csv have no row")
         check_since(curves, args.since)
