@@ -384,7 +384,7 @@ def fitting_kernels(x, layers):
     if not (hasattr(layers[0], "bn2") and triton_runs(x.device)):
         return None
     kernels = load_kernels()
-    return kernels if kernels.fit(x, layers) else None
+    return kernels if kernels.computes(x, layers) else None
 
 
 @functools.cache
@@ -565,7 +565,7 @@ def joinable(x, block, transition):
         return False
     kernels, bn = fitting_kernels(x, layers), transition.bn1
     alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
-    fits = alike and kernels is not None and kernels.fit_transition(x, transition)
+    fits = alike and kernels is not None and kernels.computes_transition(x, transition)
     return fits and as_defined(type(block), Definition.block) and as_defined(type(transition), Definition.transition)
 
 

@@ -420,7 +420,7 @@ def pooled_backward(da, x, mean, rstd, gamma, beta, G, a, part, Q, C, S8, H, W, 
 # ------------------------------------------------------------------------------------------------------ the block's passes
 
 
-def fit(x, layers):
+def computes(x, layers):
     """Whether the kernels can compute the layers, all of them Bottlenecks, for the input x (N, C, H, W)."""
     growth_rate = layers[0].conv2.out_channels
     norms = {bn.weight.dtype for layer in layers for bn in (layer.bn1, layer.bn2)}
@@ -433,7 +433,7 @@ def fit(x, layers):
     return fits and growth_rate <= (14 if exact(x) else 56)  # beyond, registers spill
 
 
-def fit_transition(x, transition):
+def computes_transition(x, transition):
     """Whether the kernels can compute the transition after layers that they compute for the input x."""
     types = transition.bn1.weight.dtype == transition.conv1.weight.dtype == torch.float32
     rounded = exact(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"  # the transition's product, by cuBLAS

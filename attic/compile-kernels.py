@@ -150,7 +150,7 @@ def train(block, transition, batch_size, size, dtype):
     """Both passes of kernels.py over a block and what follows it, on the meta device, which has shapes and no numbers."""
     layers = list(block)
     x = torch.empty(batch_size, layers[0].bn1.num_features, size, size, dtype=dtype, device="meta")
-    if not kernels.fit(x, layers):
+    if not kernels.computes(x, layers):
         return
     channels = out_channels(layers)
     maps, grads = (empty_maps(x, channels, kernels.ALIGNMENT)[..., :channels] for _ in range(2))

@@ -193,7 +193,7 @@ def test_products_of_float32_are_rounded_where_the_convolutions_of_pytorch_may_r
     for convolutions, matrices, kind, fits in [(0, 0, "tf32x3", 1), (0, 1, "tf32x3", 0), (1, 0, "tf32", 1), (1, 1, "tf32", 1)]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = bool(convolutions), bool(matrices)
         assert kernels.products(maps) == kind
-        assert kernels.fit_transition(maps, Transition(8, 4)) == bool(fits)
+        assert kernels.computes_transition(maps, Transition(8, 4)) == bool(fits)
 
 
 def test_a_transition_is_joined_for_maps_of_two_rows_and_columns_and_weights_of_float32():
@@ -201,9 +201,9 @@ def test_a_transition_is_joined_for_maps_of_two_rows_and_columns_and_weights_of_
     import kernels
 
     transition = Transition(8, 4)
-    joined = [kernels.fit_transition(torch.empty(2, 8, *size), transition) for size in [(2, 2), (1, 4), (4, 1)]]
+    joined = [kernels.computes_transition(torch.empty(2, 8, *size), transition) for size in [(2, 2), (1, 4), (4, 1)]]
     transition.conv1.half()
-    assert (joined, kernels.fit_transition(torch.empty(2, 8, 2, 2), transition)) == ([True, False, False], False)
+    assert (joined, kernels.computes_transition(torch.empty(2, 8, 2, 2), transition)) == ([True, False, False], False)
 
 
 def test_a_mean_large_against_the_deviation(interpreted):
@@ -644,9 +644,9 @@ def test_widths_beyond_those_that_were_timed_get_tiles_that_do_not_spill(monkeyp
     for kernel, (many, *_, untimed) in kernels.TILES["tf32"].items():
         monkeypatch.setattr(kernels, "products", lambda maps: "tf32")
         assert size.tile(kernel, maps) == (many if timed else untimed)
-        assert kernels.fit(maps.permute(0, 3, 1, 2)[:, :16], layers)
+        assert kernels.computes(maps.permute(0, 3, 1, 2)[:, :16], layers)
         monkeypatch.setattr(kernels, "products", lambda maps: "tf32x3")
-        assert kernels.fit(maps.permute(0, 3, 1, 2)[:, :16], layers) == bool(exact)
+        assert kernels.computes(maps.permute(0, 3, 1, 2)[:, :16], layers) == bool(exact)
 
 
 def test_offsets_of_32_bits_are_enough():
@@ -655,8 +655,8 @@ def test_offsets_of_32_bits_are_enough():
     for channels, growth_rate, widest in [(8, 4, 16), (9, 2, 16), (1, 8, 32)]:  # the maps, in rows of 8 or 16; z
         layers = list(DenseBlock(Bottleneck, 2, channels, growth_rate, 0.0, efficient=False))
         images = 2**21 // widest
-        assert kernels.fit(torch.empty(images - 1, channels, 32, 32, device="meta"), layers)
-        assert not kernels.fit(torch.empty(images, channels, 32, 32, device="meta"), layers)
+        assert kernels.computes(torch.empty(images - 1, channels, 32, 32, device="meta"), layers)
+        assert not kernels.computes(torch.empty(images, channels, 32, 32, device="meta"), layers)
 
 
 def test_the_hubs_nets_find_the_kernels(interpreted):
