@@ -190,13 +190,14 @@ def draw(curves, columns, path, args):
     """One figure with a panel for each of `columns`. The names of runs and the title are text: $ and _ are letters in them."""
     figure = drawing.new_figure(4.2 * len(columns), 3.2)
     (title, *names), style = drawing.as_text([args.title or "", *curves])
-    looks = [(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)] if names[1:] else None) for i in range(len(names))]
+    markers = MARKERS if names[1:] else [None]
+    looks = [{"color": COLORS[i % len(COLORS)], "marker": markers[i % len(markers)]} for i in range(len(names))]
     changes = {change for curve in curves.values() for change in curve.changes if change > args.since}
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for curve, look in zip(curves.values(), looks, strict=True):
-            draw_curve(axes, column, curve, args.since, *look)
+            draw_curve(axes, column, curve, args.since, **look)
         for change in changes:
-            colors = [color for curve, (color, _) in zip(curves.values(), looks, strict=True) if change in curve.changes]
+            colors = [look["color"] for curve, look in zip(curves.values(), looks, strict=True) if change in curve.changes]
             color = colors[0] if len(colors) == 1 and len(curves) > 1 else CHANGE["color"]
             axes.axvline(change, zorder=0, **CHANGE | {"color": color})
         axes.set(xlabel="epoch", ylabel=LABELS[column])
@@ -204,7 +205,7 @@ def draw(curves, columns, path, args):
         if {"loss": not args.linear, "error": args.log_error}[column]:
             drawing.make_logarithmic(axes)
         axes.grid(alpha=0.3)
-    entries = [(name, PARTS["test"] | {"color": look[0], "marker": look[1]}) for name, look in zip(names, looks, strict=True)]
+    entries = [(name, PARTS["test"] | look) for name, look in zip(names, looks, strict=True)]
     drawing.add_legend(figure, entries + meanings(curves.values(), changes, args), style)
     if title:
         figure.suptitle(drawing.wrapped(title, figure, letters=8), **style)
