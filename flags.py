@@ -102,8 +102,8 @@ def parse_args(parser, argv=None, defaults=None, source=None, remedy=None):
     given = parser.parse_args(argv)
     words = words_taken_over(parser, defaults or {}, source, remedy)
     words += sys.argv[1:] if argv is None else argv
-    parser.set_defaults(**PROTOCOLS.get(parser.parse_args(words).dataset, {}))
-    args = parser.parse_args(words)
+    protocol = PROTOCOLS.get(parser.parse_args(words).dataset, {})
+    args = parser.parse_args(words_of(protocol, parser) + words)  # of two words for one argument, the last counts
     if args.opt != "sgd" and any(getattr(given, name) != value for name, value in SGD.items()):
         parser.error(f"--momentum and --no-nesterov are for sgd only: leave them out with --opt {args.opt}")
     if vars(args).get("compile") == "none":
