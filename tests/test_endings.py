@@ -10,7 +10,6 @@ import pkgutil
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from itertools import cycle
@@ -563,26 +562,6 @@ def test_a_compiler_that_is_not_there(run, call_main, tiny_run, tmp_path):
     assert f"): install what is missing, or choose --compile none; {endings.KEPT}" in done.stderr
     assert call_main(train, "--save", tmp_path / "run", "--resume", "--compile", "none", "--no-efficient")[0] == 0
     assert_same_run(tiny_run, tmp_path / "run")
-
-
-COMPILER = """#!/bin/sh
-case "$*" in *version*) exec {real} "$@";; esac
-test -e "$0".called || kill -INT $PPID  # a second one would end the program at once
-touch "$0".called
-exit 1
-"""
-
-
-def test_ctrl_c_that_a_compiler_gets_as_well(run, tmp_path):
-    compiler = tmp_path / "g++"
-    compiler.write_text(COMPILER.format(real=shutil.which("g++")))
-    compiler.chmod(0o755)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = run("train.py", *flags(tmp_path / "run", "--compile", "--efficient"), env=environment)
-    assert done.returncode == 128 + signal.SIGINT, done.stderr
-    *_, last = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # warnings of PyTorch
-    assert last.startswith("train.py: stopped by SIGINT; this continues the run: ")
-    assert "Traceback" not in done.stderr
 
 
 MISSING = "x.cpp:2:10: fatal error: Python.h: No such file or directory"

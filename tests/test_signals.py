@@ -8,8 +8,10 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import TINY
 from test_run_folder import assert_same_run
+from torch._inductor.exc import CppCompileError, InductorError
 
 import endings
 import train
@@ -150,6 +152,22 @@ def test_ctrl_c_between_the_steps(call_main, monkeypatch, undisturbed, tmp_path,
     assert errors.startswith(f"train.py: {stopped}; this continues the run: ")
     assert call_main(train, *FLAGS, "--save", tmp_path / "run", "--resume")[0] == 0
     assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_ctrl_c_that_a_compiler_gets_as_well(call_main, monkeypatch, tmp_path):
+    """It belongs to the group of processes of the terminal, too, and leaves its work undone."""
+
+    def compile(model, mode):
+        def compiled(images):
+            signal.raise_signal(signal.SIGINT)
+            raise InductorError(CppCompileError(["g++"], ""), None)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    status, _, errors = call_main(train, *FLAGS, "--compile", "--save", tmp_path / "run")
+    assert (status, len(errors.splitlines())) == (130, 1)
+    assert errors.startswith("train.py: stopped by SIGINT; this continues the run: ")
 
 
 @pytest.mark.parametrize("place", ["run_folder.end_epoch", "run_folder.Plots.redraw", "run_folder.Plots.wait"])
