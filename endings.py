@@ -163,8 +163,8 @@ def failed_compiler(error):
 
 
 def reason_of_compiler(error):
-    """A C++ compiler's first error, else the first line."""
-    lines = str(error).splitlines()
+    """A C++ compiler's first error, else the first line that says something."""
+    lines = [line for line in str(error).splitlines() if not line.endswith("raised:")]
     return next((line for line in lines if " error: " in line), lines[0])
 
 
@@ -268,7 +268,8 @@ def resume_command(num_processes):
 
 def shell_word(word):
     """The word quoted for a shell; where it cannot be printed, its bytes are escaped, $'work/\\xff'."""
-    if word.isprintable() and word == word.encode(sys.stderr.encoding, "replace").decode(sys.stderr.encoding):
+    encoding = sys.stderr.encoding or "utf-8"
+    if word.isprintable() and word == word.encode(encoding, "replace").decode(encoding):
         return shlex.quote(word)
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
     return f"$'{''.join(plain)}'"

@@ -21,7 +21,7 @@ def predict(net, images, mean, std, title=None):
 def batch_size(net, images):
     """How many of the images (M, 3, H, W) to run at a time; independent of free memory, so that runs are repeatable.
 
-    On a GPU a batch takes about 12 bytes per element of the widest layer's input: of 64 GiB or more, at most a tenth.
+    On a GPU a batch takes about 12 bytes per element of the widest layer's input: at most a tenth of 64 GiB or more.
     """
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cuda":

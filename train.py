@@ -50,7 +50,7 @@ def main():
         world = distributed.read_world(os.environ)
         args, old_args = resumed_arguments(parser, args, world)
         with distributed.process_group(world, choose_device(args.device, world.size), ending) as device:
-            distributed.check_equal(sys.argv[1:], world, "the flags")
+            distributed.check_equal(sys.argv[1:], world, "the command lines")
             fresh = run_folder.is_fresh(args.save, args.resume)
             start = starting_point(parser, args, old_args, fresh) if world.rank == 0 else None
             args, old_args, init = distributed.broadcast_object(start, world)  # another machine may lack the files
@@ -149,7 +149,7 @@ def load_data(args, device, world):
     with distributed.first_rank_first(world):
         dataset = data.load(args.dataset, args.data, args.val, args.limit, args.image_size, quiet=world.rank > 0)
     args.digests = dataset.digests()
-    distributed.check_equal((args.digests, dataset.classes), world, f"the images or labels in --data {args.data}")
+    distributed.check_equal((args.digests, dataset.classes), world, f"the images or classes in --data {args.data}")
     distributed.check_batches(world, args.batch_size, len(dataset.train))
     return dataset.to(device)
 

@@ -216,12 +216,16 @@ def one_more(root):
 
 def another_name(root):
     for part in ("train", "test"):
-        (root / part / "blue").rename(root / part / "z")
+        (root / part / "blue").rename(root / part / "cyan")  # the labels stay
 
 
 @pytest.mark.parametrize(
     ("change", "more", "what"),
-    [(one_more, [], "the images or labels in --data ."), (another_name, [], "the images"), (None, ["--lr", "1"], "the flags")],
+    [
+        (one_more, [], "the images or classes in --data ."),
+        (another_name, [], "the images"),
+        (None, ["--lr", "1"], "the command"),
+    ],
 )
 def test_ranks_that_differ_are_refused(forked, pictures, tmp_path_factory, change, more, what):
     """Each machine has its own copy of the data."""

@@ -23,6 +23,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 from test_distributed import run_ranks
 from test_run_folder import assert_same_run
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InductorError, TritonMissing
 
 import compare
@@ -574,6 +575,7 @@ OLD_GPU = SimpleNamespace(name="Tesla P100", major=6, minor=0)
         (InductorError(PermissionError(13, "No", "/sys/x"), None), "PermissionError: [Errno 13] No: '/sys/x'"),
         (InductorError(CppCompileError(["g++"], f"In file\n{MISSING}\n"), None), MISSING),
         (InductorError(subprocess.CalledProcessError(1, "gcc"), None), "CalledProcessError: Command 'gcc' returned non-zero"),
+        (BackendCompilerFailed("x", subprocess.CalledProcessError(1, "gcc"), None), "CalledProcessError: Command 'gcc'"),
         (TritonMissing(None), "Cannot find a working triton installation."),
         (GPUTooOldForTriton(OLD_GPU, None), "Found Tesla P100 which is too old to be supported by the triton GPU compiler"),
     ],
@@ -594,6 +596,7 @@ def test_a_notebook_whose_streams_are_no_files(monkeypatch, tiny_run):
         with pytest.raises(SystemExit) if status else contextlib.nullcontext():
             compare.main()
     assert len(out.getvalue().splitlines()) == len(errors.getvalue().splitlines()) == 2
+    assert endings.shell_word("caf\u00e9") == "'caf\u00e9'"
 
 
 def test_training_that_diverges_ends(call_main, tmp_path):

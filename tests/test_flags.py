@@ -43,6 +43,11 @@ def test_defaults_that_depend_on_others():
     assert parse("--nEpochs", "7", "--batchSz", "8", "--no-cuda").device == "cpu"
 
 
+def test_a_parser_does_not_keep_the_defaults_of_a_data_set():
+    parser = train.build_parser()
+    assert [parse_args(parser, words).epochs for words in (["--dataset", "svhn"], [])] == [40, 300]
+
+
 def test_memory_advice_names_what_is_not_used_yet():
     def advice(*arguments, device="cuda", fresh=True):
         return memory_advice(parse(*arguments), torch.device(device), fresh)

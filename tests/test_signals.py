@@ -155,19 +155,23 @@ def test_ctrl_c_between_the_steps(call_main, monkeypatch, undisturbed, tmp_path,
 
 
 def test_ctrl_c_that_a_compiler_gets_as_well(call_main, monkeypatch, tmp_path):
-    """It belongs to the group of processes of the terminal, too, and leaves its work undone."""
+    """It belongs to the group of processes of the terminal, too, and leaves its work undone. A bug remains one."""
 
     def compile(model, mode):
         def compiled(images):
             signal.raise_signal(signal.SIGINT)
-            raise InductorError(CppCompileError(["g++"], ""), None)
+            raise failures.pop()
 
         return compiled
 
+    failures = [ValueError("a bug"), InductorError(CppCompileError(["g++"], ""), None)]
     monkeypatch.setattr(torch, "compile", compile)
-    status, _, errors = call_main(train, *FLAGS, "--compile", "--save", tmp_path / "run")
+    words = [*FLAGS, "--compile", "--save", tmp_path / "run"]
+    status, _, errors = call_main(train, *words)
     assert (status, len(errors.splitlines())) == (130, 1)
     assert errors.startswith("train.py: stopped by SIGINT; this continues the run: ")
+    with pytest.raises(ValueError, match="a bug"):
+        call_main(train, *words, "--force")
 
 
 @pytest.mark.parametrize("place", ["run_folder.end_epoch", "run_folder.Plots.redraw", "run_folder.Plots.wait"])
