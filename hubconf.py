@@ -6,7 +6,8 @@
 
 Images are (N, 3, 32, 32), normalised by the mean and std in work/<run>/net.json, which also names the classes.
 With another num_classes the classifier is a new one, and the rest is loaded.
-The nets need torch alone; preprocess needs Pillow, NumPy, torchvision and tqdm as well.
+The nets need torch alone; preprocess needs Pillow, NumPy, torchvision and tqdm as well. Neither can be sent to worker
+processes that are not forked (macOS, Python 3.14): load them there.
 """
 
 import importlib
