@@ -74,13 +74,18 @@ def fetch(title, root, url, archive, md5, files):
                 path.rmdir()
         if isinstance(error, BrokenPipeError):  # this program's output was closed
             raise
-        status = 1 if getattr(error, "errno", None) in DISK_ERRORS else 2
-        reason = " ".join(str(error).split())  # some have several lines
-        if (root / archive).exists():
-            ways = "make room, or put it into a writable folder"
-            raise Refused(f"{root / archive} cannot be extracted there ({reason}): {ways}", status) from error
-        lacks = f"the folder {root} lacks files of {title}, and downloading {url} failed ({reason})"
-        raise Refused(f"{lacks}: put {archive} there, or name another --data", status) from error
+        raise refusal(error, title, root, url, archive) from error
+
+
+def refusal(error, title, root, url, archive):
+    """What fetch raises where the archive cannot be extracted or downloaded."""
+    status = 1 if getattr(error, "errno", None) in DISK_ERRORS else 2
+    reason = " ".join(str(error).split())  # some have several lines
+    if (root / archive).exists():
+        ways = "make room, or put it into a writable folder"
+        return Refused(f"{root / archive} cannot be extracted there ({reason}): {ways}", status)
+    lacks = f"the folder {root} lacks files of {title}, and downloading {url} failed ({reason})"
+    return Refused(f"{lacks}: put {archive} there, or name another --data", status)
 
 
 @contextlib.contextmanager
