@@ -65,11 +65,9 @@ def run_ranks(forked, *command):
 def run_different_ranks(forked, commands):
     """As run_ranks; each rank has its own command, and the folder in which it runs."""
     world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        (command, folder, world | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank, (command, folder) in zip("01", commands, strict=True)
-    ]
-    return [each.wait(timeout=200) for each in [forked(*rank) for rank in ranks]]
+    ranks = [world | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    running = [forked(command, cwd=folder, env=env) for (command, folder), env in zip(commands, ranks, strict=True)]
+    return [each.wait(timeout=200) for each in running]
 
 
 def one_rank(folder):
