@@ -5,6 +5,7 @@ for batch in progress(batches, desc="test images"):
 
 import os
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ class Bar(tqdm):
     """Checks the clock in each update, so that tqdm needs no monitor thread."""
 
     monitor_interval = 0
+    _time = property(lambda self: time.monotonic, lambda self, wall_clock: None)  # a clock set back would stop the bar
 
 
 def progress(iterable=None, shown=True, **options):

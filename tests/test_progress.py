@@ -1,6 +1,7 @@
 """How far a program is, where there is no terminal."""
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -53,6 +54,13 @@ def test_a_line_of_a_log_is_in_its_file_at_once(monkeypatch):
     for text in ("\r1 of 2 batches", "\r"):
         progress.Log().write(text)
     assert file.buffer.getvalue() == b"1 of 2 batches\n"
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_log(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    monkeypatch.setattr("tqdm.std.time", itertools.count(0, -3600).__next__)
+    assert [*progress.progress(range(3), desc="test", unit=" batches")] == [0, 1, 2]
+    assert re.findall(r"test: (\d) of 3 batches", capsys.readouterr().out) == ["0", "1", "2", "3"]
 
 
 def test_a_bar_on_a_terminal_is_gone_in_the_end(monkeypatch):
