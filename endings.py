@@ -92,6 +92,8 @@ def status_and_message(error, ending):
         return 1, f"memory ran out for {needs}: choose {remedy}{kept}"
     if lost_peer(error):
         return 1, f"another process of this run cannot be reached ({reason_of_loss(error)}), see its message{kept}"
+    if no_thread_left(error):
+        return 1, f"no further thread or process can be started here: raise the limit (ulimit -u, or the container's){go_on}"
     if failed_compiler(error):
         reason = reason_of_compiler(error)
         return 1, f"torch.compile does not work here ({reason}): install what is missing, or choose --compile none{kept}"
@@ -115,8 +117,9 @@ def remedy_for(number, resume):
     """The remedy for the system error of this number, to be appended to its message."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room there" + ", or name another place" * (not resume)
-    if number == errno.EFBIG:
-        return ": raise the file size limit (ulimit -f)"
+    limits = {errno.EFBIG: "file size limit (ulimit -f)", errno.EMFILE: "limit of open files (ulimit -n)"}
+    if number in limits:
+        return f": raise the {limits[number]}"
     if resume:
         return {errno.ENOENT: ": put back what is missing", errno.EACCES: ": make it writable"}.get(number, "")
     return ": fix this, or name another place" * (number not in DISK_ERRORS)
@@ -153,6 +156,13 @@ def reason_of_loss(error):
     """What a message of torch.distributed says of the cause: NCCL's is last, and may be empty; frames of C++ and advice go."""
     text = str(error).partition("Exception raised from")[0].replace("Last error:", "").strip()
     return re.split(r"\. (?=[A-Z])", text.rpartition("\n")[2])[0] or type(error).__name__
+
+
+def no_thread_left(error):
+    """Whether the system started no thread or process for Python, a backward pass or torch.compile: too many run."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search("can't start new thread|Resource temporarily unavailable", str(error)))
+    return isinstance(error, BlockingIOError) and error.filename is None  # of a fork; an output that is full has a name
 
 
 def failed_compiler(error):

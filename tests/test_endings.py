@@ -587,6 +587,26 @@ def test_why_a_compiler_does_not_work(error, reason):
     assert sentence.endswith("): install what is missing, or choose --compile none")
 
 
+# No address space holds such a stack, so no thread can start.
+STACKS = """
+import sys, threading, train
+sys.argv[0] = train.__file__
+threading.stack_size(2**50)
+train.main()
+"""
+
+
+def test_a_machine_that_starts_no_thread(run, pictures, tmp_path):
+    done = run("-c", STACKS, *flags(tmp_path / "run", "--dataset", "folder", "--data", str(pictures)))
+    told = "no further thread or process can be started here: raise the limit (ulimit -u, or the container's)"
+    assert (done.returncode, done.stderr) == (1, f"train.py: {told}\n")
+    compiling = BackendCompilerFailed("inductor", RuntimeError("Resource temporarily unavailable"), None)
+    for error in (compiling, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")):
+        assert endings.status_and_message(error, ENDING) == (1, told)
+    full = BlockingIOError(errno.EAGAIN, "write could not complete", "standard output")
+    assert "thread" not in endings.status_and_message(full, ENDING)[1]
+
+
 def test_a_notebook_whose_streams_are_no_files(monkeypatch, tiny_run):
     out, errors = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
@@ -616,6 +636,7 @@ def test_training_that_diverges_ends(call_main, tmp_path):
         ("ENOSPC", 1, ": make room there, or name another place", ": make room there"),
         ("EDQUOT", 1, ": make room there, or name another place", ": make room there"),
         ("EFBIG", 1, ": raise the file size limit (ulimit -f)", ": raise the file size limit (ulimit -f)"),
+        ("EMFILE", 2, ": raise the limit of open files (ulimit -n)", ": raise the limit of open files (ulimit -n)"),
         ("EIO", 1, "", ""),
         ("EACCES", 2, ": fix this, or name another place", ": make it writable"),
         ("ENOENT", 2, ": fix this, or name another place", ": put back what is missing"),
