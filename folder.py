@@ -4,8 +4,6 @@
 """
 
 import hashlib
-import math
-import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 
 from endings import Refused, in_one_line, say
+from machine import free_memory
 from pictures import EXTENSIONS, read_pictures, refuse_unreadable
 
 MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
@@ -21,7 +20,7 @@ MANY_CLASSES, MANY_KINDS = 20, 5  # more are not listed one by one
 def read_part(root, part, image_size, quiet=False, val=0):
     """(images (M, 3, S, S) uint8, labels (M,) int64, names of the classes) of the part "train" or "test" of a folder.
 
-    Training images are in a fixed random order, so that --limit keeps all classes; test images come class by class.
+    Training images are in a fixed random order, so that --limit takes from all classes; test images come class by class.
     Refused, before any picture is read, if the folders are not a data set or need more memory than is free; holding out `val`
     images needs more.
     """
@@ -87,13 +86,6 @@ def spelling(name):
     """A name without its case, spaces, invisible characters and Unicode variants, such as those of an accent."""
     plain = unicodedata.normalize("NFKC", name).casefold()
     return "".join(letter for letter in plain if letter.isprintable() and letter != " ")
-
-
-def free_memory():
-    """Free memory in bytes, as Linux reports it; infinity on other systems."""
-    path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
 
 
 def list_classes(folder):

@@ -174,12 +174,6 @@ def test_held_out_pictures_that_are_training_pictures_are_told_of(run, pictures,
     assert (status, "\n  4 of 4 held-out images are training images, too" in out) == (0, True), errors
 
 
-def test_memory_that_holds_a_cache_is_free(monkeypatch):
-    monkeypatch.setattr(folder.Path, "exists", lambda path: True)
-    monkeypatch.setattr(folder.Path, "read_text", lambda path: "MemTotal: 9 kB\nMemFree: 2 kB\nMemAvailable: 5 kB\n")
-    assert folder.free_memory() == 5 * 1024
-
-
 def test_a_link_back_to_all_classes_gives_none_of_them_more_pictures(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "set" / "train")
     shutil.copytree(pictures / "test" / "dark", tmp_path / "elsewhere")

@@ -1,7 +1,9 @@
 import ctypes
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +193,58 @@ def test_a_cluster_gives_fewer_cpus(monkeypatch):
 def test_each_precision_computes_in_its_own_type():
     names = {name: str(dtype) for name, dtype in DTYPES.items()}
     assert names == {"fp32": "torch.float32", "tf32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+
+
+def write_files(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 900 kB\nMemFree: 200 kB\nMemAvailable: 500 kB\n"}
+V1_STAT = "active_file 1\ninactive_file 1\ntotal_active_file 100\ntotal_inactive_file 50\n"
+JOBS = {  # where the group of a job is, and the files of it and of those above it
+    "a job": (
+        "0::/slurm/job_1/step_0\n",
+        {
+            "slurm/job_1/step_0/memory.max": "max\n",
+            "slurm/job_1/step_0/memory.current": "900\n",
+            "slurm/job_1/memory.max": "1000\n",
+            "slurm/job_1/memory.current": "900\n",
+            "slurm/memory.max": "2000\n",
+            "slurm/memory.current": "1000\n",
+        },
+    ),
+    "a container": ("0::/\n", {"memory.max": "1000\n", "memory.current": "900\n"}),
+    "a job, version 1": (
+        "5:cpuset:/\n4:memory:/slurm/job_1\n1:name=systemd:/\n0::/\n",
+        {
+            "memory/slurm/job_1/memory.limit_in_bytes": "1000\n",
+            "memory/slurm/job_1/memory.usage_in_bytes": "900\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "memory/memory.usage_in_bytes": "9000\n",
+        },
+    ),
+    "a container, version 1": (
+        "4:memory:/docker/of:the host\n",
+        {"memory/memory.limit_in_bytes": "1000\n", "memory/memory.usage_in_bytes": "900\n"},
+    ),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_memory_of_a_job_or_a_container_is_what_its_limit_leaves(tmp_path, job):
+    """Files that are cached there, 150 bytes, can go."""
+    group, files = JOBS[job]
+    write_files(tmp_path, MEMINFO | {"proc/self/cgroup": group})
+    assert machine.free_memory(tmp_path) == 500 * 1024
+    stat = V1_STAT if "version 1" in job else "anon 7\nactive_file 100\ninactive_file 50\n"
+    write_files(tmp_path / "sys/fs/cgroup", files | {str(Path(name).parent / "memory.stat"): stat for name in files})
+    assert machine.free_memory(tmp_path) == 1000 - 900 + 150
+
+
+def test_the_memory_of_a_machine_is_what_is_free_or_holds_a_cache(tmp_path):
+    assert machine.free_memory(tmp_path) == math.inf  # not Linux
+    write_files(tmp_path, MEMINFO)
+    assert machine.free_memory(tmp_path) == 500 * 1024
+    assert 0 < machine.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") or sys.platform != "linux"
