@@ -173,15 +173,6 @@ def test_held_out_pictures_that_are_training_pictures_are_told_of(run, pictures,
     assert (status, "\n  4 of 4 held-out images are training images, too" in out) == (0, True), errors
 
 
-def test_a_link_back_to_all_classes_gives_none_of_them_more_pictures(pictures, tmp_path):
-    shutil.copytree(pictures / "train", tmp_path / "set" / "train")
-    shutil.copytree(pictures / "test" / "dark", tmp_path / "elsewhere")
-    for name, target in [("all", ".."), ("above", "../.."), ("itself", "."), ("more", tmp_path / "elsewhere")]:
-        (tmp_path / "set" / "train" / "dark" / name).symlink_to(target)
-    classes = folder.list_classes(tmp_path / "set" / "train")
-    assert {name: len(files) for name, files in classes.items()} == {"dark": 8 + 1, "light": 8}
-
-
 def test_pictures_that_cannot_be_read_stop_the_run_before_it_begins(call_main, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "set")
     for name in ("depth.tif", "more.tif"):
