@@ -41,32 +41,6 @@ def test_a_flipped_bit_is_refused_or_harmless(tiny_run, tmp_path):
     assert refused > 20
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def flip(path):
-    content, middle = bytearray(path.read_bytes()), path.stat().st_size // 2
-    for place in range(middle, middle + 64):  # more than the padding between two parts, where a change is harmless
-        content[place] ^= 1
-    path.write_bytes(content)
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("spoil", [truncate, flip, empty])
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_overwritten(call_main, tiny_run, tmp_path, spoil):
-    save = tmp_path / "run"
-    shutil.copytree(tiny_run, save)
-    spoil(save / "latest.pth")
-    before = contents(save)
-    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume")
-    assert (status, "latest.pth is damaged or no checkpoint of train.py" in errors) == (2, True)
-    assert contents(save) == before
-
-
 class Command:
     def __init__(self, path):
         self.path = path
