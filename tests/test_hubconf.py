@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_pictures import png
+from test_pictures import noise, png
 
 import data
 from checkpoint import load_checkpoint, normalization
@@ -112,11 +112,6 @@ def test_error_on_the_first_300_test_images(name, wrong, test_set):
     logits = predict(load(name, pretrained=True), test_set.images[:300], mean, std)
     _, errors = loss_and_error_sums(logits, test_set.labels[:300])
     assert errors == wrong
-
-
-def noise(width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def save_turned(path):
