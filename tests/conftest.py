@@ -113,6 +113,16 @@ def call_main(monkeypatch, capsys, request):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures to be saved, for their curves and texts. Their files are empty; a test that needs their layout draws them."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: figures.append(figure))
+    return figures
+
+
 @pytest.fixture(scope="session")
 def forked():
     """Starts a process of Python that has imported the programs already, see forked.py."""

@@ -231,19 +231,19 @@ def test_names_of_classes_are_text_in_the_picture(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_long_names_of_classes_take_no_room_from_the_matrix(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), figure.draw_without_rendering()])
+def test_long_names_of_classes_take_no_room_from_the_matrix(saved, tmp_path):
     for letters in (3, 200):
         evaluate.draw(np.eye(4, dtype=int), [f"{i}{'x' * letters}{i}" for i in range(4)], "test images", tmp_path / "a.png")
-    short, long = (figure.axes[0].get_window_extent().width / figure.dpi for figure in figures)
+        saved[-1].draw_without_rendering()
+    short, long = (figure.axes[0].get_window_extent().width / figure.dpi for figure in saved)
     assert short > 2.5
     assert long > 0.9 * short
-    labels = [label.get_text() for label in figures[1].axes[0].get_xticklabels()]
+    axes = saved[1].axes[0]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels[1] == f"1{'x' * 24}…{'x' * 24}1"
-    for text in (*figures[1].axes[0].get_yticklabels(), *figures[1].axes[0].get_xticklabels(), figures[1].axes[0].title):
+    for text in (*axes.get_yticklabels(), *axes.get_xticklabels(), axes.title):
         box = text.get_window_extent()
-        assert min(box.x0, box.y0, figures[1].bbox.width - box.x1, figures[1].bbox.height - box.y1) > -2, text
+        assert min(box.x0, box.y0, saved[1].bbox.width - box.x1, saved[1].bbox.height - box.y1) > -2, text
 
 
 @pytest.mark.parametrize(("number", "name"), [(2, "x" * 62), (2, "W" * 200), (5, "W" * 62), (30, "x" * 62), (2, "a")])
@@ -255,21 +255,21 @@ def test_nothing_is_cut_off_at_the_edges_of_the_matrix(tmp_path, number, name):
 
 
 @pytest.mark.parametrize(("number", "named"), [(21, 21), (100, 100), (101, 51), (1000, 100)])
-def test_names_of_many_classes_are_as_large_as_their_rows_are_high(monkeypatch, tmp_path, number, named):
+def test_names_of_many_classes_are_as_large_as_their_rows_are_high(saved, tmp_path, number, named):
     """Of more than a hundred, every second, third … is named."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [figures.append(figure), figure.draw_without_rendering()])
     evaluate.draw(np.eye(number, dtype=int), [f"class {i}" for i in range(number)], "test images", tmp_path / "a.png")
-    boxes = [label.get_window_extent() for label in figures[0].axes[0].get_yticklabels()]
+    (figure,) = saved
+    figure.draw_without_rendering()
+    axes, every = figure.axes[0], range(0, number, -(-number // 100))
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
-    assert boxes[0].height * 72 / figures[0].dpi > 5  # points
-    axes, every = figures[0].axes[0], range(0, number, -(-number // 100))
+    assert boxes[0].height * 72 / figure.dpi > 5  # points
     assert [*axes.get_xticks()] == [*axes.get_yticks()] == [*every]
     assert [label.get_text() for label in axes.get_xticklabels()] == [f"class {i}" for i in every]
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"class {i} (1)" for i in every]
     assert len(every) == named
-    assert figures[0].canvas.get_renderer() is figures[0].canvas.get_renderer()  # not a new one for each of the names
-    assert [len(lines.get_segments()) for lines in figures[0].axes[0].collections] == [number - 1] * 2  # between the cells
+    assert figure.canvas.get_renderer() is figure.canvas.get_renderer()  # not a new one for each of the names
+    assert [len(lines.get_segments()) for lines in axes.collections] == [number - 1] * 2  # between the cells
 
 
 @pytest.mark.parametrize(
@@ -465,22 +465,18 @@ def test_the_title_of_a_matrix_names_its_images(call_main, monkeypatch, tmp_path
     assert titles == [("test images", "confusion.png"), ("val images", "confusion-val.png")]
 
 
-def test_fuller_cells_are_darker_and_up_to_20_classes_have_counts(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(evaluate.drawing, "save", lambda figure, path: figures.append(figure))
+def test_fuller_cells_are_darker_and_up_to_20_classes_have_counts(saved, tmp_path):
     for number in (20, 21):
         evaluate.draw(np.eye(number, dtype=int), [str(i) for i in range(number)], "test images", tmp_path / "x.png")
-    (image,) = figures[0].axes[0].images
+    (image,) = saved[0].axes[0].images
     shades = [sum(image.cmap(share)[:3]) for share in (0.0, 0.5, 1.0)]
     assert shades == sorted(shades, reverse=True)
-    assert [sum(text.get_text() == "1" for text in figure.axes[0].texts) for figure in figures] == [20, 0]
+    assert [sum(text.get_text() == "1" for text in figure.axes[0].texts) for figure in saved] == [20, 0]
 
 
-def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(evaluate.drawing, "save", lambda figure, path: figures.append(figure))
+def test_the_matrix_is_drawn_with_true_rows_coloured_by_their_shares(saved, tmp_path):
     evaluate.draw(np.array([[1, 3, 0], [2, 3, 0], [0, 0, 0]]), ["a", "b", "c"], "test images", tmp_path / "x.png")
-    axes = figures[0].axes[0]
+    axes = saved[0].axes[0]
     counts = {text.get_position(): text.get_text() for text in axes.texts if text.get_text()}
     assert counts == {(0, 0): "1", (1, 0): "3", (0, 1): "2", (1, 1): "3"}  # (column, row)
     white = [text.get_position() for text in axes.texts if text.get_color() == "white"]

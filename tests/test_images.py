@@ -6,11 +6,8 @@ import shutil
 
 import pytest
 from conftest import ROOT
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
-
-import drawing
 
 
 @pytest.fixture
@@ -65,10 +62,9 @@ def test_a_report_is_read_as_it_was_measured(tmp_path):
     assert curves["--efficient"] == ([40, 100, 250], [3, 7, 18], [7 / 8, 7 / 8, 7 / 8])
 
 
-def test_the_exponents_are_those_between_the_second_and_the_last_of_four_depths(monkeypatch, tmp_path):
+def test_the_exponents_are_those_between_the_second_and_the_last_of_four_depths(saved, tmp_path):
     """Of the README: between L=100 and L=250."""
-    draw, saved = runpy.run_path(str(ROOT / "images" / "draw_memory.py"))["draw"], []
-    monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure))
+    draw = runpy.run_path(str(ROOT / "images" / "draw_memory.py"))["draw"]
     curves = {"a net": ([40, 100, 160, 250], [9, 4, 9, 4 * 2.5**1.5], [9, 2, 9, 2 * 2.5**2])}
     draw(12, "batch 8", curves, tmp_path / "memory.png")
     labels = [axes.get_legend().get_texts()[0].get_text() for axes in saved[0].axes]
@@ -95,10 +91,8 @@ def test_another_report_is_refused(run_script, tmp_path, text):
     assert not (tmp_path / "memory.png").exists()
 
 
-def test_every_layer_of_the_header_reads_all_maps_before_it(monkeypatch):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+def test_every_layer_of_the_header_reads_all_maps_before_it(monkeypatch, saved):
     monkeypatch.setattr("sys.argv", ["draw_header.py"])
     runpy.run_path(str(ROOT / "images" / "draw_header.py"))["main"]()
-    arrows = [patch for patch in figures[0].axes[0].patches if isinstance(patch, FancyArrowPatch)]
+    arrows = [patch for patch in saved[0].axes[0].patches if isinstance(patch, FancyArrowPatch)]
     assert len(arrows) == 4 + 3 + 2 + 1 + 4  # from each group to all layers behind it, and from each layer

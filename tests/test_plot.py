@@ -38,14 +38,6 @@ def write_arguments(run, **arguments):
     return run
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures to be saved, for their curves and texts. Their files are empty; a test that needs their layout draws them."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: figures.append(figure))
-    return figures
-
-
 def colored(path):
     """The share of pixels that are not grey, in the picture read back."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
