@@ -14,6 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--depth", "10", "--growth-rate", "2", "--limit", "96", "--device", "cpu"]
+TINY_RUN = [*TINY, "--epochs", "2", "--batch-size", "40"]
 
 
 def pytest_configure(config):
@@ -183,7 +184,7 @@ def tiny_run(tmp_path_factory, forked):
     save = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     with FileLock(save.with_suffix(".lock")):
         if not (save / "stdout").exists():
-            done = forked(["train.py", *TINY, "--epochs", "2", "--batch-size", "40", "--force", "--save", save]).wait()
+            done = forked(["train.py", *TINY_RUN, "--force", "--save", save]).wait()
             assert done.returncode == 0, done.stderr
             (save / "stdout").write_text(done.stdout)
     return save

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, contents
+from conftest import ROOT, TINY, TINY_RUN, contents
 from PIL import Image
 
 import checkpoint
@@ -50,12 +50,11 @@ class Command:
 
 
 def test_a_checkpoint_that_carries_code_is_refused(call_main, tiny_run, tmp_path):
-    save = tmp_path / "run"
-    shutil.copytree(tiny_run, save)
+    save = shutil.copytree(tiny_run, tmp_path / "run")
     checkpoint = torch.load(save / "latest.pth", weights_only=True)
     torch.save({**checkpoint, "extra": Command(tmp_path / "was_run")}, save / "latest.pth")
     for module, *flags in [
-        (train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume"),
+        (train, *TINY_RUN, "--save", save, "--resume"),
         (evaluate, save / "latest.pth"),
     ]:
         status, _, errors = call_main(module, *flags)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, TINY_RUN
 from PIL import Image
 from test_distributed import run_ranks
 from test_run_folder import assert_same_run
@@ -64,7 +64,7 @@ def run(forked):
 
 
 def flags(save, *more):
-    return [*TINY, "--batch-size", "40", "--epochs", "2", "--no-plot", "--save", str(save), *more]
+    return [*TINY_RUN, "--no-plot", "--save", str(save), *more]
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

@@ -19,7 +19,7 @@ import hypothesis.strategies as st
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, contents
+from conftest import ROOT, TINY, TINY_RUN, contents
 from PIL import Image
 
 import data
@@ -51,6 +51,12 @@ def relayed(relay, monkeypatch):
             self.command[:1] = relay
 
     monkeypatch.setattr(run_folder, "Plots", Relayed)
+
+
+@pytest.fixture
+def resume_tiny(call_main):
+    """Resumes a copy of tiny_run as it was begun, with more flags."""
+    return lambda save, *more: call_main(train, *TINY_RUN, "--no-plot", "--save", save, "--resume", *more)
 
 
 @pytest.fixture
@@ -111,12 +117,11 @@ def test_a_resumed_run_keeps_its_precision_on_whatever_device(call_main, tmp_pat
         (tmp_path / "latest.pth").unlink()
 
 
-def test_resume_of_a_finished_run_changes_nothing(call_main, tiny_run, tmp_path):
-    shutil.copytree(tiny_run, tmp_path / "run")
-    flags = [*TINY, "--epochs", 2, "--batch-size", 40]
-    status, _, errors = call_main(train, *flags, "--no-plot", "--save", tmp_path / "run", "--resume")
+def test_resume_of_a_finished_run_changes_nothing(resume_tiny, tiny_run, tmp_path):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
+    status, _, errors = resume_tiny(save)
     assert status == 0, errors
-    assert_same_run(tiny_run, tmp_path / "run")
+    assert_same_run(tiny_run, save)
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"], ["--force"]])
@@ -207,26 +212,25 @@ def test_what_the_files_of_a_run_that_is_replaced_are_links_to_is_kept(tiny_run,
 
 
 @pytest.mark.parametrize("also_gone", [[], ["test.csv"]])
-def test_a_run_whose_checkpoint_is_gone_is_not_begun_anew(call_main, tiny_run, tmp_path, also_gone):
+def test_a_run_whose_checkpoint_is_gone_is_not_begun_anew(resume_tiny, tiny_run, tmp_path, also_gone):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     for name in ("latest.pth", *also_gone):
         (save / name).unlink()
     before = contents(save)
-    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save, "--resume")
+    status, _, errors = resume_tiny(save)
     assert (status, len(errors.splitlines())) == (2, 2)
     assert f"{save / 'latest.pth'} is missing, and {save}" in errors
     assert contents(save) == before
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_main, tiny_run, tmp_path):
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(resume_tiny, tiny_run, tmp_path):
     """The first epoch's rows are there, and its checkpoint was not written."""
     save = shutil.copytree(tiny_run, tmp_path / "run")
     (save / "latest.pth").unlink()
     for name in ("train.csv", "test.csv"):
         rows = (save / name).read_text().splitlines(keepends=True)
         (save / name).write_text("".join(rows[: 1 + len(rows) // 2]))
-    flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--no-plot"]
-    status, out, errors = call_main(train, *flags, "--save", save, "--resume")
+    status, out, errors = resume_tiny(save)
     assert (status, "from the start" in out) == (0, True), errors
     assert_same_run(tiny_run, save)
 
@@ -247,11 +251,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(call_ma
         (["--epochs", 1], "--epochs 1 is less than the 2 that are done"),
     ],
 )
-def test_arguments_that_would_change_the_result_are_refused_by_name(call_main, tiny_run, tmp_path, flags, named):
-    save = tmp_path / "run"
-    shutil.copytree(tiny_run, save)
+def test_arguments_that_would_change_the_result_are_refused_by_name(resume_tiny, tiny_run, tmp_path, flags, named):
+    save = shutil.copytree(tiny_run, tmp_path / "run")
     before = contents(save)
-    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, "--resume", *flags)
+    status, _, errors = resume_tiny(save, *flags)
     assert (status, len(errors.splitlines())) == (2, 2)
     assert named in errors
     (save / ".lock").unlink()
@@ -510,14 +513,14 @@ def meanwhile(monkeypatch, happens):
 def test_of_two_equal_starts_the_second_leaves_the_run_of_the_first(call_main, monkeypatch, tiny_run, tmp_path):
     save = tmp_path / "run"
     meanwhile(monkeypatch, lambda: shutil.copytree(tiny_run, save))
-    status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save)
+    status, _, errors = call_main(train, *TINY_RUN, "--no-plot", "--save", save)
     assert (status, f"{save} already holds a run: continue it" in errors) == (2, True)
     assert {**contents(save), ".lock": b""} == {**contents(tiny_run), ".lock": b""}
 
 
 @pytest.mark.parametrize("vanishes", [True, False])
 @pytest.mark.parametrize("init", [True, False])
-def test_a_checkpoint_that_comes_or_goes_meanwhile(call_main, monkeypatch, tiny_run, tmp_path, vanishes, init):
+def test_a_checkpoint_that_comes_or_goes_meanwhile(resume_tiny, monkeypatch, tiny_run, tmp_path, vanishes, init):
     """Whether --init was read depends on it; a run is neither begun nor continued then, and nothing else is touched."""
     save = shutil.copytree(tiny_run, tmp_path / "run")
     facts = json.loads((save / "args.json").read_text())
@@ -529,8 +532,7 @@ def test_a_checkpoint_that_comes_or_goes_meanwhile(call_main, monkeypatch, tiny_
         (save / "latest.pth").unlink()
         meanwhile(monkeypatch, lambda: shutil.copy(tiny_run / "latest.pth", save))
     before = contents(save)
-    flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", *(["--init", tiny_run / "latest.pth"] if init else [])]
-    status, _, errors = call_main(train, *flags, "--save", save, "--resume")
+    status, _, errors = resume_tiny(save, *(["--init", tiny_run / "latest.pth"] if init else []))
     assert (status, f"another process has changed {save} in the meantime: start again" in errors) == (2, True), errors
     assert {**before, "latest.pth": b""} == {**contents(save), "latest.pth": b""}
 
@@ -570,7 +572,7 @@ train.main()
 def test_a_file_system_without_locks(forked, tiny_run, tmp_path):
     """The run goes on, says so once, and leaves nothing that would stand in the way of the next."""
     save = tmp_path / "run"
-    flags = [*TINY, "--epochs", "2", "--batch-size", "40", "--no-plot", "--save", str(save)]
+    flags = [*TINY_RUN, "--no-plot", "--save", save]
     for more in ([], ["--resume"]):
         done = forked(["-c", LOCKLESS, "ENOSYS", *flags, *more]).wait()
         assert (done.returncode, done.stderr) == (0, "")
@@ -622,28 +624,24 @@ def a_list(path):
     path.write_text('["growth_rate"]')
 
 
-def resume_tiny(call_main, save):
-    return call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--no-plot", "--save", save, "--resume")
-
-
-def test_a_run_that_older_code_has_resumed_goes_on(call_main, tiny_run, tmp_path):
+def test_a_run_that_older_code_has_resumed_goes_on(resume_tiny, tiny_run, tmp_path):
     """That wrote an args.json without the digest of the net of --init, which the checkpoint still has."""
     save = shutil.copytree(tiny_run, tmp_path / "run")
     checkpoint, facts = load_checkpoint(save / "latest.pth"), json.loads((save / "args.json").read_text())
     (save / "args.json").write_text(json.dumps(facts | {"init": "net.pth"}))
     begun = checkpoint["args"] | {"init": "net.pth", "init_digest": digest(checkpoint["net"])}
     torch.save(checkpoint | {"args": begun}, save / "latest.pth")
-    status, _, errors = resume_tiny(call_main, save)
+    status, _, errors = resume_tiny(save)
     assert status == 0, errors
 
 
 @pytest.mark.parametrize("spoil", [missing, empty, cut_off, folder, no_text, a_list])
 @pytest.mark.parametrize("name", ["args.json", "train.csv", "test.csv", "latest.pth"])
-def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(call_main, tiny_run, tmp_path, name, spoil):
+def test_a_file_that_is_not_whole_is_named_and_nothing_is_touched(resume_tiny, tiny_run, tmp_path, name, spoil):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     spoil(save / name)
     before = contents(save)
-    status, _, errors = resume_tiny(call_main, save)
+    status, _, errors = resume_tiny(save)
     assert (status, len(errors.splitlines())) == (2, 2)
     assert name in errors
     assert str(save) in errors
@@ -666,7 +664,7 @@ def test_a_folder_where_a_file_should_be(call_main, tiny_run, tmp_path, name, wa
     (save / name).mkdir()
     before = contents(save)
     for way in ways:
-        status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, way)
+        status, _, errors = call_main(train, *TINY_RUN, "--save", save, way)
         assert (status, len(errors.splitlines()), told.format(save=save) in errors) == (2, 2, True), errors
         assert contents(save) == before
 
@@ -696,13 +694,13 @@ def of_another_run(checkpoint):
         (of_another_run, "the run was begun with opt adam, not sgd"),
     ],
 )
-def test_a_checkpoint_that_is_whole_and_not_of_this_run(call_main, tiny_run, tmp_path, change, message):
+def test_a_checkpoint_that_is_whole_and_not_of_this_run(resume_tiny, tiny_run, tmp_path, change, message):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     checkpoint = torch.load(save / "latest.pth", weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, save / "latest.pth")
     before = contents(save)
-    status, _, errors = resume_tiny(call_main, save)
+    status, _, errors = resume_tiny(save)
     assert (status, message in errors) == (2, True), errors
     assert contents(save) == before
 
@@ -717,23 +715,23 @@ def test_a_checkpoint_that_is_whole_and_not_of_this_run(call_main, tiny_run, tmp
         ("test.csv", 0, "epoch,error,loss\n"),
     ],
 )
-def test_a_damaged_row_in_the_middle_does_not_survive(call_main, tiny_run, tmp_path, name, row, other):
+def test_a_damaged_row_in_the_middle_does_not_survive(resume_tiny, tiny_run, tmp_path, name, row, other):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     lines = (save / name).read_text().splitlines(keepends=True)
     lines[row : row + 1] = [other] if other else []
     (save / name).write_text("".join(lines))
     before = contents(save)
-    status, _, errors = resume_tiny(call_main, save)
+    status, _, errors = resume_tiny(save)
     assert (status, f"{save / name} is damaged" in errors) == (2, True), errors
     assert contents(save) == before
 
 
-def test_a_csv_that_a_spreadsheet_has_saved_is_accepted(call_main, tiny_run, tmp_path):
+def test_a_csv_that_a_spreadsheet_has_saved_is_accepted(resume_tiny, tiny_run, tmp_path):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     before = {name: (save / name).read_bytes() for name in ("train.csv", "test.csv")}
     for name, content in before.items():
         (save / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
-    assert resume_tiny(call_main, save)[0] == 0
+    assert resume_tiny(save)[0] == 0
     assert {name: (save / name).read_bytes() for name in before} == before
 
 
@@ -754,7 +752,7 @@ def damage(content, position, kind, byte):
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_damage_anywhere_is_a_sentence_or_a_run_that_is_right(
-    call_main, tiny_run, tmp_path_factory, name, position, kind, byte
+    call_main, resume_tiny, tiny_run, tmp_path_factory, name, position, kind, byte
 ):
     """What no file tells is a digit of a loss, or what args.json says of the machine: then the rest of the run is right."""
     save = shutil.copytree(tiny_run, tmp_path_factory.mktemp("damaged") / "run")
@@ -764,7 +762,7 @@ def test_damage_anywhere_is_a_sentence_or_a_run_that_is_right(
         reader = [evaluate, save / "latest.pth"] if name == "latest.pth" else [plot, save]
         status, _, errors = call_main(*reader, "--out", save / "new" / "figure.svg")
         assert (status, len(errors.splitlines())) in [(0, 0), (2, 2)], errors
-    status, _, errors = resume_tiny(call_main, save)
+    status, _, errors = resume_tiny(save)
     if status == 2:
         assert len(errors.splitlines()) == 2
         assert contents(save) == before
@@ -867,7 +865,7 @@ train.main()
 
 def test_a_file_system_that_cannot_flush(forked, tiny_run, tmp_path):
     """As CIFS, FUSE and VirtualBox say; a disk that fails says otherwise, and is no place for a run."""
-    flags = [*TINY, "--epochs", "2", "--batch-size", "40", "--no-plot", "--save", tmp_path / "run"]
+    flags = [*TINY_RUN, "--no-plot", "--save", tmp_path / "run"]
     done = forked(["-c", UNFLUSHED, errno.EINVAL, *flags]).wait()
     assert (done.returncode, done.stderr) == (0, "")
     told = f"{tmp_path / 'run'}: its file system cannot flush a file ("
@@ -888,7 +886,7 @@ train.main()
 
 def test_figures_without_a_process_to_draw_them(forked, tiny_run, tmp_path):
     save = tmp_path / "run"
-    done = forked(["-c", GONE, *TINY, "--epochs", "2", "--batch-size", "40", "--save", str(save)]).wait()
+    done = forked(["-c", GONE, *TINY_RUN, "--save", save]).wait()
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("the figures could not be drawn, nothing else is affected: No such file or directory\n") == 1
     assert done.stdout.endswith(f"{save} has args.json, train.csv, test.csv, latest.pth\n")
@@ -1142,7 +1140,7 @@ def test_a_file_of_the_users_is_not_deleted_with_a_run(call_main, tiny_run, tmp_
         if file:
             (save / file).unlink()
         before = contents(save)
-        status, _, errors = call_main(train, *TINY, "--epochs", 2, "--batch-size", 40, "--save", save, *more)
+        status, _, errors = call_main(train, *TINY_RUN, "--save", save, *more)
         told = f"{save / name} exists already and is not from this program, or damaged: name another place, or remove it"
         assert (status, told in errors) == (2, True), errors
         assert contents(save) == before

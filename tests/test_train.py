@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, contents
+from conftest import ROOT, TINY, TINY_RUN, contents
 from PIL import Image
 from test_flags import parse
 from test_run_folder import assert_same_run
@@ -457,8 +457,8 @@ def test_checkpoint_is_the_bare_net_even_if_a_compiled_one_was_trained(call_main
     counters.clear()
     compile_quickly = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda model, mode: compile_quickly(model))
-    flags = [*TINY, "--batch-size", 40, "--no-plot", "--save", tmp_path / "run"]
-    status, _, errors = call_main(train, *flags, "--epochs", 2, "--compile")
+    flags = [*TINY_RUN, "--no-plot", "--save", tmp_path / "run"]
+    status, _, errors = call_main(train, *flags, "--compile")
     assert status == 0, errors
     assert counters["stats"]["unique_graphs"] == 1
     checkpoint = torch.load(tmp_path / "run" / "latest.pth", weights_only=True)
@@ -467,7 +467,7 @@ def test_checkpoint_is_the_bare_net_even_if_a_compiled_one_was_trained(call_main
     assert checkpoint["classes"] == [str(i) for i in range(10)]
     compiled, plain = (pd.read_csv(folder / "train.csv")["loss"] for folder in (tmp_path / "run", tiny_run))
     assert compiled.tolist() == pytest.approx(plain.tolist(), rel=1e-3)
-    status, out, errors = call_main(train, *flags, "--epochs", 2, "--resume")
+    status, out, errors = call_main(train, *flags, "--resume")
     assert (status, f"{tmp_path / 'run'} is complete" in out) == (0, True), errors
 
 
@@ -549,7 +549,7 @@ def test_other_ways_to_train(call_main, steps, tmp_path, flags):
 
 
 def test_tf32_is_fp32_on_a_cpu(call_main, tiny_run, tmp_path):
-    flags = [*TINY, "--epochs", 2, "--batch-size", 40, "--precision", "tf32", "--no-plot", "--save", tmp_path / "run"]
+    flags = [*TINY_RUN, "--precision", "tf32", "--no-plot", "--save", tmp_path / "run"]
     status, _, errors = call_main(train, *flags)
     assert status == 0, errors
     assert_same_run(tiny_run, tmp_path / "run")
@@ -1037,7 +1037,7 @@ def test_seconds_are_of_an_epochs_steps_and_the_time_left_is_of_whole_epochs(cal
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
     monkeypatch.setattr(train, "test", lasting(100, train.test))
     monkeypatch.setattr(TrainingStep, "__call__", lasting(1, TrainingStep.__call__))
-    flags = [*TINY, "--batch-size", 40, "--epochs", 2, "--no-plot", "--save", tmp_path / "run"]
+    flags = [*TINY_RUN, "--no-plot", "--save", tmp_path / "run"]
     status, out, errors = call_main(train, *flags)
     assert status == 0, errors
     assert [line.split("  ")[-2:] for line in out.splitlines()[2:4]] == [
