@@ -456,12 +456,11 @@ def test_a_device_that_is_not_there_is_refused(call_main, tiny_run):
     assert (status, "--device 'cuda:99' is not a device that PyTorch can use here" in errors) == (2, True)
 
 
-def test_the_title_of_a_matrix_names_its_images(call_main, monkeypatch, tmp_path):
+def test_the_title_of_a_matrix_names_its_images(call_main, monkeypatch, run_with_val, tmp_path):
     titles = []
     monkeypatch.setattr(evaluate, "draw", lambda confusion, classes, what, path: titles.append((what, path.name)))
-    assert call_main(train, *TINY, "--val", 50, "--epochs", 1, "--no-plot", "--save", tmp_path / "run")[0] == 0
     for more in ([], ["--val"]):
-        assert call_main(evaluate, tmp_path / "run", *more)[0] == 0
+        assert call_main(evaluate, run_with_val, "--out", tmp_path, *more)[0] == 0
     assert titles == [("test images", "confusion.png"), ("val images", "confusion-val.png")]
 
 
