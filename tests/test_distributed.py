@@ -298,43 +298,37 @@ def test_a_world_that_does_not_divide_the_batch_is_a_sentence(forked, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_that_is_taken_is_a_sentence(call_main, monkeypatch, tmp_path):
+@pytest.fixture
+def be_rank_0_of_2(monkeypatch):
+    """Gives this process the environment of torchrun, with more of it."""
+
+    def be_rank_0_of_2(**more):
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **more}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return be_rank_0_of_2
+
+
+def test_a_port_that_is_taken_is_a_sentence(call_main, be_rank_0_of_2, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        port = str(listener.getsockname()[1])
-        for name, value in {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }.items():
-            monkeypatch.setenv(name, value)
+        be_rank_0_of_2(MASTER_PORT=listener.getsockname()[1])
         status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
     assert status == 2
     assert "train.py: error: rank 0 cannot reach the others" in errors
     assert "check --master-addr and --master-port" in errors
 
 
-def test_ranks_that_do_not_come_are_a_sentence_after_the_time_out(call_main, monkeypatch, tmp_path):
+def test_ranks_that_do_not_come_are_a_sentence_after_the_time_out(call_main, monkeypatch, be_rank_0_of_2, tmp_path):
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
-    environment = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    be_rank_0_of_2(MASTER_PORT=free_port())
     status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
     assert (status, "rank 0 cannot reach the others" in errors) == (2, True)
 
 
-def test_a_run_that_torchrun_may_restart_is_not_begun_anew_each_time(call_main, monkeypatch, tmp_path):
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
-        monkeypatch.setenv(name, value)
+def test_a_run_that_torchrun_may_restart_is_not_begun_anew_each_time(call_main, be_rank_0_of_2, tmp_path):
+    be_rank_0_of_2(TORCHELASTIC_MAX_RESTARTS=3)
     status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run", "--force")
     told = "--force would start the run over after each restart by torchrun: remove the old run and choose --resume"
     assert (status, told in errors) == (2, True), errors
