@@ -233,28 +233,6 @@ def test_the_programs_are_those_with_flags():
     assert programs <= names
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seed", "9" * 23], "--seed: " + "9" * 23 + " is out of range: it must be 18446744073709551615 or less"),
-        (["--epochs", "9" * 30], "is out of range: it must be 100000 or less"),
-        (["--depth", "1000000"], "--depth: 1000000 is out of range"),
-        (["--weight-decay", "inf"], "inf is out of range"),
-        (["--momentum", "1.1"], "--momentum: 1.1 is out of range: it must be 1 or less"),
-        (["--save", ""], "--save: the name is empty: give one, or leave out the flag"),
-        (["--device", "gpu"], "'gpu' is not a device that PyTorch can use here: choose auto, "),
-        (["--device", "meta"], "'meta' is not a device"),
-        (["--device", "cuda:-1"], "'cuda:-1' is not a device"),
-        (["--device", ""], "--device: the name is empty"),
-    ],
-)
-def test_a_value_out_of_range_is_one_sentence_and_status_2(call_main, tmp_path, arguments, message):
-    status, _, errors = call_main(train, *TINY, "--save", tmp_path / "run", *arguments)
-    assert (status, len(errors.splitlines())) == (2, 2)
-    assert message in errors
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_largest_seed_trains(call_main, tiny_run, tmp_path):
     save = shutil.copytree(tiny_run, tmp_path / "run")
     status, _, errors = call_main(train, *TINY, "--epochs", 1, "--no-plot", "--save", save, "--force", "--seed", 2**64 - 1)
