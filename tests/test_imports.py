@@ -1,6 +1,7 @@
 """Which file imports which: programs import no program, modules import in no circle, the model needs little."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -13,6 +14,7 @@ PROGRAMS = {path.stem for path in FILES if path.read_text().startswith("#!")}
 ALLOWED = {"train-vgg": {"train"}, "compare-speed": {"bench"}}  # in attic/: the very functions of a program are what they run
 
 
+@functools.cache
 def imports(path):
     """The top-level names of all that a file imports, wherever in it."""
     names = set()
