@@ -60,7 +60,7 @@ def test_another_error_than_that_of_test_csv_is_told(tmp_path, part, recorded):
     assert not [*evaluate.other_error(path, 3, part, 0, 1000)]
 
 
-def test_the_error_is_compared_with_test_csv(call_main, run_with_val, tmp_path):
+def test_the_error_is_compared_with_test_csv(call_main, saved, run_with_val, tmp_path):
     save = shutil.copytree(run_with_val, tmp_path / "run")
     for flags in ([], ["--val"]):
         assert "test.csv has" not in call_main(evaluate, save, *flags)[1]
@@ -71,7 +71,7 @@ def test_the_error_is_compared_with_test_csv(call_main, run_with_val, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "x", "epoch,loss,error\n", "epoch,loss,error\n1,a,b\n"])
-def test_a_checkpoint_needs_no_test_csv(call_main, tiny_run, tmp_path, content):
+def test_a_checkpoint_needs_no_test_csv(call_main, saved, tiny_run, tmp_path, content):
     (tmp_path / "latest.pth").write_bytes((tiny_run / "latest.pth").read_bytes())
     if content is not None:
         (tmp_path / "test.csv").write_text(content)
@@ -355,7 +355,7 @@ def test_the_held_out_images_are_evaluated_as_the_run_did(call_main, run_with_va
     assert (status, "are not those that the run held out: name its data with --data" in errors) == (2, True)
 
 
-def test_other_test_images_than_the_runs_are_told_of(call_main, run_with_val, tmp_path):
+def test_other_test_images_than_the_runs_are_told_of(call_main, saved, run_with_val, tmp_path):
     checkpoint, told = load_checkpoint(run_with_val / "latest.pth"), []
     for digest in (checkpoint["args"]["digests"]["test"], "0"):
         checkpoint["args"]["digests"]["test"] = digest

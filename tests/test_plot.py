@@ -171,13 +171,13 @@ def test_labels_are_what_differs_between_the_paths(tmp_path, folders, labels):
     }
 
 
-def test_out_may_be_the_file_of_one_figure(call_main, tmp_path):
+def test_out_may_be_the_file_of_one_figure(call_main, saved, tmp_path):
     status, out, errors = call_main(plot, write_run(tmp_path / "run"), "--out", tmp_path / "new" / "both.pdf")
     assert (status, out.split()) == (0, [str(tmp_path / "new" / "both.pdf")]), errors
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["both.pdf"]
 
 
-def test_without_out_several_runs_are_drawn_into_the_folder_that_holds_them(call_main, tmp_path):
+def test_without_out_several_runs_are_drawn_into_the_folder_that_holds_them(call_main, saved, tmp_path):
     call_main(plot, write_run(tmp_path / "a"), write_run(tmp_path / "b"))
     assert (tmp_path / "loss-error.png").exists()
 
@@ -219,7 +219,7 @@ def test_a_csv_that_an_editor_has_saved_is_read(tmp_path):
     pd.testing.assert_frame_equal(runs.read_csv(run / "test.csv"), before)
 
 
-def test_of_several_damaged_rows_the_first_is_told_of_and_their_number(call_main, tmp_path):
+def test_of_several_damaged_rows_the_first_is_told_of_and_their_number(call_main, saved, tmp_path):
     run = write_run(tmp_path / "run")
     with (run / "train.csv").open("a") as file:
         file.write("4.1,nan,90\n4.2,inf,90\n4.3,0")  # a run that diverged; the last row is not written yet
@@ -407,7 +407,7 @@ def test_an_installed_font_that_has_the_letters_is_used(chinese_font, call_main,
 
 
 @pytest.mark.parametrize("since", ["99", "4.5"])
-def test_since_an_epoch_that_is_not_there_yet(call_main, tmp_path, since):
+def test_since_an_epoch_that_is_not_there_yet(call_main, saved, tmp_path, since):
     run = write_run(tmp_path / "run")
     status, _, errors = call_main(plot, run, "--since", since)
     assert (status, f"--since {since} is after the last epoch, 4: choose an earlier one" in errors) == (2, True)
@@ -484,7 +484,7 @@ def test_the_band_of_one_epoch_is_a_line(call_main, saved, tmp_path):
     np.testing.assert_allclose([min(heights), max(heights)], sorted(losses))
 
 
-def test_runs_without_a_common_row_have_no_average_yet(call_main, tmp_path):
+def test_runs_without_a_common_row_have_no_average_yet(call_main, saved, tmp_path):
     begun, other = (write_arguments(write_run(tmp_path / name), seed=seed) for seed, name in enumerate("ab"))
     for path in [begun / "train.csv", other / "test.csv"]:
         path.write_text("epoch,loss,error\n")
@@ -501,7 +501,7 @@ def test_the_mean_is_that_of_the_curves_smoothed_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"epochs": "300", "seed": 1}', '{"epochs": 300}'])
-def test_only_the_average_needs_args_json(call_main, tmp_path, content):
+def test_only_the_average_needs_args_json(call_main, saved, tmp_path, content):
     run = write_run(tmp_path / "run")
     if content is not None:
         (run / "args.json").write_text(content)
