@@ -45,14 +45,24 @@ def interpreter():
 
 @pytest.fixture
 def interpreted(interpreter):
-    """Calls a function of this file in such a process; its assertions have to hold there."""
+    """Calls a function of this file, by its name, in such a process; its assertions have to hold there."""
 
     def call(check, *arguments):
-        code = f"import test_kernels; test_kernels.{check.__name__}{arguments!r}"
+        code = f"import test_kernels; test_kernels.{check}{arguments!r}"
         done = interpreter(["-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}).wait()
         assert done.returncode == 0, done.stderr
 
     return call
+
+
+def in_the_interpreter(check):
+    """Makes a test of a function: that is called as the fixture `interpreted` calls one."""
+
+    def test(interpreted):
+        interpreted(f"{check.__name__}.check")
+
+    test.check, test.__doc__ = check, check.__doc__
+    return test
 
 
 class BlockAndTransition(nn.Sequential):
@@ -113,7 +123,7 @@ def steady(block):
     [(8, 10, (3, 7, 5), None), (12, 24, (2, 6, 6), 0.5), (24, 10, (1, 4, 6), 0.5), (5, 7, (2, 3, 9), 0.9)],
 )
 def test_maps_statistics_and_gradients_are_those_of_the_plain_modules(interpreted, growth_rate, channels, shape, reduction):
-    interpreted(check_float32, growth_rate, channels, shape, reduction)
+    interpreted("check_float32", growth_rate, channels, shape, reduction)
 
 
 def check_float32(growth_rate, channels, shape, reduction):
@@ -127,11 +137,8 @@ def check_float32(growth_rate, channels, shape, reduction):
         assert relative_error(ours[name], values) < 3e-6, (name, relative_error(ours[name], values))
 
 
-def test_a_transition_in_which_programs_take_several_turns(interpreted):
-    interpreted(check_turns)
-
-
-def check_turns():
+@in_the_interpreter
+def test_a_transition_in_which_programs_take_several_turns():
     """Three turns of four pixels each, which it takes over 4,096 pixels to get; the last program has six pixels of 30."""
     kernels = dense_block.load_kernels()
     cdiv = kernels.cdiv
@@ -151,11 +158,8 @@ def check_turns():
         assert relative_error(result, values) < 3e-6
 
 
-def test_what_many_programs_leave_is_joined(interpreted):
-    interpreted(check_joining)
-
-
-def check_joining():
+@in_the_interpreter
+def test_what_many_programs_leave_is_joined():
     """Of nine programs with eight pixels each, the last with six: in the interpreter four are read at a time."""
     kernels = dense_block.load_kernels()
     torch.manual_seed(0)
@@ -206,11 +210,8 @@ def test_a_transition_is_joined_for_maps_of_two_rows_and_columns_and_weights_of_
     assert (joined, kernels.computes_transition(torch.empty(2, 8, 2, 2), transition)) == ([True, False, False], False)
 
 
-def test_a_mean_large_against_the_deviation(interpreted):
-    interpreted(check_large_mean)
-
-
-def check_large_mean():
+@in_the_interpreter
+def test_a_mean_large_against_the_deviation():
     """No tensor is more than three times as far from float64 as that of the plain modules in float32, and 2e-6."""
     block, images, target = block_and_batch(8, 10, (3, 5, 3))
     steady(block)
@@ -223,8 +224,8 @@ def check_large_mean():
 
 
 def test_half_precision(interpreted):
-    interpreted(check_rounding, "float16", 8, 10, (3, 5, 3), 0.5)
-    interpreted(check_rounding, "float16", 8, 10, (3, 5, 3), None)
+    interpreted("check_rounding", "float16", 8, 10, (3, 5, 3), 0.5)
+    interpreted("check_rounding", "float16", 8, 10, (3, 5, 3), None)
 
 
 @pytest.mark.gpu
@@ -285,7 +286,7 @@ def inferred(block, images):
 
 
 def test_an_offset_is_taken_off_without_bias(interpreted):
-    interpreted(check_bias, "float16", "cpu")
+    interpreted("check_bias", "float16", "cpu")
 
 
 @pytest.mark.gpu
@@ -314,11 +315,8 @@ def check_bias(dtype, device):
         assert off.sum(dim=3).std() < off.std() * 8**0.5  # the maps of a pixel are not all rounded the same way
 
 
-def test_a_whole_net(interpreted):
-    interpreted(check_net)
-
-
-def check_net():
+@in_the_interpreter
+def test_a_whole_net():
     torch.manual_seed(0)
     plain = randomize(DenseNet(depth=10, growth_rate=8), seed=0)
     net = DenseNet(depth=10, growth_rate=8, efficient=True).to(memory_format=torch.channels_last)
@@ -343,11 +341,8 @@ def counted(kernels):
         calls |= {name: each.call_count for name, each in mocks.items()}
 
 
-def test_a_net_in_evaluation_mode(interpreted):
-    interpreted(check_evaluation)
-
-
-def check_evaluation():
+@in_the_interpreter
+def test_a_net_in_evaluation_mode():
     """By the running statistics, with dropout in the net; through the plain modules where somebody looks on."""
     torch.manual_seed(0)
     plain = randomize(DenseNet(depth=10, growth_rate=8, drop_rate=0.2), seed=0).eval()
@@ -408,11 +403,8 @@ LOOKS_ON = {  # how; the transitions and the blocks that go through the kernels
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
-def test_the_same_bits_whatever_the_memory_held_before(interpreted):
-    interpreted(check_bits)
-
-
-def check_bits():
+@in_the_interpreter
+def test_the_same_bits_whatever_the_memory_held_before():
     block, images, target = block_and_batch(12, 10, (2, 5, 3), reduction=0.5)
     first = block_pass(efficient_twin(block), images, target)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
@@ -423,11 +415,8 @@ def check_bits():
         assert torch.equal(second[name], values), name
 
 
-def test_no_program_reads_or_writes_what_another_one_writes(interpreted):
-    interpreted(check_accesses)
-
-
-def check_accesses():
+@in_the_interpreter
+def test_no_program_reads_or_writes_what_another_one_writes():
     """The interpreter runs the programs of a launch one after another, and hides what a GPU, which runs them at once, does not.
 
     The maps do not fill the last of the several programs of a launch, have rows with gaps, and need several chunks of channels.
@@ -506,11 +495,8 @@ def races(accesses):
 # ------------------------------------------------------------------------------------------------------ what they are for
 
 
-def test_what_the_kernels_do_not_compute_goes_without_them(interpreted):
-    interpreted(check_unfit)
-
-
-def check_unfit():
+@in_the_interpreter
+def test_what_the_kernels_do_not_compute_goes_without_them():
     block, images, _ = block_and_batch(4, 6, (2, 4, 4))
     assert kernels_of(block, images)
     assert kernels_of(block, images.half())
@@ -551,11 +537,8 @@ def wider(block):
     return block
 
 
-def test_a_changed_transition_is_a_module_of_its_own(interpreted):
-    interpreted(check_changed_transitions)
-
-
-def check_changed_transitions():
+@in_the_interpreter
+def test_a_changed_transition_is_a_module_of_its_own():
     """As the plain modules compute it, without transition_forward; the block before it goes through the kernels."""
     for name, (change, is_joined) in TRANSITIONS.items():
         block, images, target = block_and_batch(4, 6, (2, 4, 4), layers=1, reduction=0.5)
@@ -571,11 +554,8 @@ def check_changed_transitions():
                 assert relative_error(results[1][tensor], values) < 1e-4, (name, tensor)
 
 
-def test_a_transition_in_another_mode_than_the_layers_is_a_module_of_its_own(interpreted):
-    interpreted(check_modes)
-
-
-def check_modes():
+@in_the_interpreter
+def test_a_transition_in_another_mode_than_the_layers_is_a_module_of_its_own():
     """The layers alone are switched: to training, and back to evaluation in a block and a transition that train."""
     for training in (False, True):
         block, images, target = block_and_batch(4, 6, (2, 6, 5), layers=1, reduction=0.5)
@@ -596,7 +576,7 @@ def check_modes():
 
 @pytest.mark.parametrize("kind", ["Transition", "DenseBlock"])
 def test_where_a_class_was_edited_the_transition_is_a_module_of_its_own(interpreted, kind):
-    interpreted(check_edited, kind)
+    interpreted("check_edited", kind)
 
 
 def check_edited(name):
@@ -659,11 +639,8 @@ def test_offsets_of_32_bits_are_enough():
         assert not kernels.computes(torch.empty(images, channels, 32, 32, device="meta"), layers)
 
 
-def test_the_hubs_nets_find_the_kernels(interpreted):
-    interpreted(check_hub)
-
-
-def check_hub():
+@in_the_interpreter
+def test_the_hubs_nets_find_the_kernels():
     """torch.hub takes the folder off the path when it has loaded the net; a module of another may have the kernels' name."""
     sys.path[:] = [folder for folder in sys.path if folder not in ("", str(ROOT))]
     for name in ("densenet", "dense_block", "kernels"):
@@ -676,11 +653,8 @@ def check_hub():
     assert (found.__file__, hasattr(found, "first_convolution")) == (str(ROOT / "kernels.py"), True)
 
 
-def test_a_forward_that_is_replaced_after_a_step_of_a_compiled_net_is_called(interpreted):
-    interpreted(check_replaced_after_a_step)
-
-
-def check_replaced_after_a_step():
+@in_the_interpreter
+def test_a_forward_that_is_replaced_after_a_step_of_a_compiled_net_is_called():
     """That of the block or of its transition; the compiler's guards do not notice it where the two are fused."""
     for part in (0, 1):
         torch._dynamo.reset()
@@ -695,11 +669,8 @@ def check_replaced_after_a_step():
         assert relative_error(*reversed(results)) < 1e-4, part
 
 
-def test_saved_tensors_may_be_packed_and_unpacked(interpreted):
-    interpreted(check_saved_tensors)
-
-
-def check_saved_tensors():
+@in_the_interpreter
+def test_saved_tensors_may_be_packed_and_unpacked():
     """What keeps values and not strides, as a copy to another device does."""
     block, images, target = block_and_batch(8, 10, (2, 4, 4), reduction=0.5)
     expected = block_pass(efficient_twin(block), images, target)
@@ -709,11 +680,8 @@ def check_saved_tensors():
         assert all(torch.equal(ours[name], values) for name, values in expected.items())
 
 
-def test_what_lies_beyond_the_pixels_is_never_infinite(interpreted):
-    interpreted(check_constant_channel)
-
-
-def check_constant_channel():
+@in_the_interpreter
+def test_what_lies_beyond_the_pixels_is_never_infinite():
     """A batch norm makes over 65,504 of the zeros beyond the last pixel, if its channel is always -300."""
     block, images, target = block_and_batch(8, 10, (3, 6, 6), layers=1)
     images[:, 0] = -300
@@ -723,11 +691,8 @@ def check_constant_channel():
     assert all(values.isfinite().all() for values in results.values())
 
 
-def test_nan_is_passed_on(interpreted):
-    interpreted(check_nan)
-
-
-def check_nan():
+@in_the_interpreter
+def test_nan_is_passed_on():
     for name in ("conv1.weight", "bn1.weight", "bn2.bias", "conv2.weight"):
         block, images, _ = block_and_batch(8, 10, (1, 4, 4))
         values = block.get_parameter(f"0.{name}").data
@@ -742,11 +707,8 @@ def check_nan():
         assert torch.equal(ours[name].isnan(), values.isnan()), name
 
 
-def test_batch_norms_with_settings_of_their_own(interpreted):
-    interpreted(check_settings)
-
-
-def check_settings():
+@in_the_interpreter
+def test_batch_norms_with_settings_of_their_own():
     """Of each batch norm another momentum, and another epsilon where the maps are not shared; in training and in evaluation."""
     block, images, target = block_and_batch(8, 10, (3, 5, 3))
     for i, layer in enumerate(block):
