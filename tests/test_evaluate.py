@@ -366,7 +366,7 @@ def test_other_test_images_than_the_runs_are_told_of(call_main, saved, run_with_
     assert told == [False, True]
 
 
-def test_a_checkpoint_without_digests_is_evaluated_on_what_there_is(call_main, run_with_val, tmp_path):
+def test_a_checkpoint_without_digests_is_evaluated_on_what_there_is(run_with_val, tmp_path):
     """As an older version of train.py has written it."""
     checkpoint = torch.load(run_with_val / "latest.pth", weights_only=True)
     for digests in (None, {}):

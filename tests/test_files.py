@@ -1,5 +1,6 @@
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def test_ctrl_c_leaves_no_half_a_file(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         replace_file(tmp_path / "file", b"new")
     assert not contents(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """On a file system of 1 MB, if this user may mount one: the new file does not fit beside the old one."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+    try:
+        replace_file(tmp_path / "latest.pth", bytes(600_000))
+        with pytest.raises(OSError, match=r"No space left on device: .*latest.pth"):
+            replace_file(tmp_path / "latest.pth", b"1" * 600_000)
+        assert (tmp_path / "latest.pth").read_bytes() == bytes(600_000)
+        assert [path.name for path in tmp_path.iterdir()] == ["latest.pth"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path):

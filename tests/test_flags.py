@@ -246,7 +246,7 @@ def test_a_run_that_is_continued_takes_its_arguments_to_their_last_digit(tmp_pat
     assert {name: getattr(args, name) for name in begun} == begun
 
 
-def test_a_run_takes_over_flags_of_kinds_that_somebody_adds(tmp_path):
+def test_a_run_takes_over_flags_of_kinds_that_somebody_adds():
     parser = train.build_parser()
     parser.add_argument("--mixup", action="store_true")
     parser.add_argument("--no-shuffle", dest="shuffle", action="store_false")

@@ -109,7 +109,7 @@ def test_bad_sizes_are_one_sentence_and_nothing_is_written(run, tmp_path, flags,
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_not_read_are_told_of(call_main, run, pictures, tmp_path):
+def test_files_that_are_not_read_are_told_of(run, pictures, tmp_path):
     """Of other extensions, or beside the classes; neither hidden ones nor what is beside train and test."""
     root = shutil.copytree(pictures, tmp_path / "set")
     names = [

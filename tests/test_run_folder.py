@@ -394,7 +394,7 @@ def test_a_commit_may_be_unknown_before_or_after_a_run_was_resumed(capsys, tmp_p
 
 
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
-def test_a_csv_that_is_removed_ends_the_run(monkeypatch, tmp_path, name):
+def test_a_csv_that_is_removed_ends_the_run(tmp_path, name):
     """A new one would lack the header and all rows before."""
     with pytest.raises(FileNotFoundError) as error:
         run_folder.append_rows(tmp_path / name, [(1, 2, 3)])

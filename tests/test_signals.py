@@ -193,7 +193,7 @@ train.main()
 """
 
 
-def test_a_limit_on_processor_time_is_a_signal_to_stop(forked, call_main, tmp_path):
+def test_a_limit_on_processor_time_is_a_signal_to_stop(forked, tmp_path):
     flags = [*TINY, "--epochs", "100000", "--no-plot", "--save", tmp_path / "run"]
     done = forked(["-c", LIMITED, *flags]).wait(timeout=100)
     assert done.returncode == 128 + signal.SIGXCPU
