@@ -518,7 +518,7 @@ def test_the_same_seed_twice_is_no_average(call_main, tmp_path):
     assert (status, f"{twins[0]} and {twins[1]} have the same arguments and the same seed" in errors) == (2, True)
 
 
-@pytest.mark.parametrize("count", [1, 6, 16])
+@pytest.mark.parametrize("count", [1, 16])
 def test_the_legend_covers_no_panel_and_lies_in_the_figure(call_main, saved, tmp_path, count):
     folders = [write_arguments(write_run(tmp_path / f"a-rather-long-name-{number}")) for number in range(count)]
     assert call_main(plot, *folders)[0] == 0

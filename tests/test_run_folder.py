@@ -780,7 +780,7 @@ def test_figures_that_fail_are_said_once_and_do_not_stop_the_run(relayed, tiny_r
     (save / "loss.png").unlink()
     (save / "loss.png").mkdir()  # no file can be written here
     plots = run_folder.Plots(save, enabled=True)
-    for _ in range(3):
+    for _ in range(2):
         plots.redraw()
         plots.wait()
     out = capsys.readouterr().out
