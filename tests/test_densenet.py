@@ -40,7 +40,8 @@ def test_state_dict_keys_are_fixed():
 
 
 @pytest.mark.parametrize(
-    ("depth", "bottleneck", "nearest"), [(41, True, "40 and 46"), (99, False, "97 and 100"), (4, True, "10 and 16")]
+    ("depth", "bottleneck", "nearest"),
+    [(41, True, "40 and 46"), (99, False, "97 and 100"), (4, True, "10 and 16"), (-2, True, "10 and 16")],
 )
 def test_depth_that_does_not_fit_names_the_nearest_two(depth, bottleneck, nearest):
     with pytest.raises(ValueError, match=f"depth {depth} .*{nearest}"):
