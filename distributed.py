@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from endings import Refused
+from endings import Refused, no_thread_left
 from machine import use_device
 
 TIMEOUT = timedelta(minutes=30)  # for the rendezvous, and while one rank downloads the data
@@ -89,6 +89,8 @@ def connect(world, device):
         store = dist.PrefixStore(f"attempt {world.attempt}", store)  # after a restart the old keys hold stale addresses
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a port that is taken, an address that does not answer
+        if no_thread_left(error):
+            raise
         reason = str(error).splitlines()[0]
         raise Refused(f"rank {world.rank} cannot reach the others ({reason}): check --master-addr and --master-port") from error
 

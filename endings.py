@@ -93,7 +93,8 @@ def status_and_message(error, ending):
     if lost_peer(error):
         return 1, f"another process of this run cannot be reached ({reason_of_loss(error)}), see its message{kept}"
     if no_thread_left(error):
-        return 1, f"no further thread or process can be started here: raise the limit (ulimit -u, or the container's){go_on}"
+        limits = "raise the limit (ulimit -u or -v, or the container's)"
+        return 1, f"no further thread or process can be started here: {limits}{go_on}"
     if failed_compiler(error):
         reason = reason_of_compiler(error)
         return 1, f"torch.compile does not work here ({reason}): install what is missing, or choose --compile none{kept}"
@@ -160,9 +161,8 @@ def reason_of_loss(error):
 
 def no_thread_left(error):
     """Whether the system started no thread or process for Python, a backward pass or torch.compile: too many run."""
-    if isinstance(error, RuntimeError):
-        return bool(re.search("can't start new thread|Resource temporarily unavailable", str(error)))
-    return isinstance(error, BlockingIOError) and error.filename is None  # of a fork; an output that is full has a name
+    told = re.search("can't start new thread|Resource temporarily unavailable", str(error))
+    return bool(told) and (isinstance(error, RuntimeError) or (isinstance(error, BlockingIOError) and error.filename is None))
 
 
 def failed_compiler(error):

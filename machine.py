@@ -17,8 +17,8 @@ from endings import Refused
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h of glibc
 
-# The files of a control group in both versions of Linux's: its memory limit and what is used, and the prefix of sums in its
-# memory.stat.
+# Of a Linux control group, by version 2 and by version 1: the files of its memory limit and of what is used, and the prefix of
+# the sums in its memory.stat.
 MEMORY_FILES = [("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")]
 
 
@@ -101,29 +101,28 @@ def num_cpus():
 def free_memory(root=Path("/")):
     """The memory that is free, in bytes, within the limits of a container or a cluster's job; infinity if not on Linux."""
     free = [memory_left(group) for group in control_groups(root)]
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
         free += [1024 * int(found[1])] if found else []
     return min(free, default=math.inf)
 
 
 def control_groups(root):
-    """The folders of the control groups whose memory limits hold for this process."""
-    with contextlib.suppress(FileNotFoundError):
+    """The folders of the control groups whose memory limits may hold for this process: its own, and all above."""
+    with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
             if controllers in ("", "memory"):  # in version 2, and in version 1
-                top = root / "sys/fs/cgroup" / controllers
-                group = top / name.strip("/")
-                yield from (each for each in (group, *group.parents) if each.is_relative_to(top))
+                group = root / "sys/fs/cgroup" / controllers / name.strip("/")
+                yield from (group, *group.parents)
 
 
 def memory_left(group):
     """What the memory limit of a control group leaves, in bytes; infinity if it has none. Cached files count as free."""
     for limit, usage, total in MEMORY_FILES:
-        with contextlib.suppress(OSError):  # the other version has other files, the topmost group none
+        with contextlib.suppress(OSError, ValueError, KeyError):  # the other version has other files, the topmost group none
             allowed, used, stat = ((group / name).read_text() for name in (limit, usage, "memory.stat"))
             sizes = dict(line.split() for line in stat.splitlines())
             cached = int(sizes[f"{total}active_file"]) + int(sizes[f"{total}inactive_file"])
-            return math.inf if allowed == "max\n" else int(allowed) - int(used) + cached
+            return math.inf if allowed.strip() == "max" else max(0, int(allowed) - int(used) + cached)
     return math.inf

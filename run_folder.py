@@ -168,7 +168,7 @@ def resume(save, old_args, facts, net, optimizer, rates):
     goes_on = checkpoint["epoch"] < facts["epochs"]
     arguments = facts | history(save, old_args, facts) if goes_on else old_args | {"epochs": facts["epochs"]}
     for name, content in {"args.json": as_json(arguments), **files}.items():
-        if (save / name).read_bytes() != content:  # of a complete run, nothing is written anew
+        if (save / name).read_bytes() != content:  # else it needs no room on a full disk
             replace_file(save / name, content)
     return checkpoint
 

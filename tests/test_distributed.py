@@ -327,6 +327,16 @@ def test_ranks_that_do_not_come_are_a_sentence_after_the_time_out(call_main, mon
     assert (status, "rank 0 cannot reach the others" in errors) == (2, True)
 
 
+def test_a_rank_that_can_start_no_thread_blames_no_address(call_main, monkeypatch, be_rank_0_of_2, tmp_path):
+    def rendezvous(*arguments, **options):
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", rendezvous)
+    be_rank_0_of_2()
+    status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run")
+    assert (status, "train.py: no further thread or process can be started here" in errors) == (1, True), errors
+
+
 def test_a_run_that_torchrun_may_restart_is_not_begun_anew_each_time(call_main, be_rank_0_of_2, tmp_path):
     be_rank_0_of_2(TORCHELASTIC_MAX_RESTARTS=3)
     status, _, errors = call_main(train, *FLAGS, "--save", tmp_path / "run", "--force")

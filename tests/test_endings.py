@@ -598,13 +598,25 @@ train.main()
 
 def test_a_machine_that_starts_no_thread(run, pictures, tmp_path):
     done = run("-c", STACKS, *flags(tmp_path / "run", "--dataset", "folder", "--data", str(pictures)))
-    told = "no further thread or process can be started here: raise the limit (ulimit -u, or the container's)"
+    told = "no further thread or process can be started here: raise the limit (ulimit -u or -v, or the container's)"
     assert (done.returncode, done.stderr) == (1, f"train.py: {told}\n")
-    compiling = BackendCompilerFailed("inductor", RuntimeError("Resource temporarily unavailable"), None)
-    for error in (compiling, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")):
-        assert endings.status_and_message(error, ENDING) == (1, told)
-    full = BlockingIOError(errno.EAGAIN, "write could not complete", "standard output")
-    assert "thread" not in endings.status_and_message(full, ENDING)[1]
+    forking = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    begun = argparse.Namespace(resume="it")
+    for error in (forking, BackendCompilerFailed("inductor", forking, None)):
+        assert endings.status_and_message(error, begun) == (1, f"{told}; this continues the run: it")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable", "standard output"),
+        BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0),
+        torch.distributed.DistBackendError("NCCL error: socket\nLast error:\nResource temporarily unavailable"),
+        Refused("Resource temporarily unavailable"),
+    ],
+)
+def test_a_pipe_that_is_full_and_a_lost_partner_are_no_lack_of_threads(error):
+    assert "thread" not in endings.status_and_message(error, ENDING)[1]
 
 
 def test_a_notebook_whose_streams_are_no_files(monkeypatch, tiny_run):
