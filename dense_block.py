@@ -491,21 +491,19 @@ def observed(x, training):
 
     In evaluation mode kernels.py computes only the output, so autograd or a dispatch mode counts as well.
     """
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
-    if type(x) not in (torch.Tensor, nn.Parameter, FakeTensor):  # a subclass may override operations, or run them twice
-        return True
-    traced = torch.jit.is_tracing() or get_proxy_mode() is not None
-    if traced or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return True
-    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):  # may replace what a layer calls
-        return True
-    modes = _get_current_dispatch_mode_stack()
-    # Selective checkpointing skips operators; allow_mutation_on_saved_tensors copies tensors that are changed in place.
-    if any(type(mode).__module__ in ("torch.utils.checkpoint", "torch.autograd.graph") for mode in modes):
-        return True
-    values_alone = type(x) is torch.Tensor and not modes and not torch.is_grad_enabled()
-    return not (training or values_alone)
+    function_modes, dispatch_modes = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
+    return (
+        torch.nn.modules.module._has_any_global_hook()
+        or type(x) not in (torch.Tensor, nn.Parameter, FakeTensor)  # a subclass may override operations, or run them twice
+        or torch.jit.is_tracing()
+        or get_proxy_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or any(type(mode) is not DeviceContext for mode in function_modes)  # may replace what a layer calls
+        # Selective checkpointing skips operators; allow_mutation_on_saved_tensors copies tensors that are changed in place.
+        or any(type(mode).__module__ in ("torch.utils.checkpoint", "torch.autograd.graph") for mode in dispatch_modes)
+        or not (training or (type(x) is torch.Tensor and not dispatch_modes and not torch.is_grad_enabled()))
+    )
 
 
 def untouched(module, kind, training):
