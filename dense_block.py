@@ -448,26 +448,19 @@ def computable(x, layers):
 
     Checked before each pass (some 50 us per layer), since a hook may be added at any time; not in a replayed CUDA graph.
     """
-    training, kind = layers[0].training, type(layers[0])
+    kind, training, bottleneck = type(layers[0]), layers[0].training, hasattr(layers[0], "bn2")
+    kernel_sizes = (1, 3) if bottleneck else (3,)
     if torch.compiler.is_compiling():  # a graph break, for blocks that train and are as made; torch.export takes none
         if not training or torch.compiler._is_exporting_flag:  # is_exporting() is always true here with PyTorch 2.11
             return False
-        return all(as_made(layer, kind, training) for layer in layers) and computable_now(x, layers)
+        return all(as_made(layer, kind, kernel_sizes, training) for layer in layers) and computable_now(x, layers)
     if observed(x, training) or x.dim() != 4 or x[:, 0].numel() < 2:  # batch norm cannot take statistics of one pixel
         return False
-    channels, counters = x.shape[1], []
-    for layer in layers:
-        if not as_made(layer, kind, training):
-            return False
-        counters += [id(bn.num_batches_tracked) for bn, _ in bn_convs(layer)]
-        if (layer.bn1.num_features, layer.bn1.eps) != (channels, layers[0].bn1.eps):
-            return False
-        channels += new_channels(layer)
-    if len({*counters}) < len(counters):  # one call adds 1 to each; a shared one needs 2
+    if not (all(as_made(layer, kind, kernel_sizes, training) for layer in layers) and connected(x, layers)):
         return False
     if not (training or fitting_kernels(x, layers)):
         return False
-    return as_defined(kind, Definition.bottleneck if hasattr(layers[0], "bn2") else Definition.single_layer)
+    return as_defined(kind, Definition.bottleneck if bottleneck else Definition.single_layer)
 
 
 # Evaluated in each pass, not while tracing: a compiler's guards miss some changes, such as a replaced forward of one module,
@@ -475,15 +468,18 @@ def computable(x, layers):
 computable_now = torch.compiler.disable(computable)
 
 
-def as_made(layer, kind, training):
-    """Whether the layer has exactly this class and its parts are of the kind computed here, in this mode and without hooks."""
-    if not (untouched(layer, kind, training) and has_parts(layer, training)):
+@torch.compiler.disable  # evaluated in each pass: the compiler's guards miss some changes
+def joinable(x, block, transition):
+    """Whether dense_block computes the transition together with its block: kernels.py can, if both are unchanged."""
+    layers = list(block)
+    training = layers[0].training
+    if not (untouched(block, type(block), training) and as_made(transition, type(transition), (1,), training)):
         return False
-    if layer.dropout.p == 1:  # everything is dropped, and the scale is 1 / 0
+    kernels, bn = fitting_kernels(x, layers), transition.bn1
+    alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
+    if not (alike and kernels is not None and kernels.computes_transition(x, transition)):
         return False
-    pairs = bn_convs(layer)
-    kernel_sizes = (1, 3) if len(pairs) == 2 else (3,)
-    return all(plain(*pair, kernel_size, training) for pair, kernel_size in zip(pairs, kernel_sizes, strict=True))
+    return as_defined(type(block), Definition.block) and as_defined(type(transition), Definition.transition)
 
 
 def observed(x, training):
@@ -506,40 +502,49 @@ def observed(x, training):
     )
 
 
+def connected(x, layers):
+    """Whether each layer reads all maps before it, with the eps of the first, and counts batches in tensors of its own."""
+    channels, eps, counters = x.shape[1], layers[0].bn1.eps, []
+    for layer in layers:
+        if (layer.bn1.num_features, layer.bn1.eps) != (channels, eps):
+            return False
+        channels += new_channels(layer)
+        counters += [id(bn.num_batches_tracked) for bn, _ in bn_convs(layer)]
+    return len({*counters}) == len(counters)  # one call adds 1 to each; a shared one needs 2
+
+
+def as_made(module, kind, kernel_sizes, training):
+    """Whether a layer or transition is untouched and has the parts computed here, its convolutions of these kernel sizes."""
+    dropout = getattr(module, "dropout", None)  # an edited module may lack parts, or have more
+    if not (untouched(module, kind, training) and untouched(dropout, nn.Dropout, training)):
+        return False
+    if hasattr(module, "bn2") != (len(kernel_sizes) == 2):  # by it bn_convs knows a bottleneck
+        return False
+    for i, kernel_size in enumerate(kernel_sizes, start=1):
+        bn, conv = getattr(module, f"bn{i}", None), getattr(module, f"conv{i}", None)
+        if not (plain_norm(bn, training) and plain_convolution(conv, bn.num_features, kernel_size, training)):
+            return False
+    return dropout.p != 1  # if everything is dropped, the scale is 1 / 0
+
+
 def untouched(module, kind, training):
     """Whether the module has exactly this class and its forward, is in this mode and has no hooks."""
-    return type(module) is kind and module.training == training and unedited(module)
-
-
-def unedited(module):
-    """Whether the module has no hooks, and the forward of its class."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    own = "forward" in module.__dict__ or "_conv_forward" in module.__dict__
-    return not any(hooks) and not own
-
-
-def has_parts(module, training):
-    """Whether it has the modules used here, which an edited layer or transition may lack, and its dropout is a plain one."""
-    names = ("bn1", "conv1", "dropout") + ("bn2", "conv2") * ("bn2" in module._modules)
-    return None not in map(module._modules.get, names) and untouched(module.dropout, nn.Dropout, training)
-
-
-def plain(bn, conv, kernel_size, training):
-    """Whether the batch norm, and the convolution of this kernel size after it, are of the kind computed here."""
-    return plain_norm(bn, training) and plain_convolution(conv, bn.num_features, kernel_size, training)
+    if type(module) is not kind or module.training != training:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or "forward" in module.__dict__ or "_conv_forward" in module.__dict__)
 
 
 def plain_norm(bn, training):
-    """Whether bn is a BatchNorm2d with weight, bias, running statistics of its size, and a momentum."""
+    """Whether bn is a BatchNorm2d with weight, bias, running statistics of its size, a counter and a momentum."""
     if not untouched(bn, nn.BatchNorm2d, training) or bn.momentum is None or not bn.track_running_stats:
         return False
+    mean, var, counter = map(bn._buffers.get, ("running_mean", "running_var", "num_batches_tracked"))
     own = type(bn.weight) is type(bn.bias) is nn.Parameter  # unlike in torch.func.functional_call
-    buffers = [bn._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
-    if not own or any(buffer is None for buffer in buffers):
+    if not own or mean is None or var is None or counter is None:
         return False
-    vectors = bn.weight, bn.bias, *buffers[:2]
     size = (bn.num_features,)
-    return all(vector.shape == size and vector.is_contiguous() for vector in vectors)
+    return all(vector.shape == size and vector.is_contiguous() for vector in (bn.weight, bn.bias, mean, var))
 
 
 def plain_convolution(conv, channels, kernel_size, training):
@@ -547,24 +552,8 @@ def plain_convolution(conv, channels, kernel_size, training):
     if not untouched(conv, nn.Conv2d, training) or type(conv.weight) is not nn.Parameter:
         return False
     shape = conv.out_channels, channels, kernel_size, kernel_size
-    padded = conv.padding == (kernel_size // 2, kernel_size // 2) and conv.padding_mode == "zeros"
-    others = conv.stride, conv.dilation, conv.groups, conv.bias
-    return conv.weight.shape == shape and padded and others == ((1, 1), (1, 1), 1, None)
-
-
-@torch.compiler.disable  # evaluated in each pass: the compiler's guards miss some changes
-def joinable(x, block, transition):
-    """Whether dense_block computes the transition together with its block: kernels.py can, if both are unchanged."""
-    layers = list(block)
-    training = layers[0].training  # everything runs in this mode, whatever the block's own
-    if not (unedited(block) and unedited(transition)):
-        return False
-    if not (has_parts(transition, training) and plain(transition.bn1, transition.conv1, 1, training)):
-        return False
-    kernels, bn = fitting_kernels(x, layers), transition.bn1
-    alike = (bn.num_features, bn.eps) == (out_channels(layers), layers[0].bn1.eps)
-    fits = alike and kernels is not None and kernels.computes_transition(x, transition)
-    return fits and as_defined(type(block), Definition.block) and as_defined(type(transition), Definition.transition)
+    settings = conv.padding, conv.padding_mode, conv.stride, conv.dilation, conv.groups, conv.bias
+    return conv.weight.shape == shape and settings == ((kernel_size // 2,) * 2, "zeros", (1, 1), (1, 1), 1, None)
 
 
 @torch.compiler.disable

@@ -599,6 +599,11 @@ def biased(transition):
     transition.conv1.bias = nn.Parameter(torch.ones(transition.conv1.out_channels))
 
 
+def with_a_second_pair(transition):
+    """Unused by its forward, but it makes a bottleneck of a layer."""
+    transition.bn2, transition.conv2 = nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1, bias=False)
+
+
 TRANSITIONS = {  # what is done to it, and whether it is joined
     "nothing": (lambda transition: None, True),
     "frozen weights": (lambda transition: transition.conv1.requires_grad_(False), True),
@@ -608,6 +613,7 @@ TRANSITIONS = {  # what is done to it, and whether it is joined
     "a bias": (biased, False),
     "a frozen batch norm": (lambda transition: transition.bn1.eval(), False),
     "another class": (lambda transition: setattr(transition, "__class__", Doubled), False),
+    "a second pair": (with_a_second_pair, False),
     "another forward": (lambda transition: setattr(transition, "forward", lambda x: F.avg_pool2d(x, 2)[:, :5]), False),
     "a hook": (lambda transition: transition.conv1.register_forward_hook(lambda *args: 2 * args[-1]), False),
 }
