@@ -757,6 +757,13 @@ def test_where_what_a_layer_calls_is_replaced_the_plain_modules_call_it(monkeypa
         assert_equal_training(net, images, labels)
 
 
+def test_no_test_compares_plain_modules_with_themselves_unnoticed(monkeypatch):
+    """By the filter of warnings in pyproject.toml."""
+    monkeypatch.setattr(F, "relu", F.gelu)
+    with pytest.raises(UserWarning, match="differs from"):
+        efficient_twin(random_net(BC))(batch(2, 8)[0])
+
+
 class Sigmoid(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.relu:
