@@ -518,7 +518,7 @@ def as_made(module, kind, kernel_sizes, training):
     dropout = getattr(module, "dropout", None)  # an edited module may lack parts, or have more
     if not (untouched(module, kind, training) and untouched(dropout, nn.Dropout, training)):
         return False
-    if hasattr(module, "bn2") != (len(kernel_sizes) == 2):  # by it bn_convs knows a bottleneck
+    if hasattr(module, "bn2") != (len(kernel_sizes) == 2):  # by which bn_convs tells a bottleneck
         return False
     for i, kernel_size in enumerate(kernel_sizes, start=1):
         bn, conv = getattr(module, f"bn{i}", None), getattr(module, f"conv{i}", None)
