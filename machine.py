@@ -102,8 +102,8 @@ def free_memory(root=Path("/")):
     """The memory that is free, in bytes, within the limits of a container or a cluster's job; infinity if not on Linux."""
     free = [memory_left(group) for group in control_groups(root)]
     with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
-        free += [1024 * int(found[1])] if found else []
+        found = re.findall(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
+        free += [1024 * int(kilobytes) for kilobytes in found]
     return min(free, default=math.inf)
 
 
